@@ -1,0 +1,120 @@
+"""One ordered thread that takes work off the loop: append and go on; it wakes seldom.
+
+Each wake-up of a thread costs the loop the GIL twice, so the writer lets records gather for some
+50 ms after the first and then handles them all: an append costs the loop some 6 µs a step in all.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from pipeline.concurrency.scope import Scope
+
+Item = TypeVar("Item")
+
+
+class Writer(Generic[Item]):
+    """Hands items to a function on a thread of its own, in order, none lost.
+
+    Args:
+        scope: Owns the thread; leaving it drains what is pending and ends the thread.
+        handle: Called with a batch of items, in order, on the writer thread.
+        name: The thread's name.
+        gather_s: How long to let items gather after the first, in seconds.
+        max_pending: Items that may wait; a `put` beyond them blocks until half are handled.
+
+    The first exception of `handle` ends the work: it is raised by the next `put` or `flush`, and
+    what was put after it is dropped.
+    """
+
+    def __init__(
+        self,
+        scope: Scope,
+        handle: Callable[[list[Item]], None],
+        *,
+        name: str,
+        gather_s: float = 0.05,
+        max_pending: int = 1024,
+    ) -> None:
+        self._handle, self._gather_s, self._max_pending = handle, gather_s, max_pending
+        self._items: deque[Item] = deque()
+        lock = threading.Lock()
+        self._lock = lock
+        self._wake = threading.Condition(lock)
+        self._idle = threading.Condition(lock)
+        self._is_asleep = True
+        self._is_hurried = False  # somebody waits: do not gather
+        self._is_closed = False
+        self._num_handling = 0
+        self._error: BaseException | None = None
+        scope.start(self._run, name=name, stop=self._close)
+
+    def put(self, item: Item) -> None:
+        """Append an item; block only while `max_pending` items wait.
+
+        Raises:
+            BaseException: What `handle` raised before.
+
+        Runs on:
+            The loop thread. Takes a lock only to wake the writer, every `gather_s` at most.
+        """
+        if self._error is not None:
+            raise self._error
+        # Appended before the flag is read, and the writer sets the flag before it looks for items:
+        # whichever comes second sees the other.
+        self._items.append(item)
+        if self._is_asleep:
+            with self._lock:
+                self._wake.notify()
+        if len(self._items) >= self._max_pending:
+            self._wait_until(self._max_pending // 2)
+
+    def flush(self) -> None:
+        """Return when all that was put has been handled; raise what `handle` raised."""
+        self._wait_until(0)
+
+    def _wait_until(self, max_left: int) -> None:
+        with self._lock:
+            while self._error is None and len(self._items) + self._num_handling > max_left:
+                self._is_hurried = True
+                self._wake.notify()
+                self._idle.wait()
+        if self._error is not None:
+            raise self._error
+
+    def _close(self) -> None:
+        with self._lock:
+            self._is_closed = True
+            self._wake.notify()
+
+    def _run(self) -> None:
+        while self._wait_for_items():
+            taken: list[Item] = []
+            with self._lock:
+                while self._items:
+                    taken.append(self._items.popleft())
+                self._num_handling = len(taken)
+            try:
+                self._handle(taken)
+            except BaseException as error:
+                self._error = error
+            with self._lock:
+                self._num_handling = 0
+                self._idle.notify_all()
+            if self._error is not None:
+                return
+
+    def _wait_for_items(self) -> bool:
+        """Sleep until there is something, let more gather, and say whether there is work."""
+        with self._lock:
+            self._is_asleep = True
+            while not self._items and not self._is_closed:
+                self._wake.wait()
+            self._is_asleep = False
+            if not self._is_closed and not self._is_hurried:
+                self._wake.wait_for(lambda: self._is_closed or self._is_hurried, self._gather_s)
+            self._is_hurried = False
+            return bool(self._items)

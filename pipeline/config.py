@@ -1,0 +1,183 @@
+"""From a composed Hydra config to a run: check all of it, build the parts, train."""
+
+from __future__ import annotations
+
+import random
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from pipeline.errors import ConfigError
+from pipeline.protocols import Datasets
+from pipeline.result import FitResult
+from pipeline.settings import type_problems
+from pipeline.trainer import Trainer
+
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    "seed": int,
+    "batch_size": int,
+    "shuffle": bool,
+    "drop_last": bool,
+    "scheduler_interval": str,
+    "data": dict,
+    "model": dict,
+    "optim": dict,
+    "scheduler": (dict, type(None)),
+    "trainer": dict,
+    "loss": dict,
+    "metrics": dict,
+    "callbacks": list,
+    "objective": str,
+    "vars": dict,
+}
+_OF_THE_TRAINER_ONLY = ("seed", "run_dir")
+
+
+def config_dir() -> Path:
+    """Return the folder of the configs: beside the package in a checkout, inside it in a wheel."""
+    package = Path(__file__).resolve().parent
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def train_from_config(config: DictConfig, run_dir: Path) -> tuple[FitResult, float]:
+    """Check a config, build what it describes, train, and say how it went.
+
+    Args:
+        config: As composed by Hydra.
+        run_dir: Where the run's files go.
+
+    Returns:
+        The result, and the objective for a sweeper.
+
+    Raises:
+        ConfigError: Naming everything that is wrong with the config.
+    """
+    values = check_config(config)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+    _seed_everything(values["seed"])
+    data: Datasets = _build(config, "data")
+    for name in ("train", "val", "input_shape", "num_classes"):
+        if not hasattr(data, name):
+            raise ConfigError(
+                f"data._target_ must return pipeline.Datasets, got {type(data).__name__} without .{name}."
+            )
+    model = _build(config, "model")(input_shape=data.input_shape, num_classes=data.num_classes)
+    optimizer = _build(config, "optim")(model.parameters())
+    scheduler = _build(config, "scheduler")(optimizer) if values.get("scheduler") else None
+    trainer = Trainer(**values["trainer"], seed=values["seed"], run_dir=run_dir)
+    result = trainer.fit(
+        model,
+        optimizer,
+        data.train,
+        loss_fn=_build(config, "loss"),
+        batch_size=values["batch_size"],
+        shuffle=values["shuffle"],
+        drop_last=values["drop_last"],
+        val_data=data.val,
+        scheduler=scheduler,
+        scheduler_interval=values["scheduler_interval"],
+        metrics=_build(config, "metrics"),
+        callbacks=_build(config, "callbacks"),
+    )
+    print(_summary(result, is_images=len(data.input_shape) == 3))
+    return result, _objective(result, values["objective"])
+
+
+def check_config(config: DictConfig) -> dict[str, Any]:
+    """Return the config as plain containers.
+
+    Raises:
+        ConfigError: Naming every unknown key, wrong type and missing value at once.
+    """
+    missing = sorted(OmegaConf.missing_keys(config))
+    problems = [f"{key} is missing. Type {key}=…" for key in missing]
+    found = OmegaConf.to_container(config, resolve=not missing)
+    assert isinstance(found, dict)
+    values: dict[str, Any] = {str(key): value for key, value in found.items()}
+    if not values.get("data") and not values.get("model"):
+        recipes = sorted(path.stem for path in (config_dir() / "recipe").glob("*.yaml"))
+        raise ConfigError(f"no recipe was chosen. Type +recipe=NAME; there are: {', '.join(recipes)}.")
+    for key, wanted in _KEYS.items():
+        if key != "vars" and not isinstance(values.get(key), wanted):
+            problems.append(f"{key} must be {_name(wanted)}, got {values.get(key)!r}.")
+    problems += [f"{key} is not a key of the config. {_KNOWN}" for key in values if key not in _KEYS]
+    for key in ("data", "model", "optim", "scheduler", "loss"):
+        section = values.get(key)
+        if isinstance(section, dict) and "_target_" not in section:
+            problems.append(f"{key}._target_ is missing: name what to call, as in my_package.build.")
+    if values.get("scheduler_interval") not in ("step", "epoch"):
+        problems.append(
+            f"scheduler_interval must be step or epoch, got {values.get('scheduler_interval')!r}."
+        )
+    trainer = values.get("trainer") or {}
+    problems += [
+        f"trainer.{key} is set outside of trainer: {key}=… for the seed, hydra.run.dir=… for the folder."
+        for key in _OF_THE_TRAINER_ONLY
+        if key in trainer
+    ]
+    problems += type_problems(trainer, prefix="trainer.")
+    if problems:
+        raise ConfigError(problems)
+    return values
+
+
+def _build(config: DictConfig, key: str) -> Any:
+    """Instantiate a section; what the user's own code raises comes out as it was."""
+    try:
+        return instantiate(config[key], _convert_="all")
+    except InstantiationException as error:
+        if error.__cause__ is not None:
+            raise error.__cause__ from None
+        raise ConfigError(f"{key} cannot be built: {error}") from None
+
+
+def _seed_everything(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+
+
+def _objective(result: FitResult, name: str) -> float:
+    if name in result.metrics:
+        return result.metrics[name]
+    raise ConfigError(
+        f"objective must be one of {', '.join(sorted(result.metrics))}, got {name!r}. The run itself "
+        f"is complete: {result.run_dir}."
+    )
+
+
+def _summary(result: FitResult, *, is_images: bool) -> str:
+    words = [
+        f"{name.removeprefix('val/')} {value:.2%}" if name == "val/accuracy" else f"{name} {value:.4g}"
+        for name, value in sorted(result.metrics.items())
+        if name.startswith("val/")
+    ]
+    unit = "images/s" if is_images else "samples/s"
+    words.append(f"{result.samples_per_s:,.0f} {unit} ({result.schedule})")
+    words.append(f"{result.num_epochs} epochs in {result.train_s:.1f} s of training")
+    return " · ".join([*words, f"{result.stop_reason} · {result.run_dir}"])
+
+
+def _name(wanted: type | tuple[type, ...]) -> str:
+    names: Mapping[type, str] = {
+        int: "an integer",
+        bool: "true or false",
+        str: "a text",
+        dict: "a section",
+        list: "a list",
+        type(None): "null",
+    }
+    types = wanted if isinstance(wanted, tuple) else (wanted,)
+    return " or ".join(names[each] for each in types)
+
+
+_KNOWN = f"There are: {', '.join(_KEYS)}. Put values of your own under vars."

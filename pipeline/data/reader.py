@@ -1,0 +1,215 @@
+"""The batches of one epoch, made one at a time, in order, on whichever thread asks.
+
+A `Source` opens a `Reader` for each epoch. It starts on the loop thread, may go on in a prefetch
+thread, and can come back; the batches are the same.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol
+
+from pipeline.batch import Batch
+from pipeline.data.fetch import CollateFn, Fetcher
+from pipeline.data.randomness import GeneratorMode, SampleRandomness, UnhookableDrawError
+from pipeline.data.sampler import BatchPlan, num_batches
+from pipeline.errors import add_stage_note
+from pipeline.seeding import sample_seed
+
+END: Any = object()
+"""What a reader returns after the last batch of its epoch."""
+
+
+EVALUATION_EPOCH = -1
+"""Takes the place of the epoch where nothing is trained, so that every validation sees the same."""
+
+
+class Reader(Protocol):
+    """The batches of one epoch, in order; `END` after the last one."""
+
+    def first(self) -> Batch:
+        """Make the next batch on the loop thread and find out whether a thread can make the rest.
+
+        After it, `is_threadable` says so.
+        """
+
+    def read(self) -> Batch:
+        """Make the next batch on the loop thread."""
+
+    def read_in_thread(self) -> Batch:
+        """Make the next batch on the prefetch thread.
+
+        Raises:
+            UnhookableDrawError: If only the loop thread can make this batch; nothing is consumed.
+        """
+
+    @property
+    def is_threadable(self) -> bool:
+        """Whether, as far as is known, the prefetch thread can make the next batch."""
+
+    @property
+    def position(self) -> int:
+        """The batches made so far."""
+
+
+class Source(Protocol):
+    """A user's data.
+
+    Attributes:
+        num_batches: Batches per epoch, or None where nobody knows.
+        unhookable: What the data was seen to draw from that a thread cannot isolate.
+    """
+
+    num_batches: int | None
+    unhookable: tuple[str, ...]
+
+    def open(self, epoch: int, max_batches: int | None = None) -> Reader:
+        """Begin an epoch of at most so many batches; loop thread."""
+
+
+class MapSource:
+    """A map-style dataset: its batches depend on ``(seed, epoch, step)`` alone."""
+
+    def __init__(
+        self,
+        dataset: Any,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        drop_last: bool,
+        collate_fn: CollateFn | None,
+        seed: int,
+    ) -> None:
+        self._num_samples = len(dataset)
+        self._batch_size, self._shuffle, self._drop_last = batch_size, shuffle, drop_last
+        self._seed = seed
+        self.fetcher = Fetcher(dataset, collate_fn, seed)
+        self.randomness = SampleRandomness()
+        self.num_batches: int | None = num_batches(self._num_samples, batch_size, drop_last)
+        self.unhookable: tuple[str, ...] = ()
+
+    def open(self, epoch: int, max_batches: int | None = None) -> MapReader:
+        plan = BatchPlan(
+            self._num_samples,
+            batch_size=self._batch_size,
+            shuffle=self._shuffle,
+            drop_last=self._drop_last,
+            seed=self._seed,
+            epoch=epoch,
+        )
+        return MapReader(self, plan, epoch, _at_most(len(plan), max_batches))
+
+
+class MapReader:
+    """One epoch of a `MapSource`."""
+
+    def __init__(self, source: MapSource, plan: BatchPlan, epoch: int, num_batches: int) -> None:
+        self._source, self._plan, self._epoch = source, plan, epoch
+        self._num_batches = num_batches
+        self._randomness = source.randomness
+        self.position = 0
+
+    @property
+    def is_threadable(self) -> bool:
+        return not self._source.unhookable
+
+    def first(self) -> Batch:
+        if self.is_threadable:
+            try:
+                return self._next(self._randomness.probe)
+            except UnhookableDrawError as found:
+                self._source.unhookable = found.names
+        return self.read()
+
+    def read(self) -> Batch:
+        return self._next(self._randomness.on_loop_thread)
+
+    def read_in_thread(self) -> Batch:
+        try:
+            return self._next(self._randomness.in_thread)
+        except UnhookableDrawError as found:
+            self._source.unhookable = found.names
+            raise
+
+    def _next(self, isolate: Any) -> Batch:
+        position, fetcher = self.position, self._source.fetcher
+        if position >= self._num_batches:
+            return END
+        indices = self._plan.indices(position)
+        if fetcher.is_drawless:
+            batch = fetcher.fetch(indices, self._epoch, position, _no_seed)
+        else:
+            batch = isolate(lambda seed: fetcher.fetch(indices, self._epoch, position, seed))
+        self.position = position + 1
+        return batch
+
+
+def _no_seed(seed: int) -> None:
+    pass
+
+
+class IterableSource:
+    """A DataLoader, or any iterable of batches, run as it is.
+
+    The iterator is made and its first batch taken on the loop thread, where a DataLoader draws its
+    base seed and its order from torch's global generator, just as in a plain loop. Later batches'
+    torch draws come from ``(seed, epoch)``, in either schedule, so that a prefetch thread never
+    draws from the generator that the model's dropout uses.
+    """
+
+    def __init__(self, batches: Iterable[Batch], seed: int) -> None:
+        self._batches, self._seed = batches, seed
+        self.num_batches: int | None = length_or_none(batches)
+        self.unhookable: tuple[str, ...] = ()
+
+    def open(self, epoch: int, max_batches: int | None = None) -> IterableReader:
+        mode = GeneratorMode()
+        mode.generator.manual_seed(sample_seed(self._seed, epoch, 0))
+        is_plain = type(self._batches) in (list, tuple)  # nothing that could draw
+        batches = itertools.islice(iter(self._batches), max_batches)
+        return IterableReader(batches, None if is_plain else mode)
+
+
+class IterableReader:
+    """One epoch of an `IterableSource`."""
+
+    is_threadable = True
+
+    def __init__(self, batches: Iterator[Batch], mode: GeneratorMode | None) -> None:
+        self._batches, self._mode = batches, mode
+        self.position = 0
+
+    def first(self) -> Batch:
+        return self._next()
+
+    def read(self) -> Batch:
+        if self.position == 0 or self._mode is None:
+            return self._next()
+        with self._mode:
+            return self._next()
+
+    read_in_thread = read
+
+    def _next(self) -> Batch:
+        try:
+            batch = next(self._batches)
+        except StopIteration:
+            return END
+        except Exception as error:
+            add_stage_note(error, "fetch", step=self.position)
+            raise
+        self.position += 1
+        return batch
+
+
+def _at_most(count: int, limit: int | None) -> int:
+    return count if limit is None else min(count, limit)
+
+
+def length_or_none(data: Any) -> int | None:
+    """Return the length of whatever has one."""
+    try:
+        return len(data)
+    except TypeError:
+        return None

@@ -1,0 +1,50 @@
+"""Which samples make which batch: a function of `(seed, epoch, step)` alone."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeline.seeding import shuffle_generator
+
+
+class BatchPlan:
+    """The sample indices of each batch of one epoch.
+
+    Args:
+        num_samples: Samples in the dataset.
+        batch_size: Samples per batch.
+        shuffle: Draw a permutation from ``(seed, epoch)``; in the dataset's order otherwise.
+        drop_last: Leave out a last batch that is not full.
+        seed: The run's seed.
+        epoch: Counted from 0.
+    """
+
+    def __init__(
+        self,
+        num_samples: int,
+        *,
+        batch_size: int,
+        shuffle: bool,
+        drop_last: bool,
+        seed: int,
+        epoch: int,
+    ) -> None:
+        self._num_samples, self._batch_size = num_samples, batch_size
+        self._num_batches = num_batches(num_samples, batch_size, drop_last)
+        self._order: torch.Tensor | None = None
+        if shuffle:
+            self._order = torch.randperm(num_samples, generator=shuffle_generator(seed, epoch))
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def indices(self, position: int) -> torch.Tensor:
+        """Return the sample indices of the batch at this position: int64 ``[B]``."""
+        start = position * self._batch_size
+        stop = min(start + self._batch_size, self._num_samples)
+        return torch.arange(start, stop) if self._order is None else self._order[start:stop]
+
+
+def num_batches(num_samples: int, batch_size: int, drop_last: bool) -> int:
+    """Count the batches of an epoch."""
+    return num_samples // batch_size if drop_last else -(-num_samples // batch_size)

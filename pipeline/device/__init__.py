@@ -1,0 +1,19 @@
+"""Streams, events and pinned memory: nothing else in the project touches them."""
+
+from pipeline.device.backend import Backend, EagerBackend, StreamBackend, select_backend
+from pipeline.device.readback import Pending, Readback, StepLimiter
+from pipeline.device.simulated import SimulatedBackend
+from pipeline.device.transfer import Transfer, make_transfer
+
+__all__ = [
+    "Backend",
+    "EagerBackend",
+    "Pending",
+    "Readback",
+    "SimulatedBackend",
+    "StepLimiter",
+    "StreamBackend",
+    "Transfer",
+    "make_transfer",
+    "select_backend",
+]

@@ -1,0 +1,1 @@
+"""The loop: an inbound belt, a step, an outbound belt."""

@@ -1,0 +1,156 @@
+"""Callbacks: told of typed events, on the loop thread; may ask the run to stop."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from pipeline.batch import Scalars
+from pipeline.errors import ConfigError
+from pipeline.state import TrainState
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What every event carries.
+
+    Args:
+        state: Model, optimizer, epoch and step, live.
+        stop: Call it with a reason to end the run after this step; the reason becomes
+            `FitResult.stop_reason`.
+    """
+
+    state: TrainState
+    stop: Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True)
+class FitStarted(Event):
+    """Before the first batch. `run_dir` is None if nothing is written."""
+
+    run_dir: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class StepFinished(Event):
+    """After an optimizer step was queued. Reading `scalars` here would wait for the device."""
+
+    scalars: Scalars
+
+
+@dataclass(frozen=True, slots=True)
+class EpochFinished(Event):
+    """After an epoch's last step, before its validation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Validated(Event):
+    """After a validation: its metrics by name, ``val/loss`` among them."""
+
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class FitFinished(Event):
+    """After the last step of a run that was not ended by an exception."""
+
+    stop_reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class FitFailed(Event):
+    """When an exception ends the run; it goes on to the caller afterwards."""
+
+    error: BaseException
+
+
+class Callback:
+    """Override what you need; every method runs on the loop thread and is waited for."""
+
+    def on_fit_started(self, event: FitStarted) -> None: ...
+    def on_step_finished(self, event: StepFinished) -> None: ...
+    def on_epoch_finished(self, event: EpochFinished) -> None: ...
+    def on_validated(self, event: Validated) -> None: ...
+    def on_fit_finished(self, event: FitFinished) -> None: ...
+    def on_fit_failed(self, event: FitFailed) -> None: ...
+
+
+_METHOD: dict[type[Event], str] = {
+    FitStarted: "on_fit_started",
+    StepFinished: "on_step_finished",
+    EpochFinished: "on_epoch_finished",
+    Validated: "on_validated",
+    FitFinished: "on_fit_finished",
+    FitFailed: "on_fit_failed",
+}
+
+
+class CallbackList:
+    """Tells callbacks of events, in the order in which they were given.
+
+    Attributes:
+        has_step_listeners: Whether any callback wants to hear of each step; most runs have none,
+            and their steps pay nothing.
+    """
+
+    def __init__(self, callbacks: Sequence[Callback]) -> None:
+        self._callbacks = tuple(callbacks)
+        self.has_step_listeners = any(
+            type(each).on_step_finished is not Callback.on_step_finished for each in callbacks
+        )
+
+    def tell(self, event: Event) -> None:
+        """Call each callback's method for this event."""
+        for callback in self._callbacks:
+            getattr(callback, _METHOD[type(event)])(event)
+
+
+class EarlyStopping(Callback):
+    """Stop when a metric has not improved for some validations.
+
+    Args:
+        monitor: A validation metric, such as ``val/loss``.
+        mode: Whether its ``min`` or its ``max`` is best.
+        patience: Stop after so many validations in a row without improvement.
+        min_delta: What counts as an improvement.
+    """
+
+    def __init__(
+        self,
+        monitor: str = "val/loss",
+        mode: Literal["min", "max"] = "min",
+        patience: int = 3,
+        min_delta: float = 0.0,
+    ) -> None:
+        if mode not in ("min", "max"):
+            raise ConfigError(f"EarlyStopping.mode must be min or max, got {mode!r}.")
+        self._monitor, self._sign = monitor, 1.0 if mode == "min" else -1.0
+        self._patience, self._min_delta = patience, min_delta
+
+    def on_fit_started(self, event: FitStarted) -> None:
+        self._best, self._num_waited = math.inf, 0
+
+    def on_validated(self, event: Validated) -> None:
+        value = self._sign * monitored(event.metrics, self._monitor, "EarlyStopping.monitor")
+        if value < self._best - self._min_delta:
+            self._best, self._num_waited = value, 0
+            return
+        self._num_waited += 1
+        if self._num_waited >= self._patience:
+            event.stop("early_stopping")
+
+
+def monitored(metrics: dict[str, float], name: str, key: str) -> float:
+    """Return a metric that a setting names.
+
+    Raises:
+        ConfigError: If it was not computed.
+    """
+    if name not in metrics:
+        raise ConfigError(
+            f"{key} must name a validation metric, got {name!r}. There are: {', '.join(sorted(metrics))}."
+        )
+    return metrics[name]

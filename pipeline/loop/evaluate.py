@@ -1,0 +1,83 @@
+"""Validation, evaluation and prediction: forward only, read once at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.batch import Batch, map_tensors, num_samples
+from pipeline.loop.objective import Objective
+from pipeline.metrics import Mean, MetricSet
+from pipeline.protocols import Metrics
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Calling it with a model gives the mean loss and the metrics over all samples.
+
+    Args:
+        objective: From a batch to a loss.
+        open_batches: Returns the batches, on the device.
+        metrics: By name.
+        autocast: Makes the context in which the model runs.
+
+    Runs on:
+        Loop thread; reads from the device once, after the last batch.
+    """
+
+    objective: Objective
+    open_batches: Callable[[], Generator[Batch]]
+    metrics: Metrics
+    autocast: Callable[[], Any]
+
+    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+        means: dict[str, Mean] = {"loss": Mean()}
+        further = MetricSet(self.metrics)
+        with torch.no_grad(), evaluation_mode(model), closing(self.open_batches()) as batches:
+            for batch in batches:
+                with self.autocast():
+                    computed = self.objective(model, batch)
+                count = num_samples(batch)
+                means["loss"].add(computed.loss, count)
+                for name, value in computed.scalars.items():
+                    means.setdefault(name, Mean()).add(value, count)
+                further.update(*computed.metric_args, num_samples=count)
+        return {name: mean.compute() for name, mean in means.items()} | further.compute()
+
+
+def predict_batches(
+    model: torch.nn.Module,
+    forward: Callable[[torch.nn.Module, Batch], Any],
+    batches: Iterable[Batch],
+    autocast: Callable[[], Any],
+) -> list[Any]:
+    """Return each batch's outputs, on the host."""
+    with torch.no_grad(), evaluation_mode(model):
+        outputs = []
+        for batch in batches:
+            with autocast():
+                made = forward(model, batch)
+            outputs.append(map_tensors(made, lambda tensor: tensor.cpu()))
+        return outputs
+
+
+def forward_inputs(model: torch.nn.Module, batch: Batch) -> Any:
+    """Call the model on a batch's inputs: its first part if it is a pair, else all of it."""
+    is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
+    return model(batch[0] if is_pair else batch)
+
+
+@contextmanager
+def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
+    """Put the model in evaluation mode, and afterwards each module back to the mode it had."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

@@ -1,0 +1,233 @@
+"""The loop itself, `_train_epoch`, and below it what happens between two steps and two epochs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator
+from contextlib import closing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from pipeline.batch import Batch, Row, Scalars, num_samples
+from pipeline.checkpoint import CheckpointFolder
+from pipeline.device import StepLimiter
+from pipeline.errors import StageError, add_stage_note
+from pipeline.loop.callback import (
+    CallbackList,
+    EpochFinished,
+    FitFailed,
+    FitFinished,
+    FitStarted,
+    StepFinished,
+    Validated,
+    monitored,
+)
+from pipeline.loop.outbound import Journal, Outbound, StepDone
+from pipeline.loop.prefetch import WaitTimer
+from pipeline.loop.step import TrainStep
+from pipeline.result import FitResult
+from pipeline.settings import Settings
+from pipeline.state import TrainState
+
+
+@dataclass
+class Run:
+    """The parts of one `fit`, wired by the Trainer.
+
+    Args:
+        inbound: The inbound belt: an epoch's batches on the device, at most so many.
+        validate: Returns the validation metrics without their prefix; None without validation data.
+    """
+
+    settings: Settings
+    state: TrainState
+    step: TrainStep
+    inbound: Callable[[int, int | None], Generator[Batch]]
+    outbound: Outbound
+    journal: Journal
+    limiter: StepLimiter
+    callbacks: CallbackList
+    checkpoints: CheckpointFolder | None
+    validate: Callable[[], dict[str, float]] | None
+    max_batches: int | None
+    scheduler_interval: Literal["step", "epoch"]
+    history: list[Row] = field(default_factory=list)
+    stop_reason: str = ""
+    validated_step: int = -1
+    num_samples: int = 0
+    train_s: float = 0.0
+
+    def stop(self, reason: str) -> None:
+        """End the run after the step under way; the first reason counts."""
+        self.stop_reason = self.stop_reason or reason
+
+
+def fit(run: Run, run_dir: Path | None) -> None:
+    """Train, and tell the callbacks how it began and how it ended."""
+    run.callbacks.tell(FitStarted(run.state, run.stop, run_dir))
+    try:
+        _train(run)
+        run.callbacks.tell(FitFinished(run.state, run.stop, run.stop_reason))
+        run.outbound.flush()
+    except BaseException as error:
+        run.callbacks.tell(FitFailed(run.state, run.stop, error))
+        raise
+
+
+def _train(run: Run) -> None:
+    while not run.stop_reason:
+        first_step = run.state.step
+        with closing(run.inbound(run.state.epoch, _batches_left(run))) as batches:
+            _train_epoch(run, WaitTimer(batches))
+        _check_progress(run, run.state.step - first_step)
+        _finish_epoch(run, first_step)
+
+
+def make_result(run: Run, schedule: Literal["overlap", "textbook"], run_dir: Path | None) -> FitResult:
+    """Sum up a run that has ended."""
+    rows = [*run.history] if run.journal.last_row is None else [run.journal.last_row, *run.history]
+    checkpoints = run.checkpoints
+    return FitResult(
+        metrics={name: value for row in rows for name, value in row.values.items()},
+        history=run.history,
+        losses=run.journal.losses,
+        num_steps=run.state.step,
+        num_epochs=run.state.epoch,
+        schedule=schedule,
+        samples_per_s=run.num_samples / run.train_s,
+        train_s=run.train_s,
+        stop_reason=run.stop_reason,
+        run_dir=run_dir,
+        last_checkpoint=None if checkpoints is None else checkpoints.last,
+        best_checkpoint=None if checkpoints is None else checkpoints.best,
+        ema_model=None if run.state.ema is None else run.state.ema.module,
+    )
+
+
+def _train_epoch(run: Run, batches: WaitTimer) -> None:
+    state, step = run.state, run.step
+    waited_s, started_s = 0.0, time.perf_counter()
+
+    def finish_step() -> None:
+        nonlocal waited_s, started_s
+        scalars = step.update()
+        now_s = time.perf_counter()
+        done = StepDone(state.step, state.epoch, now_s - started_s, batches.waited_s - waited_s)
+        run.train_s += now_s - started_s
+        waited_s, started_s = batches.waited_s, now_s
+        run.outbound.put_step(done, scalars)  # never waits for the device in `overlap`
+        run.limiter.step_queued()  # waits for the step `max_steps_in_flight` ago
+        if _after_step(run, scalars):
+            started_s = time.perf_counter()  # a validation is no training time
+
+    for batch in batches:
+        try:
+            step.micro_batch(batch)
+        except Exception as error:
+            add_stage_note(error, "step", step=state.step)
+            raise
+        run.num_samples += num_samples(batch)
+        if step.is_due:
+            finish_step()
+            if run.stop_reason:
+                return
+    if step.num_pending:
+        finish_step()
+
+
+def _after_step(run: Run, scalars: Scalars) -> bool:
+    """Do what is due between two steps; say whether it took time of its own."""
+    state, settings = run.state, run.settings
+    if run.callbacks.has_step_listeners:
+        run.callbacks.tell(StepFinished(state, run.stop, scalars))
+    if settings.max_steps is not None and state.step >= settings.max_steps:
+        run.stop("max_steps")
+    every_n = settings.val_check_interval
+    if every_n is not None and state.step % every_n == 0:
+        _validate(run, {})
+        return True
+    return False
+
+
+def _finish_epoch(run: Run, first_step: int) -> None:
+    state, settings = run.state, run.settings
+    started_s = time.perf_counter()
+    run.outbound.flush()
+    run.train_s += time.perf_counter() - started_s  # steps that the device was still busy with
+    run.callbacks.tell(EpochFinished(state, run.stop))
+    losses = run.journal.losses[first_step : state.step]
+    means = {"train/epoch_loss": sum(losses) / len(losses)}
+    if settings.epoch_limit is not None and state.epoch + 1 >= settings.epoch_limit:
+        run.stop("max_epochs")
+    every_n = settings.check_val_every_n_epoch
+    is_due = every_n is not None and ((state.epoch + 1) % every_n == 0 or run.stop_reason)
+    if is_due and run.validated_step != state.step:
+        _validate(run, means)
+    else:
+        _report(run, means)
+    scheduler = state.scheduler
+    if run.scheduler_interval == "epoch" and scheduler and not isinstance(scheduler, ReduceLROnPlateau):
+        scheduler.step()
+    if run.checkpoints is not None:
+        run.checkpoints.save_last(state)
+    state.epoch += 1
+
+
+def _validate(run: Run, means: dict[str, float]) -> None:
+    """Validate, report, and act on the result."""
+    if run.validate is None:
+        return _report(run, means)
+    run.outbound.flush()
+    run.validated_step = run.state.step
+    metrics = {f"val/{name}": value for name, value in run.validate().items()}
+    _report(run, {**means, **metrics})
+    value = monitored(metrics, run.settings.monitor, "monitor")
+    if isinstance(run.state.scheduler, ReduceLROnPlateau):
+        run.state.scheduler.step(value)
+    if run.checkpoints is not None:
+        run.checkpoints.save_if_best(run.state, value)
+    run.callbacks.tell(Validated(run.state, run.stop, metrics))
+    return None
+
+
+def _report(run: Run, values: dict[str, float]) -> None:
+    row = Row(run.state.step, run.state.epoch, values)
+    if values:
+        run.history.append(row)
+        run.outbound.put_row(row)
+
+
+def _batches_left(run: Run) -> int | None:
+    """Return the most batches that the coming epoch may use, so that none is made in vain."""
+    limits = [] if run.max_batches is None else [run.max_batches]
+    if run.settings.max_steps is not None:
+        steps_left = run.settings.max_steps - run.state.step
+        limits.append(steps_left * run.settings.accumulate_grad_batches)
+    return min(limits, default=None)
+
+
+def _check_progress(run: Run, num_steps: int) -> None:
+    """Refuse to go round and round over data that has run dry.
+
+    Raises:
+        StageError: If the epoch had no batch.
+    """
+    if num_steps:
+        return
+    if run.checkpoints is not None and run.state.step:
+        run.checkpoints.save_last(run.state)
+    wanted = (
+        f"{run.settings.max_steps} steps"
+        if run.settings.max_steps is not None
+        else f"{run.settings.epoch_limit} epochs"
+    )
+    raise StageError(
+        f"train_data ended early: it gave no batch in epoch {run.state.epoch}, after "
+        f"{run.state.step} of {wanted}. An iterator can be read only once: pass a DataLoader, a "
+        "list, or an object whose __iter__ starts anew.",
+        stage="fetch",
+        step=run.state.step,
+    )

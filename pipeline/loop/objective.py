@@ -1,0 +1,107 @@
+"""From a batch to a loss: the user's `loss_fn` or `step`, and what is wrong with what it returns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+
+from pipeline.batch import Batch, Scalars
+from pipeline.errors import StageError
+from pipeline.protocols import LossFn, Step
+
+
+class Computed(NamedTuple):
+    """What a forward pass gave.
+
+    Args:
+        loss: A scalar tensor.
+        scalars: Further numbers that the user's step returned, by name.
+        metric_args: What metrics are called with.
+    """
+
+    loss: torch.Tensor
+    scalars: Scalars
+    metric_args: tuple[Any, ...]
+
+
+Objective: TypeAlias = Callable[[torch.nn.Module, Batch], Computed]
+
+
+def from_loss_fn(loss_fn: LossFn) -> Objective:
+    """Take batches of ``(inputs, target)``, and give metrics ``(outputs, target)``."""
+
+    def compute(model: torch.nn.Module, batch: Batch) -> Computed:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise StageError(
+                f"with loss_fn a batch must be a pair (inputs, target), got {_describe(batch)}. "
+                "Return pairs from the dataset or collate_fn, or pass step= instead of loss_fn=.",
+                stage="step",
+            )
+        inputs, target = batch
+        outputs = model(inputs)
+        return Computed(_checked(loss_fn(outputs, target)), {}, (outputs, target))
+
+    return compute
+
+
+def from_step(step: Step) -> Objective:
+    """Take any batch; the step returns the loss, or a dict with ``loss`` and numbers to log."""
+
+    def compute(model: torch.nn.Module, batch: Batch) -> Computed:
+        returned = step(model, batch)
+        if not isinstance(returned, dict):
+            return Computed(_checked(returned), {}, (returned,))
+        if "loss" not in returned:
+            raise StageError(
+                f"the dict that step returned must have the key 'loss', got {sorted(returned)}.",
+                stage="step",
+            )
+        scalars = {name: value for name, value in returned.items() if name != "loss" and _is_scalar(value)}
+        return Computed(_checked(returned["loss"]), scalars, (returned,))
+
+    return compute
+
+
+def check_graph(loss: torch.Tensor) -> None:
+    """Refuse a loss that nothing can be learned from.
+
+    Raises:
+        StageError: If the loss does not depend on a parameter.
+    """
+    if not loss.requires_grad:
+        raise StageError(
+            "the loss has no graph: it does not depend on any trainable parameter. Compute it from "
+            "the model's outputs, without detach(), .item() or torch.no_grad().",
+            stage="step",
+        )
+
+
+def _checked(loss: Any) -> torch.Tensor:
+    if not isinstance(loss, torch.Tensor):
+        raise StageError(
+            f"the loss must be a scalar tensor, got {_describe(loss)}. Return the tensor itself.",
+            stage="step",
+        )
+    if loss.ndim:
+        raise StageError(
+            f"the loss must be a scalar, got shape {tuple(loss.shape)}. Reduce it with .mean().",
+            stage="step",
+        )
+    return loss
+
+
+def _is_scalar(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.ndim == 0 and not value.is_complex()
+    return isinstance(value, (int, float))
+
+
+def _describe(found: Any) -> str:
+    if isinstance(found, torch.Tensor):
+        return f"a tensor of shape {tuple(found.shape)}"
+    if isinstance(found, dict):
+        return f"a dict with keys {sorted(map(str, found))}"
+    size = f" of length {len(found)}" if isinstance(found, (tuple, list)) else ""
+    return f"a {type(found).__name__}{size}"

@@ -1,0 +1,145 @@
+"""The inbound belt: batches made ahead on one thread, or in line with the loop.
+
+sampler → fetch → collate → pin + H2D  ⇒  (a bounded channel)  ⇒  loop
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from typing import Any
+
+import torch
+
+from pipeline.batch import Batch
+from pipeline.concurrency import Channel, ChannelClosedError, Scope
+from pipeline.data import END, Reader, Source, UnhookableDrawError, as_source
+from pipeline.device import Backend, Transfer, make_transfer, select_backend
+from pipeline.errors import add_stage_note
+
+
+def read_in_line(reader: Reader, transfer: Transfer) -> Generator[Batch]:
+    """Yield the batches of an epoch as a plain loop makes them: one when it is asked for."""
+    while (batch := reader.read()) is not END:
+        yield transfer.move(batch)
+
+
+def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -> Generator[Batch]:
+    """Yield the same batches, made ahead by a thread that ends with the generator.
+
+    The first one is made on the loop thread, which shows whether a thread can make the rest; where
+    one cannot, they are made in line and a warning says why.
+
+    Args:
+        source: Where the reader comes from.
+        reader: One epoch's batches.
+        transfer: To the device.
+        depth: Batches that may wait for the loop.
+
+    Runs on:
+        Loop thread; blocks, with the GIL released, while no batch is there.
+    """
+    batch = reader.first()
+    if batch is not END and reader.is_threadable:
+        with Scope() as scope:
+            channel: Channel[Any] = Channel(depth)
+            scope.start(lambda: _fill(channel, reader, transfer), name="prefetch", stop=channel.abandon)
+            yield transfer.move(batch)
+            for sent in channel:
+                yield transfer.receive(sent)
+    elif batch is not END:
+        yield transfer.move(batch)
+    if not reader.is_threadable:
+        _warn_in_line(source)
+        yield from read_in_line(reader, transfer)
+
+
+def _fill(channel: Channel[Any], reader: Reader, transfer: Transfer) -> None:
+    """Make batches until they end; prefetch thread."""
+    error: BaseException | None = None
+    try:
+        while (batch := reader.read_in_thread()) is not END:
+            channel.put(_send(transfer, batch, reader.position - 1))
+    except (ChannelClosedError, UnhookableDrawError):
+        pass  # nobody wants more; or the loop thread goes on from here
+    except BaseException as raised:
+        error = raised  # travels to the loop behind the batches that were made before it
+    channel.close(error)
+
+
+def _send(transfer: Transfer, batch: Batch, position: int) -> Any:
+    try:
+        return transfer.send(batch)
+    except Exception as error:
+        add_stage_note(error, "transfer", step=position)
+        raise
+
+
+def _warn_in_line(source: Source) -> None:
+    names = ", ".join(source.unhookable)
+    warnings.warn(
+        f"the data draws random numbers from {names}, which threads share; so its batches are made "
+        "on the loop thread, with the same numbers and without overlap. Draw from torch instead, or "
+        "pass a DataLoader with num_workers=1.",
+        stacklevel=2,
+    )
+
+
+class WaitTimer:
+    """Passes batches on and adds up how long each was waited for."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        self._batches = batches
+        self.waited_s = 0.0
+
+    def __iter__(self) -> WaitTimer:
+        return self
+
+    def __next__(self) -> Batch:
+        started_s = time.perf_counter()
+        batch = next(self._batches)
+        self.waited_s += time.perf_counter() - started_s
+        return batch
+
+
+def prefetch(
+    batches: Iterable[Batch],
+    *,
+    device: str | torch.device | Backend = "auto",
+    depth: int = 8,
+) -> Generator[Batch]:
+    """Bring batches to the device ahead of a loop of your own.
+
+        for batch in prefetch(loader, device="cuda"):
+            loss = step(batch)
+
+    Args:
+        batches: A DataLoader, or any iterable of tensors, tuples, lists, dicts or dataclasses of them.
+        device: Where the batches go; ``auto`` takes the accelerator that is there.
+        depth: Batches that may wait. Memory is bounded by this many and one in the making.
+
+    Yields:
+        The same batches, on the device, in the same order. One that you keep stays valid.
+
+    Raises:
+        ConfigError: If `batches` yields none, or the device is not there.
+        Exception: Whatever `batches` raises, when its turn comes.
+
+    Runs on:
+        The caller's thread, and one thread that ends with the loop; leaving the loop early ends it
+        when the generator is closed or goes out of scope.
+    """
+    if depth < 1:
+        raise ValueError(f"depth must be 1 or more, got {depth}.")
+    source = as_source(
+        batches, name="batches", batch_size=None, shuffle=False, drop_last=False, collate_fn=None, seed=0
+    )
+    transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)
+    return _prefetch(source, transfer, depth)
+
+
+def _prefetch(source: Source, transfer: Transfer, depth: int) -> Generator[Batch]:
+    with closing(read_ahead(source, source.open(0), transfer, depth)) as batches:
+        yield from batches

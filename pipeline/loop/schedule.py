@@ -1,0 +1,58 @@
+"""The two schedules: which belts stand at either end of the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from typing import Literal
+
+import torch
+
+from pipeline.batch import Batch
+from pipeline.concurrency import Scope
+from pipeline.data import Source
+from pipeline.device import Backend, make_transfer
+from pipeline.loop.outbound import BeltOutbound, DirectOutbound, Journal, Outbound
+from pipeline.loop.prefetch import read_ahead, read_in_line
+from pipeline.settings import Settings
+
+
+class Belts:
+    """Makes the inbound and the outbound belt of a schedule.
+
+    Args:
+        settings: Names the schedule.
+        backend: The device.
+        prepare: Applied to each host tensor of a batch, such as a change of memory format.
+
+    Attributes:
+        schedule: ``overlap`` or ``textbook``. ``auto`` is resolved by one rule: overlap where the
+            device runs ahead of the host, so that host work can hide behind it; textbook where it
+            does not, since there a thread competes with the step for the cores and the GIL.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        backend: Backend,
+        prepare: Callable[[torch.Tensor], torch.Tensor] | None,
+    ) -> None:
+        self.backend, self.device = backend, backend.device
+        self._depth = settings.prefetch_depth
+        overlaps = settings.schedule == "overlap" or (
+            settings.schedule == "auto" and backend.streams is not None
+        )
+        self.schedule: Literal["overlap", "textbook"] = "overlap" if overlaps else "textbook"
+        self._transfer = make_transfer(backend, overlaps=overlaps, prepare=prepare)
+
+    def inbound(self, source: Source, epoch: int, max_batches: int | None) -> Generator[Batch]:
+        """Return the batches of an epoch, on the device."""
+        reader = source.open(epoch, max_batches)
+        if self.schedule == "textbook":
+            return read_in_line(reader, self._transfer)
+        return read_ahead(source, reader, self._transfer, self._depth)
+
+    def outbound(self, scope: Scope, journal: Journal) -> Outbound:
+        """Return where the loop puts its numbers; the scope owns the writer thread, if any."""
+        if self.schedule == "textbook":
+            return DirectOutbound(self.backend, journal)
+        return BeltOutbound(scope, self.backend, journal)

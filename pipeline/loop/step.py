@@ -1,0 +1,132 @@
+"""One optimizer step: forward and backward for each micro-batch, then the update."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from pipeline.batch import Batch, Scalars
+from pipeline.errors import add_stage_note
+from pipeline.loop.objective import Objective, check_graph
+from pipeline.settings import AUTOCAST_DTYPE, Settings
+from pipeline.state import TrainState
+
+
+class TrainStep:
+    """Runs the user's model; reads nothing from the device.
+
+    Args:
+        state: What is trained.
+        forward_model: The model as it is called: `state.model`, or its compiled form.
+        objective: From a batch to a loss.
+        settings: Accumulation, clipping, precision.
+        device: Where the model is.
+        scheduler_interval: Whether the scheduler moves with each ``step`` or each ``epoch``.
+
+    Runs on:
+        Loop thread.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        forward_model: torch.nn.Module,
+        objective: Objective,
+        settings: Settings,
+        device: torch.device,
+        scheduler_interval: Literal["step", "epoch"],
+    ) -> None:
+        self._state, self._model, self._objective = state, forward_model, objective
+        self._settings, self._device = settings, device
+        self._num_accumulated = settings.accumulate_grad_batches
+        self._autocast_dtype = AUTOCAST_DTYPE[settings.precision]
+        self._steps_scheduler = (
+            scheduler_interval == "step"
+            and state.scheduler is not None
+            and not isinstance(state.scheduler, ReduceLROnPlateau)
+        )
+        self._scalars: Scalars = {}
+        self.num_pending = 0
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the gradients of enough micro-batches are there for an update."""
+        return self.num_pending >= self._num_accumulated
+
+    def micro_batch(self, batch: Batch) -> None:
+        """Forward and backward; the gradients add to those of the micro-batches before."""
+        if self._autocast_dtype is None:
+            computed = self._objective(self._model, batch)
+        else:
+            with torch.autocast(self._device.type, self._autocast_dtype):
+                computed = self._objective(self._model, batch)
+        check_graph(computed.loss)
+        loss = computed.loss
+        if self._num_accumulated > 1:
+            loss = loss / self._num_accumulated
+        if self._state.scaler is not None:
+            loss = self._state.scaler.scale(loss)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._note_scalars({"train/loss": computed.loss.detach(), **_named(computed.scalars)})
+        self.num_pending += 1
+
+    def update(self) -> Scalars:
+        """Clip, step the optimizer and what follows it, and return the step's scalars.
+
+        Returns:
+            ``train/loss`` and what the user's step returned, averaged over the micro-batches;
+            ``train/lr`` as it was for this update; ``train/grad_norm`` where it was computed.
+        """
+        state, scalars = self._state, self._take_scalars()
+        scalars["train/lr"] = state.optimizer.param_groups[0]["lr"]
+        try:
+            if self._settings.gradient_clip_val is not None:
+                self._clip(self._settings.gradient_clip_val, scalars)
+            if state.scaler is None:
+                state.optimizer.step()
+            else:
+                state.scaler.step(state.optimizer)
+                state.scaler.update()
+            state.optimizer.zero_grad()
+        except Exception as error:
+            add_stage_note(error, "optimizer", step=state.step)
+            raise
+        if self._steps_scheduler and state.scheduler is not None:
+            state.scheduler.step()
+        if state.ema is not None:
+            state.ema.update_parameters(state.model)
+        state.step += 1
+        return scalars
+
+    def _clip(self, limit: float, scalars: Scalars) -> None:
+        parameters = [
+            parameter for group in self._state.optimizer.param_groups for parameter in group["params"]
+        ]
+        if self._state.scaler is not None:
+            self._state.scaler.unscale_(self._state.optimizer)
+        if self._settings.gradient_clip_algorithm == "norm":
+            scalars["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        else:
+            torch.nn.utils.clip_grad_value_(parameters, limit)
+
+    def _note_scalars(self, scalars: Scalars) -> None:
+        if self.num_pending:
+            scalars = {name: self._scalars.get(name, 0.0) + value for name, value in scalars.items()}
+        self._scalars = scalars
+
+    def _take_scalars(self) -> Scalars:
+        scalars, count = self._scalars, self.num_pending
+        self._scalars, self.num_pending = {}, 0
+        return scalars if count == 1 else {name: value / count for name, value in scalars.items()}
+
+
+def _named(scalars: Scalars) -> Scalars:
+    """Give the user's names their prefix; a value that has a graph lets go of it."""
+    return {
+        name if "/" in name else f"train/{name}": (
+            value.detach() if isinstance(value, torch.Tensor) else value
+        )
+        for name, value in scalars.items()
+    }

@@ -1,0 +1,76 @@
+"""The roles that a user's objects can play."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+
+from pipeline.batch import Batch, Row
+
+LossFn: TypeAlias = Callable[[Any, Any], torch.Tensor]
+"""``loss_fn(outputs, target)`` returns a scalar tensor."""
+
+Step: TypeAlias = Callable[[torch.nn.Module, Batch], Any]
+"""``step(model, batch)`` returns the loss, or a dict with ``loss`` and further scalars to log."""
+
+MetricFn: TypeAlias = Callable[..., torch.Tensor]
+"""Per-sample values ``[B]``, or one value for the batch, of ``(outputs, target)``."""
+
+
+@runtime_checkable
+class StatefulMetric(Protocol):
+    """A metric that keeps its own state, as those of torchmetrics do."""
+
+    def update(self, *args: Any) -> None: ...
+    def compute(self) -> Any: ...
+    def reset(self) -> None: ...
+
+
+Metrics: TypeAlias = Mapping[str, "MetricFn | StatefulMetric"]
+
+
+class Scheduler(Protocol):
+    """A learning-rate scheduler of torch, or anything shaped like one."""
+
+    optimizer: torch.optim.Optimizer
+
+    def step(self) -> None: ...
+    def state_dict(self) -> dict[str, Any]: ...
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
+
+
+class Logger(Protocol):
+    """Writes rows somewhere.
+
+    Runs on:
+        The writer thread in ``overlap``, the loop thread in ``textbook``; never two at once.
+    """
+
+    def log(self, row: Row) -> None:
+        """Write one row; rows come in order."""
+
+    def flush(self) -> None:
+        """Make what was written so far readable by others."""
+
+    def close(self) -> None:
+        """Flush and release what is held; called once, also after an error."""
+
+
+@dataclass(frozen=True)
+class Datasets:
+    """What a data builder of a recipe returns.
+
+    Args:
+        train: Anything `Trainer.fit` takes as training data.
+        val: The same for validation, or None.
+        input_shape: The shape of one sample's input, without the batch: ``(C, H, W)`` for images.
+        num_classes: The number of classes.
+    """
+
+    train: Any
+    val: Any
+    input_shape: tuple[int, ...]
+    num_classes: int

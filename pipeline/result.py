@@ -1,0 +1,47 @@
+"""What a `fit` gives back."""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pipeline.batch import Row
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """What a `fit` gave.
+
+    Args:
+        metrics: The last value of each metric: ``train/loss``, ``train/epoch_loss``, ``val/…``.
+        history: One row for each epoch and each validation, in order.
+        losses: The training loss of every optimizer step, in order.
+        num_steps: Optimizer steps made.
+        num_epochs: Epochs begun.
+        schedule: The schedule that ran: ``overlap`` or ``textbook``.
+        samples_per_s: Training samples per second; validation and checkpoints not counted.
+        train_s: Seconds spent training, without validation and checkpoints.
+        stop_reason: ``max_epochs``, ``max_steps``, ``early_stopping``, or what a callback said.
+        run_dir: The folder with the run's files, or None if nothing was written.
+        last_checkpoint: The checkpoint of the last epoch, if one was written.
+        best_checkpoint: The checkpoint with the best `monitor`, if one was written.
+        ema_model: The averaged model, if one was kept.
+    """
+
+    metrics: dict[str, float]
+    history: list[Row]
+    losses: array[float]
+    num_steps: int
+    num_epochs: int
+    schedule: Literal["overlap", "textbook"]
+    samples_per_s: float
+    train_s: float
+    stop_reason: str
+    run_dir: Path | None
+    last_checkpoint: Path | None
+    best_checkpoint: Path | None
+    ema_model: torch.nn.Module | None

@@ -1,0 +1,35 @@
+"""Random numbers of the data: `(seed, epoch, index)` to a seed, and nothing else.
+
+Neither a worker's state nor the generator that the model's dropout draws from takes part, so the
+batches of a run do not depend on where, when and by whom they are made.
+"""
+
+from __future__ import annotations
+
+import torch
+
+_MASK = (1 << 64) - 1
+_SHUFFLE = -1  # takes the place of a sample's index; no sample has a negative one
+
+
+def sample_seed(seed: int, epoch: int, index: int) -> int:
+    """Mix the three numbers into a seed of 63 bits.
+
+    Neighbouring inputs give unrelated seeds, which a plain sum would not.
+
+    Source:
+        Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014): the
+        finalizer of SplitMix64, applied once for each input.
+    """
+    mixed = 0
+    for part in (seed, epoch, index):
+        mixed = (mixed + part + 0x9E3779B97F4A7C15) & _MASK
+        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
+        mixed ^= mixed >> 31
+    return mixed >> 1
+
+
+def shuffle_generator(seed: int, epoch: int) -> torch.Generator:
+    """Return the generator that orders one epoch's samples."""
+    return torch.Generator().manual_seed(sample_seed(seed, epoch, _SHUFFLE))

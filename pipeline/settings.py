@@ -1,0 +1,226 @@
+"""Every setting of a Trainer, its default, and what it may be."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipeline.device import Backend
+from pipeline.errors import ConfigError
+
+Schedule = Literal["auto", "overlap", "textbook"]
+Placement = Literal["auto", "inline"]
+Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
+
+AUTO_RUN_DIR = "auto"
+AUTOCAST_DTYPE: dict[Precision, torch.dtype | None] = {
+    "32-true": None,
+    "bf16-mixed": torch.bfloat16,
+    "16-mixed": torch.float16,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How to train. Names are Lightning's where it has one.
+
+    Args:
+        max_epochs: Stop after so many epochs; 1 if `max_steps` is not given either. Give one of them.
+        max_steps: Stop after so many optimizer steps.
+        accumulate_grad_batches: Batches whose gradients are averaged into one optimizer step. A
+            smaller last group of an epoch is divided by the same number.
+        gradient_clip_val: Clip gradients to this; None does not clip.
+        gradient_clip_algorithm: ``norm`` of all gradients together, or each ``value``.
+        precision: ``32-true``, or autocast to ``bf16-mixed`` or ``16-mixed`` (with a GradScaler).
+        log_every_n_steps: Give the loggers a row every so many steps. Every step's loss is in
+            `FitResult.losses` regardless.
+        check_val_every_n_epoch: Validate every so many epochs; None leaves it to `val_check_interval`.
+        val_check_interval: Validate every so many optimizer steps as well.
+        limit_train_batches: Use at most this many batches an epoch, or this share (a float).
+        limit_val_batches: The same for validation.
+        fast_dev_run: One step, one validation batch, no files: does it run at all?
+        monitor: The metric that decides which checkpoint is best, and what a ReduceLROnPlateau sees.
+        monitor_mode: Whether its ``min`` or its ``max`` is best.
+        enable_progress_bar: Show a bar on a terminal, a line for each validation elsewhere.
+        enable_checkpointing: Write ``last.pt`` and ``best.pt`` to the run folder.
+        ema_decay: Keep an average of the weights with this decay (0 to 1), and validate with it.
+        compile: Compile the model: True, or the keywords of `torch.compile`.
+        channels_last: Keep model and images in channels-last memory format.
+        deterministic: Use torch's deterministic algorithms for the length of the run.
+        on_nonfinite: ``stop`` with a NonFiniteError when the loss is NaN or infinite, or ``ignore``.
+        schedule: ``textbook`` fetches, steps, reads the loss and logs, one after the other on one
+            thread. ``overlap`` fetches ahead on a prefetch thread and reads and logs behind on a
+            writer thread. Losses and weights are the same. ``auto`` is overlap on a device that
+            runs ahead of the host, and textbook on one that does not, where a thread would compete
+            with the step for the cores and the GIL.
+        placement: Where batches are made in ``overlap``: ``inline``, on the prefetch thread.
+        num_workers: Workers that make batches; 0, as ``inline`` has none.
+        prefetch_depth: Batches that may wait for the loop.
+        max_steps_in_flight: Steps that may be queued on the device before the loop waits.
+        seed: Decides the order of the samples and the random numbers of each. The model's own
+            (initial weights, dropout) come from torch's global generator, which is yours to seed.
+        device: ``auto``, or a torch device.
+        run_dir: Where files go: ``auto`` is ``runs/<time>``, None writes nothing.
+
+    Raises:
+        ConfigError: Naming every wrong setting at once.
+    """
+
+    max_epochs: int | None = None
+    max_steps: int | None = None
+    accumulate_grad_batches: int = 1
+    gradient_clip_val: float | None = None
+    gradient_clip_algorithm: Literal["norm", "value"] = "norm"
+    precision: Precision = "32-true"
+    log_every_n_steps: int = 1
+    check_val_every_n_epoch: int | None = 1
+    val_check_interval: int | None = None
+    limit_train_batches: int | float | None = None
+    limit_val_batches: int | float | None = None
+    fast_dev_run: bool = False
+    monitor: str = "val/loss"
+    monitor_mode: Literal["min", "max"] = "min"
+    enable_progress_bar: bool = True
+    enable_checkpointing: bool = True
+    ema_decay: float | None = None
+    compile: bool | Mapping[str, Any] = False
+    channels_last: bool = False
+    deterministic: bool = False
+    on_nonfinite: Literal["stop", "ignore"] = "stop"
+    schedule: Schedule = "auto"
+    placement: Placement = "auto"
+    num_workers: int = 0
+    prefetch_depth: int = 8
+    max_steps_in_flight: int = 4
+    seed: int = 0
+    device: str | torch.device | Backend = "auto"
+    run_dir: str | Path | None = AUTO_RUN_DIR
+
+    def __post_init__(self) -> None:
+        problems = type_problems(vars(self)) or self._range_problems()
+        if problems:
+            raise ConfigError(problems)
+        if self.fast_dev_run:
+            for name, value in _DEV_RUN.items():
+                object.__setattr__(self, name, value)
+
+    @property
+    def epoch_limit(self) -> int | None:
+        """Epochs after which to stop; None where `max_steps` decides."""
+        return 1 if self.max_epochs is None and self.max_steps is None else self.max_epochs
+
+    def _range_problems(self) -> list[str]:
+        problems = [
+            f"{name} must be {least} or more, got {value}."
+            for name, least in _LEAST.items()
+            if (value := getattr(self, name)) is not None and value < least
+        ]
+        if self.max_epochs is not None and self.max_steps is not None:
+            problems.append(
+                f"max_epochs={self.max_epochs} and max_steps={self.max_steps} contradict: each says "
+                "when to stop. Give one, and set the other to null (None)."
+            )
+        if self.num_workers > 0:
+            problems.append(
+                f"num_workers must be 0, got {self.num_workers}: batches are made on the prefetch "
+                "thread. For worker processes pass a DataLoader with num_workers of its own."
+            )
+        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
+            problems.append(f"ema_decay must be between 0 and 1, got {self.ema_decay}.")
+        for name in ("limit_train_batches", "limit_val_batches"):
+            value = getattr(self, name)
+            if value is not None and (value <= 0 or (isinstance(value, float) and value > 1)):
+                problems.append(
+                    f"{name} must be a number of batches (1 or more) or a share of them (a float "
+                    f"up to 1.0), got {value}."
+                )
+        return problems
+
+
+_LEAST: dict[str, float] = {
+    "max_epochs": 1,
+    "max_steps": 1,
+    "accumulate_grad_batches": 1,
+    "gradient_clip_val": 0,
+    "log_every_n_steps": 1,
+    "check_val_every_n_epoch": 1,
+    "val_check_interval": 1,
+    "num_workers": 0,
+    "prefetch_depth": 1,
+    "max_steps_in_flight": 1,
+}
+
+
+_DEV_RUN: dict[str, Any] = {
+    "max_epochs": None,
+    "max_steps": 1,
+    "limit_val_batches": 1,
+    "check_val_every_n_epoch": 1,
+    "enable_checkpointing": False,
+    "run_dir": None,
+}
+
+
+def type_problems(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Say which keys are no settings and which values have a wrong type.
+
+    Args:
+        values: Settings by name.
+        prefix: Put before each name, so that the message has the key that a user types.
+    """
+    hints = typing.get_type_hints(Settings)
+    problems = []
+    for name, value in values.items():
+        if name not in hints:
+            problems.append(f"{prefix}{name} is not a setting. {_suggest(name, hints)}")
+        elif not _fits(value, hints[name]):
+            wanted = _describe(hints[name])
+            problems.append(f"{prefix}{name} must be {wanted}, got {value!r}.")
+    return problems
+
+
+def setting_names() -> list[str]:
+    """Return the names of all settings."""
+    return [field.name for field in dataclasses.fields(Settings)]
+
+
+def _suggest(name: str, known: Mapping[str, Any]) -> str:
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"Did you mean {close[0]}?" if close else f"There are: {', '.join(sorted(known))}."
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, option) for option in typing.get_args(hint))
+    if origin is not None:
+        return isinstance(value, origin)
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if hint is Backend:
+        return hasattr(value, "streams")
+    return isinstance(value, hint)
+
+
+def _describe(hint: Any) -> str:
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return ", ".join(map(str, typing.get_args(hint)))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if hint is type(None):
+        return "null (None)"
+    plain = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+    return plain.get(hint) or str(getattr(origin or hint, "__name__", hint))

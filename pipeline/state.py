@@ -1,0 +1,49 @@
+"""What training changes: the model, its optimizer and schedule, and how far they are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.protocols import Scheduler
+
+
+@dataclass
+class TrainState:
+    """Everything that a step reads and writes.
+
+    Args:
+        model: The user's module, on the device.
+        optimizer: The user's optimizer.
+        scheduler: The user's scheduler, or None.
+        scaler: Scales the loss in float16; None in the other precisions.
+        ema: The averaged copy of the model, or None.
+        epoch: The epoch under way, counted from 0.
+        step: Optimizer steps finished.
+    """
+
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scheduler: Scheduler | None = None
+    scaler: torch.amp.GradScaler | None = None
+    ema: torch.optim.swa_utils.AveragedModel | None = None
+    epoch: int = 0
+    step: int = 0
+
+    @property
+    def evaluated_model(self) -> torch.nn.Module:
+        """The model that validation and prediction use: the average where one is kept."""
+        return self.model if self.ema is None else self.ema.module
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return plain containers and tensors only, so that loading never runs code."""
+        parts = {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "scaler": self.scaler,
+            "ema": None if self.ema is None else self.ema.module,
+        }
+        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        return {"model": self.model.state_dict(), "epoch": self.epoch, "step": self.step, **states}

@@ -1,0 +1,253 @@
+"""The Trainer: wires the belts to the loop, and owns the one `with` that ends what it started."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipeline.batch import Batch
+from pipeline.checkpoint import load_model
+from pipeline.concurrency import Scope
+from pipeline.data import EVALUATION_EPOCH, Source, as_source
+from pipeline.device import StepLimiter, select_backend
+from pipeline.loop.callback import Callback, CallbackList
+from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
+from pipeline.loop.fit import Run, fit, make_result
+from pipeline.loop.objective import Objective
+from pipeline.loop.outbound import Journal
+from pipeline.loop.schedule import Belts
+from pipeline.loop.setup import (
+    at_most,
+    check_choice,
+    check_model,
+    check_monitor,
+    compile_model,
+    deterministic_algorithms,
+    make_autocast,
+    make_checkpoints,
+    make_ema,
+    make_loggers,
+    make_objective,
+    make_run_dir,
+    make_scaler,
+    place,
+    resolve_limit,
+    split_batching,
+    to_channels_last,
+)
+from pipeline.loop.step import TrainStep
+from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
+from pipeline.result import FitResult
+from pipeline.settings import Settings
+from pipeline.state import TrainState
+
+
+class Trainer(Settings):
+    """Trains, evaluates and predicts; its arguments are those of `Settings`.
+
+    trainer = Trainer(max_epochs=5)
+    result = trainer.fit(model, optimizer, dataset, loss_fn=F.cross_entropy, batch_size=64)
+    """
+
+    def fit(
+        self,
+        model: torch.nn.Module,
+        optimizer: torch.optim.Optimizer,
+        train_data: Any,
+        *,
+        loss_fn: LossFn | None = None,
+        step: Step | None = None,
+        batch_size: int | None = None,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        collate_fn: Callable[[list[Any]], Batch] | None = None,
+        val_data: Any = None,
+        scheduler: Scheduler | None = None,
+        scheduler_interval: Literal["step", "epoch"] = "step",
+        metrics: Metrics | None = None,
+        callbacks: Sequence[Callback] = (),
+        loggers: Sequence[Logger] = (),
+    ) -> FitResult:
+        """Train the model in place.
+
+        Args:
+            model: Moved to the device; its parameters stay the same objects.
+            optimizer: Any of torch's, over the model's parameters.
+            train_data: A map-style dataset (with `batch_size`), a DataLoader, or any iterable of
+                batches: tensors, tuples, lists, dicts and dataclasses of them.
+            loss_fn: Called with ``(outputs, target)`` for batches of ``(inputs, target)``.
+            step: Instead of `loss_fn`: called with ``(model, batch)``, returns the loss, or a dict
+                with ``loss`` and further scalars to log.
+            batch_size: Samples per batch, if `train_data` is a dataset; for `val_data` too.
+            shuffle: Draw a new order of the dataset for each epoch.
+            drop_last: Leave out a last batch that is not full.
+            collate_fn: Makes a batch of a list of samples; torch's `default_collate` unless told.
+            val_data: Like `train_data`; never shuffled.
+            scheduler: Any of torch's, over `optimizer`. A ReduceLROnPlateau sees `monitor`.
+            scheduler_interval: Whether it moves with each optimizer ``step`` or each ``epoch``.
+            metrics: Validation metrics by name: functions of ``(outputs, target)`` (of what `step`
+                returned, where there is one), or objects with update, compute and reset.
+            callbacks: Told of events on the loop thread.
+            loggers: Told of each row, besides the run folder's ``metrics.jsonl`` and the bar; they
+                are closed when the run ends.
+
+        Raises:
+            ConfigError: For settings that do not fit each other or the data, before the first step.
+            StageError: If a batch, a loss or the data is not what it should be.
+            NonFiniteError: If the loss becomes NaN or infinite, unless ``on_nonfinite='ignore'``.
+            Exception: The user's own, from any stage, with a note that says where.
+
+        Runs on:
+            The calling thread is the loop thread. When this returns or raises, every thread that it
+            started has ended.
+        """
+        objective = make_objective(loss_fn, step)
+        check_model(model, optimizer, scheduler)
+        check_monitor(self.monitor, loss_fn, val_data, metrics or {})
+        check_choice("scheduler_interval", scheduler_interval, ("step", "epoch"))
+        make_source = partial(as_source, seed=self.seed)
+        batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn)
+        source = make_source(train_data, name="train_data", shuffle=shuffle, drop_last=drop_last, **batching)
+        max_batches = resolve_limit("limit_train_batches", self.limit_train_batches, source.num_batches)
+        evaluation, belts = None, self._belts()
+        if val_data is not None:
+            val_source = make_source(
+                val_data, name="val_data", shuffle=False, drop_last=False, **val_batching
+            )
+            evaluation = self._evaluation(belts, objective, val_source, metrics)
+        place(self, belts.device, model, loss_fn)
+        called_model = compile_model(model, self.compile)
+        scaler, ema = make_scaler(self.precision, belts.device), make_ema(model, self.ema_decay)
+        state = TrainState(model, optimizer, scheduler, scaler, ema)
+        run_dir = make_run_dir(self.run_dir)
+        with ExitStack() as stack:
+            stack.enter_context(deterministic_algorithms(self.deterministic))
+            num_batches = at_most(source.num_batches, max_batches)
+            all_loggers = [*loggers, *make_loggers(self, run_dir, num_batches)]
+            for logger in all_loggers:
+                stack.callback(logger.close)
+            journal = Journal(self, all_loggers, last_step=lambda: state.step)
+            scope = stack.enter_context(Scope())
+            run = Run(
+                settings=self,
+                state=state,
+                step=TrainStep(state, called_model, objective, self, belts.device, scheduler_interval),
+                inbound=partial(belts.inbound, source),
+                outbound=belts.outbound(scope, journal),
+                journal=journal,
+                limiter=StepLimiter(belts.backend, self.max_steps_in_flight),
+                callbacks=CallbackList(callbacks),
+                checkpoints=make_checkpoints(self, run_dir),
+                validate=None
+                if evaluation is None
+                else partial(evaluation, ema.module if ema else called_model),
+                max_batches=max_batches,
+                scheduler_interval=scheduler_interval,
+            )
+            fit(run, run_dir)
+        return make_result(run, belts.schedule, run_dir)
+
+    def evaluate(
+        self,
+        model: torch.nn.Module,
+        data: Any,
+        *,
+        loss_fn: LossFn | None = None,
+        step: Step | None = None,
+        batch_size: int | None = None,
+        collate_fn: Callable[[list[Any]], Batch] | None = None,
+        metrics: Metrics | None = None,
+        checkpoint: str | Path | None = None,
+    ) -> dict[str, float]:
+        """Return the mean loss and the metrics over all samples, by name.
+
+        Args:
+            model: In evaluation mode for the length of the call.
+            data: Like `val_data` of `fit`.
+            loss_fn: As for `fit`.
+            step: As for `fit`.
+            batch_size: As for `fit`.
+            collate_fn: As for `fit`.
+            metrics: As for `fit`.
+            checkpoint: Load the model's weights from this file first: the averaged ones if it has
+                any.
+
+        Raises:
+            ConfigError: For settings that do not fit the data.
+            CheckpointError: If the checkpoint cannot be read or belongs to another model.
+        """
+        source = self._evaluation_source(data, batch_size, collate_fn)
+        belts = self._belts()
+        evaluation = self._evaluation(belts, make_objective(loss_fn, step), source, metrics)
+        if checkpoint is not None:
+            load_model(checkpoint, model)
+        place(self, belts.device, model, loss_fn)
+        return evaluation(model)
+
+    def predict(
+        self,
+        model: torch.nn.Module,
+        data: Any,
+        *,
+        forward: Callable[[torch.nn.Module, Batch], Any] = forward_inputs,
+        batch_size: int | None = None,
+        collate_fn: Callable[[list[Any]], Batch] | None = None,
+        checkpoint: str | Path | None = None,
+    ) -> Any:
+        """Return the model's outputs for all samples, on the host.
+
+        Args:
+            model: In evaluation mode for the length of the call.
+            data: Like `val_data` of `fit`; of a pair ``(inputs, target)`` the inputs are used.
+            forward: Called with ``(model, batch)`` instead of calling the model on the inputs.
+            batch_size: As for `fit`.
+            collate_fn: As for `fit`.
+            checkpoint: As for `evaluate`.
+
+        Returns:
+            One tensor, the batches' outputs put together along their first dimension; or the list of
+            the batches' outputs, where they are not tensors.
+        """
+        source = self._evaluation_source(data, batch_size, collate_fn)
+        belts = self._belts()
+        if checkpoint is not None:
+            load_model(checkpoint, model)
+        place(self, belts.device, model, None)
+        limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
+        with closing(belts.inbound(source, EVALUATION_EPOCH, limit)) as batches:
+            outputs = predict_batches(model, forward, batches, make_autocast(self.precision, belts.device))
+        is_tensors = all(isinstance(each, torch.Tensor) and each.ndim for each in outputs)
+        return torch.cat(outputs) if outputs and is_tensors else outputs
+
+    def _belts(self) -> Belts:
+        prepare = to_channels_last if self.channels_last else None
+        return Belts(self, select_backend(self.device), prepare)
+
+    def _evaluation_source(
+        self, data: Any, batch_size: int | None, collate_fn: Callable[[list[Any]], Batch] | None
+    ) -> Source:
+        return as_source(
+            data,
+            name="data",
+            batch_size=batch_size,
+            shuffle=False,
+            drop_last=False,
+            collate_fn=collate_fn,
+            seed=self.seed,
+        )
+
+    def _evaluation(
+        self, belts: Belts, objective: Objective, source: Source, metrics: Metrics | None
+    ) -> Evaluation:
+        limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
+        return Evaluation(
+            objective=objective,
+            open_batches=partial(belts.inbound, source, EVALUATION_EPOCH, limit),
+            metrics=metrics or {},
+            autocast=make_autocast(self.precision, belts.device),
+        )

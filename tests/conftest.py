@@ -1,0 +1,72 @@
+"""What every test gets: one intra-op thread, its own folder, and a check that it leaves nothing behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+
+settings.register_profile("ci", deadline=None, max_examples=25, print_blob=True, derandomize=True)
+settings.load_profile("ci")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+@pytest.fixture(autouse=True)
+def one_intra_op_thread() -> Iterator[None]:
+    """Use one thread inside operations: tests run beside others, and two cores saturate quickly."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run in a folder of the test's own, where run folders may go."""
+    monkeypatch.chdir(tmp_path)
+
+
+def alive() -> dict[str, set[str]]:
+    """Return the threads, processes, shared memory and open files of this process."""
+    processes: set[str] = set()
+    for task in Path("/proc/self/task").iterdir():
+        processes |= set((task / "children").read_text().split())
+    files = set()
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            target = os.readlink(f"/proc/self/fd/{name}")
+        except FileNotFoundError:
+            continue  # the handle that listed the folder
+        if not target.startswith(("/dev/", "/proc/")) and "site-packages" not in target:
+            files.add(f"{name} {target}")
+    return {
+        "threads": {f"{thread.name} {thread.ident}" for thread in threading.enumerate()},
+        "processes": processes,
+        "shared memory": set(os.listdir("/dev/shm")),
+        "files": files,
+    }
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_behind() -> Iterator[None]:
+    """Fail a test that leaves a thread, a process, a shared-memory block or an open file."""
+    before = alive()
+    yield
+    gc.collect()
+    after = alive()
+    left = {kind: after[kind] - before[kind] for kind in after if after[kind] - before[kind]}
+    assert not left, f"left behind: {left}"
