@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC
 from collections.abc import Callable, Mapping
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -17,8 +17,7 @@ Scalars: TypeAlias = dict[str, torch.Tensor | float]
 """The numbers of one step: 0-dimensional tensors still on their device, or floats of the host."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """What the loggers are told about one moment of a run.
 
     Args:
@@ -64,8 +63,10 @@ def num_samples(batch: Batch) -> int:
 
     A batch without a tensor, or whose first one is 0-dimensional, counts as one sample.
     """
-    first = _first_tensor(batch)
-    return len(first) if first is not None and first.ndim else 1
+    # The most common batch first: this runs at every step.
+    is_pair = isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], torch.Tensor)
+    first = batch[0] if is_pair else _first_tensor(batch)
+    return first.shape[0] if first is not None and first.ndim else 1
 
 
 def _first_tensor(batch: Batch) -> torch.Tensor | None:

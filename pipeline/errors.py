@@ -45,8 +45,11 @@ class StageError(PipelineError):
     def __init__(
         self, message: str, *, stage: str, step: int | None = None, index: int | None = None
     ) -> None:
-        self.stage, self.step, self.index = stage, step, index
-        super().__init__(f"{describe_stage(stage, step=step, index=index)}: {message}")
+        self.message, self.stage, self.step, self.index = message, stage, step, index
+        super().__init__(message)
+
+    def __str__(self) -> str:
+        return f"{describe_stage(self.stage, step=self.step, index=self.index)}: {self.message}"
 
 
 class NonFiniteError(PipelineError):
@@ -84,7 +87,13 @@ def describe_stage(stage: str, *, step: int | None = None, index: int | None = N
 def add_stage_note(
     error: BaseException, stage: str, *, step: int | None = None, index: int | None = None
 ) -> None:
-    """Write on a user's exception where in the flow it was raised; the first stage to say so wins."""
+    """Write on a user's exception where in the flow it was raised; the first stage to say so wins.
+
+    A StageError knows its stage, and is told the step if whoever raised it did not.
+    """
+    if isinstance(error, StageError):
+        error.step = step if error.step is None else error.step
+        return
     notes = getattr(error, "__notes__", ())
-    if not any(note.startswith("stage '") for note in notes) and not isinstance(error, StageError):
+    if not any(note.startswith("stage '") for note in notes):
         error.add_note(describe_stage(stage, step=step, index=index))

@@ -14,7 +14,7 @@ from pipeline.batch import Batch
 from pipeline.checkpoint import load_model
 from pipeline.concurrency import Scope
 from pipeline.data import EVALUATION_EPOCH, Source, as_source
-from pipeline.device import StepLimiter, select_backend
+from pipeline.device import select_backend
 from pipeline.loop.callback import Callback, CallbackList
 from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
 from pipeline.loop.fit import Run, fit, make_result
@@ -140,7 +140,7 @@ class Trainer(Settings):
                 inbound=partial(belts.inbound, source),
                 outbound=belts.outbound(scope, journal),
                 journal=journal,
-                limiter=StepLimiter(belts.backend, self.max_steps_in_flight),
+                limiter=belts.limiter(self.max_steps_in_flight),
                 callbacks=CallbackList(callbacks),
                 checkpoints=make_checkpoints(self, run_dir),
                 validate=None

@@ -10,6 +10,8 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
+from torch.utils.data import DataLoader, default_collate
+
 from pipeline.batch import Batch
 from pipeline.data.fetch import CollateFn, Fetcher
 from pipeline.data.randomness import GeneratorMode, SampleRandomness, UnhookableDrawError
@@ -59,10 +61,12 @@ class Source(Protocol):
     Attributes:
         num_batches: Batches per epoch, or None where nobody knows.
         unhookable: What the data was seen to draw from that a thread cannot isolate.
+        makes_fresh_batches: Whether each batch is known to have memory of its own.
     """
 
     num_batches: int | None
     unhookable: tuple[str, ...]
+    makes_fresh_batches: bool
 
     def open(self, epoch: int, max_batches: int | None = None) -> Reader:
         """Begin an epoch of at most so many batches; loop thread."""
@@ -88,6 +92,7 @@ class MapSource:
         self.randomness = SampleRandomness()
         self.num_batches: int | None = num_batches(self._num_samples, batch_size, drop_last)
         self.unhookable: tuple[str, ...] = ()
+        self.makes_fresh_batches = collate_fn is None
 
     def open(self, epoch: int, max_batches: int | None = None) -> MapReader:
         plan = BatchPlan(
@@ -162,6 +167,10 @@ class IterableSource:
         self._batches, self._seed = batches, seed
         self.num_batches: int | None = length_or_none(batches)
         self.unhookable: tuple[str, ...] = ()
+        self.makes_fresh_batches = isinstance(batches, (list, tuple)) or (
+            isinstance(batches, DataLoader)
+            and (batches.num_workers > 0 or batches.collate_fn is default_collate)
+        )
 
     def open(self, epoch: int, max_batches: int | None = None) -> IterableReader:
         mode = GeneratorMode()
@@ -184,7 +193,7 @@ class IterableReader:
         return self._next()
 
     def read(self) -> Batch:
-        if self.position == 0 or self._mode is None:
+        if self._mode is None or self.position == 0:
             return self._next()
         with self._mode:
             return self._next()

@@ -102,18 +102,16 @@ class StepLimiter:
     """Bounds how far the loop runs ahead of the device.
 
     Args:
-        backend: The device; one that does not run ahead needs no bound.
+        streams: Of a device that runs ahead; any other needs no bound.
         max_steps_in_flight: Steps that may be queued and not done; 1 waits for the step before.
     """
 
-    def __init__(self, backend: Backend, max_steps_in_flight: int) -> None:
-        self._streams, self._max = backend.streams, max_steps_in_flight
+    def __init__(self, streams: Streams, max_steps_in_flight: int) -> None:
+        self._streams, self._max = streams, max_steps_in_flight
         self._events: deque[Event] = deque()
 
     def step_queued(self) -> None:
         """Note that a step has been queued, and wait for the one that many steps before it."""
-        if self._streams is None:
-            return
         self._events.append(self._streams.record_compute())
         if len(self._events) > self._max:
             self._events.popleft().synchronize()

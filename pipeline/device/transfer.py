@@ -30,31 +30,38 @@ from pipeline.device.backend import Backend, Event, Streams
 class Transfer(Protocol):
     """Two halves of a copy to the device."""
 
-    def send(self, batch: Batch) -> Any:
-        """Start the copy; prefetch thread."""
+    def send(self, batch: Batch, *, is_fresh: bool = True) -> Any:
+        """Start the copy; prefetch thread.
+
+        Args:
+            batch: On the host.
+            is_fresh: Whether nobody will write to its memory again. If not, it is copied at once:
+                whoever makes batches ahead must not see the next one in this one's memory.
+        """
 
     def receive(self, sent: Any) -> Batch:
-        """Return the batch, safe to use in the next operation; loop thread, never waits."""
+        """Return the batch, safe to use in the next operation; loop thread."""
 
-    def move(self, batch: Batch) -> Batch:
-        """Copy as a plain loop does; loop thread."""
+    @property
+    def is_identity(self) -> bool:
+        """Whether a fresh batch comes out as it went in."""
 
 
 class EagerTransfer:
-    """The copy of a plain loop, made on the loop thread; nothing at all for the CPU."""
+    """The copy of a plain loop, made when the batch is received; nothing at all for the CPU."""
 
     def __init__(self, backend: Backend, prepare: Callable[[torch.Tensor], torch.Tensor] | None):
         self._backend, self._prepare = backend, prepare
         self._is_host = backend.device.type == "cpu" and backend.streams is None
+        self.is_identity = self._is_host and prepare is None
 
-    def send(self, batch: Batch) -> Batch:
+    def send(self, batch: Batch, *, is_fresh: bool = True) -> Batch:
+        if not is_fresh:
+            batch = map_tensors(batch, torch.clone)
         return batch if self._prepare is None else map_tensors(batch, self._prepare)
 
     def receive(self, sent: Batch) -> Batch:
         return sent if self._is_host else map_tensors(sent, self._backend.move)
-
-    def move(self, batch: Batch) -> Batch:
-        return self.receive(self.send(batch))
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +84,8 @@ class StreamTransfer:
         batch handed over.
     """
 
+    is_identity = False
+
     def __init__(
         self,
         backend: Backend,
@@ -84,10 +93,9 @@ class StreamTransfer:
         prepare: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:
         self._device, self._streams, self._prepare = backend.device, streams, prepare
-        self._eager = EagerTransfer(backend, prepare)
         self._slots = SlotPool(streams)
 
-    def send(self, batch: Batch) -> SentBatch:
+    def send(self, batch: Batch, *, is_fresh: bool = True) -> SentBatch:
         leased: list[Slot] = []
 
         def start_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -115,11 +123,8 @@ class StreamTransfer:
 
         return map_tensors(sent.batch, lend)
 
-    def move(self, batch: Batch) -> Batch:
-        return self._eager.move(batch)
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Slot:
     """Pinned host memory for one tensor of a certain shape, layout and dtype."""
 

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pipeline.batch import Batch, Row, Scalars, num_samples
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.device import StepLimiter
-from pipeline.errors import StageError, add_stage_note
+from pipeline.errors import StageError
 from pipeline.loop.callback import (
     CallbackList,
     EpochFinished,
@@ -25,8 +24,8 @@ from pipeline.loop.callback import (
     Validated,
     monitored,
 )
+from pipeline.loop.clock import StepClock
 from pipeline.loop.outbound import Journal, Outbound, StepDone
-from pipeline.loop.prefetch import WaitTimer
 from pipeline.loop.step import TrainStep
 from pipeline.result import FitResult
 from pipeline.settings import Settings
@@ -48,7 +47,7 @@ class Run:
     inbound: Callable[[int, int | None], Generator[Batch]]
     outbound: Outbound
     journal: Journal
-    limiter: StepLimiter
+    limiter: StepLimiter | None
     callbacks: CallbackList
     checkpoints: CheckpointFolder | None
     validate: Callable[[], dict[str, float]] | None
@@ -58,7 +57,7 @@ class Run:
     stop_reason: str = ""
     validated_step: int = -1
     num_samples: int = 0
-    train_s: float = 0.0
+    clock: StepClock = field(default_factory=StepClock)
 
     def stop(self, reason: str) -> None:
         """End the run after the step under way; the first reason counts."""
@@ -81,7 +80,7 @@ def _train(run: Run) -> None:
     while not run.stop_reason:
         first_step = run.state.step
         with closing(run.inbound(run.state.epoch, _batches_left(run))) as batches:
-            _train_epoch(run, WaitTimer(batches))
+            _train_epoch(run, batches)
         _check_progress(run, run.state.step - first_step)
         _finish_epoch(run, first_step)
 
@@ -97,8 +96,8 @@ def make_result(run: Run, schedule: Literal["overlap", "textbook"], run_dir: Pat
         num_steps=run.state.step,
         num_epochs=run.state.epoch,
         schedule=schedule,
-        samples_per_s=run.num_samples / run.train_s,
-        train_s=run.train_s,
+        samples_per_s=run.num_samples / run.clock.train_s,
+        train_s=run.clock.train_s,
         stop_reason=run.stop_reason,
         run_dir=run_dir,
         last_checkpoint=None if checkpoints is None else checkpoints.last,
@@ -107,35 +106,31 @@ def make_result(run: Run, schedule: Literal["overlap", "textbook"], run_dir: Pat
     )
 
 
-def _train_epoch(run: Run, batches: WaitTimer) -> None:
-    state, step = run.state, run.step
-    waited_s, started_s = 0.0, time.perf_counter()
-
-    def finish_step() -> None:
-        nonlocal waited_s, started_s
-        scalars = step.update()
-        now_s = time.perf_counter()
-        done = StepDone(state.step, state.epoch, now_s - started_s, batches.waited_s - waited_s)
-        run.train_s += now_s - started_s
-        waited_s, started_s = batches.waited_s, now_s
-        run.outbound.put_step(done, scalars)  # never waits for the device in `overlap`
-        run.limiter.step_queued()  # waits for the step `max_steps_in_flight` ago
-        if _after_step(run, scalars):
-            started_s = time.perf_counter()  # a validation is no training time
-
+def _train_epoch(run: Run, batches: Iterator[Batch]) -> None:
+    step, clock = run.step, run.clock
+    clock.restart()
     for batch in batches:
-        try:
-            step.micro_batch(batch)
-        except Exception as error:
-            add_stage_note(error, "step", step=state.step)
-            raise
+        clock.batch_arrived()
+        step.micro_batch(batch)
         run.num_samples += num_samples(batch)
         if step.is_due:
-            finish_step()
+            _finish_step(run)
             if run.stop_reason:
                 return
+        clock.ask_for_batch()
     if step.num_pending:
-        finish_step()
+        _finish_step(run)
+
+
+def _finish_step(run: Run) -> None:
+    scalars = run.step.update()
+    step_s, data_wait_s = run.clock.step_ended()
+    done = StepDone(run.state.step, run.state.epoch, step_s, data_wait_s)
+    run.outbound.put_step(done, scalars)  # never waits for the device in `overlap`
+    if run.limiter is not None:
+        run.limiter.step_queued()  # waits for the step `max_steps_in_flight` ago
+    if _after_step(run, scalars):
+        run.clock.restart()  # a validation is no training time
 
 
 def _after_step(run: Run, scalars: Scalars) -> bool:
@@ -154,9 +149,8 @@ def _after_step(run: Run, scalars: Scalars) -> bool:
 
 def _finish_epoch(run: Run, first_step: int) -> None:
     state, settings = run.state, run.settings
-    started_s = time.perf_counter()
     run.outbound.flush()
-    run.train_s += time.perf_counter() - started_s  # steps that the device was still busy with
+    run.clock.step_ended()  # what the device was still busy with is training time too
     run.callbacks.tell(EpochFinished(state, run.stop))
     losses = run.journal.losses[first_step : state.step]
     means = {"train/epoch_loss": sum(losses) / len(losses)}

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import isfinite
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
@@ -22,8 +21,7 @@ from pipeline.protocols import Logger
 from pipeline.settings import Settings
 
 
-@dataclass(frozen=True, slots=True)
-class StepDone:
+class StepDone(NamedTuple):
     """What the loop knows of a step that it has queued, its device scalars apart.
 
     Args:
@@ -68,8 +66,8 @@ class Journal:
         loss = values["train/loss"]
         self.losses.append(loss)
         if done.step % self._every_n == 0:
-            values["time/step_ms"] = round(done.step_s * 1e3, 4)
-            values["time/data_wait_ms"] = round(done.data_wait_s * 1e3, 4)
+            values["time/step_ms"] = done.step_s * 1e3
+            values["time/data_wait_ms"] = done.data_wait_s * 1e3
             self.last_row = Row(done.step, done.epoch, values)
             self.note_row(self.last_row)
         if self._stops_on_nonfinite and not isfinite(loss):

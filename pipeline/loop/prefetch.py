@@ -5,9 +5,8 @@ sampler → fetch → collate → pin + H2D  ⇒  (a bounded channel)  ⇒  loop
 
 from __future__ import annotations
 
-import time
 import warnings
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable
 from contextlib import closing
 from typing import Any
 
@@ -23,7 +22,7 @@ from pipeline.errors import add_stage_note
 def read_in_line(reader: Reader, transfer: Transfer) -> Generator[Batch]:
     """Yield the batches of an epoch as a plain loop makes them: one when it is asked for."""
     while (batch := reader.read()) is not END:
-        yield transfer.move(batch)
+        yield batch if transfer.is_identity else transfer.receive(transfer.send(batch))
 
 
 def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -> Generator[Batch]:
@@ -42,26 +41,33 @@ def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -
         Loop thread; blocks, with the GIL released, while no batch is there.
     """
     batch = reader.first()
-    if batch is not END and reader.is_threadable:
+    if batch is END:
+        return
+    first = transfer.send(batch, is_fresh=source.makes_fresh_batches)
+    if reader.is_threadable:
         with Scope() as scope:
             channel: Channel[Any] = Channel(depth)
-            scope.start(lambda: _fill(channel, reader, transfer), name="prefetch", stop=channel.abandon)
-            yield transfer.move(batch)
+
+            def fill() -> None:
+                _fill(channel, reader, transfer, source.makes_fresh_batches)
+
+            scope.start(fill, name="prefetch", stop=channel.abandon)
+            yield transfer.receive(first)
             for sent in channel:
                 yield transfer.receive(sent)
-    elif batch is not END:
-        yield transfer.move(batch)
+    else:
+        yield transfer.receive(first)
     if not reader.is_threadable:
         _warn_in_line(source)
         yield from read_in_line(reader, transfer)
 
 
-def _fill(channel: Channel[Any], reader: Reader, transfer: Transfer) -> None:
+def _fill(channel: Channel[Any], reader: Reader, transfer: Transfer, is_fresh: bool) -> None:
     """Make batches until they end; prefetch thread."""
     error: BaseException | None = None
     try:
         while (batch := reader.read_in_thread()) is not END:
-            channel.put(_send(transfer, batch, reader.position - 1))
+            channel.put(_send(transfer, batch, is_fresh, reader.position - 1))
     except (ChannelClosedError, UnhookableDrawError):
         pass  # nobody wants more; or the loop thread goes on from here
     except BaseException as raised:
@@ -69,9 +75,9 @@ def _fill(channel: Channel[Any], reader: Reader, transfer: Transfer) -> None:
     channel.close(error)
 
 
-def _send(transfer: Transfer, batch: Batch, position: int) -> Any:
+def _send(transfer: Transfer, batch: Batch, is_fresh: bool, position: int) -> Any:
     try:
-        return transfer.send(batch)
+        return transfer.send(batch, is_fresh=is_fresh)
     except Exception as error:
         add_stage_note(error, "transfer", step=position)
         raise
@@ -85,23 +91,6 @@ def _warn_in_line(source: Source) -> None:
         "pass a DataLoader with num_workers=1.",
         stacklevel=2,
     )
-
-
-class WaitTimer:
-    """Passes batches on and adds up how long each was waited for."""
-
-    def __init__(self, batches: Iterator[Batch]) -> None:
-        self._batches = batches
-        self.waited_s = 0.0
-
-    def __iter__(self) -> WaitTimer:
-        return self
-
-    def __next__(self) -> Batch:
-        started_s = time.perf_counter()
-        batch = next(self._batches)
-        self.waited_s += time.perf_counter() - started_s
-        return batch
 
 
 def prefetch(

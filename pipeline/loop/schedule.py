@@ -10,7 +10,7 @@ import torch
 from pipeline.batch import Batch
 from pipeline.concurrency import Scope
 from pipeline.data import Source
-from pipeline.device import Backend, make_transfer
+from pipeline.device import Backend, StepLimiter, make_transfer
 from pipeline.loop.outbound import BeltOutbound, DirectOutbound, Journal, Outbound
 from pipeline.loop.prefetch import read_ahead, read_in_line
 from pipeline.settings import Settings
@@ -50,6 +50,13 @@ class Belts:
         if self.schedule == "textbook":
             return read_in_line(reader, self._transfer)
         return read_ahead(source, reader, self._transfer, self._depth)
+
+    def limiter(self, max_steps_in_flight: int) -> StepLimiter | None:
+        """Return what bounds the run-ahead; None where each step's read already does."""
+        streams = self.backend.streams
+        if self.schedule == "textbook" or streams is None:
+            return None
+        return StepLimiter(streams, max_steps_in_flight)
 
     def outbound(self, scope: Scope, journal: Journal) -> Outbound:
         """Return where the loop puts its numbers; the scope owns the writer thread, if any."""

@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.batch import Batch, Scalars
 from pipeline.errors import add_stage_note
-from pipeline.loop.objective import Objective, check_graph
+from pipeline.loop.objective import Computed, Objective, check_graph
 from pipeline.settings import AUTOCAST_DTYPE, Settings
 from pipeline.state import TrainState
 
@@ -56,20 +56,29 @@ class TrainStep:
         return self.num_pending >= self._num_accumulated
 
     def micro_batch(self, batch: Batch) -> None:
-        """Forward and backward; the gradients add to those of the micro-batches before."""
-        if self._autocast_dtype is None:
-            computed = self._objective(self._model, batch)
-        else:
-            with torch.autocast(self._device.type, self._autocast_dtype):
+        """Forward and backward; the gradients add to those of the micro-batches before.
+
+        Raises:
+            StageError: If the batch or the loss is not what it should be.
+            Exception: The user's own, with a note.
+        """
+        try:
+            if self._autocast_dtype is None:
                 computed = self._objective(self._model, batch)
-        check_graph(computed.loss)
-        loss = computed.loss
-        if self._num_accumulated > 1:
-            loss = loss / self._num_accumulated
-        if self._state.scaler is not None:
-            loss = self._state.scaler.scale(loss)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self._note_scalars({"train/loss": computed.loss.detach(), **_named(computed.scalars)})
+            else:
+                with torch.autocast(self._device.type, self._autocast_dtype):
+                    computed = self._objective(self._model, batch)
+            check_graph(computed.loss)
+            loss = computed.loss
+            if self._num_accumulated > 1:
+                loss = loss / self._num_accumulated
+            if self._state.scaler is not None:
+                loss = self._state.scaler.scale(loss)
+            loss.backward()  # type: ignore[no-untyped-call]
+        except Exception as error:
+            add_stage_note(error, "step", step=self._state.step)
+            raise
+        self._note_scalars(computed)
         self.num_pending += 1
 
     def update(self) -> Scalars:
@@ -111,22 +120,24 @@ class TrainStep:
         else:
             torch.nn.utils.clip_grad_value_(parameters, limit)
 
-    def _note_scalars(self, scalars: Scalars) -> None:
+    def _note_scalars(self, computed: Computed) -> None:
+        if not computed.scalars and self._num_accumulated == 1:
+            self._scalars = {"train/loss": computed.loss}  # its graph is freed; a detach costs 4 µs
+            return
+        scalars: Scalars = {"train/loss": computed.loss.detach()}
+        for name, value in computed.scalars.items():
+            # A snapshot: what the user returned may be a live buffer, or a weight about to change.
+            snapshot = value.detach().clone() if isinstance(value, torch.Tensor) else value
+            scalars[name if "/" in name else f"train/{name}"] = snapshot
         if self.num_pending:
-            scalars = {name: self._scalars.get(name, 0.0) + value for name, value in scalars.items()}
+            scalars = self._scalars | {
+                name: self._scalars.get(name, 0.0) + value for name, value in scalars.items()
+            }
         self._scalars = scalars
 
     def _take_scalars(self) -> Scalars:
         scalars, count = self._scalars, self.num_pending
         self._scalars, self.num_pending = {}, 0
-        return scalars if count == 1 else {name: value / count for name, value in scalars.items()}
-
-
-def _named(scalars: Scalars) -> Scalars:
-    """Give the user's names their prefix; a value that has a graph lets go of it."""
-    return {
-        name if "/" in name else f"train/{name}": (
-            value.detach() if isinstance(value, torch.Tensor) else value
-        )
-        for name, value in scalars.items()
-    }
+        if count > 1:
+            scalars = {name: value / count for name, value in scalars.items()}
+        return scalars

@@ -1,0 +1,1 @@
+"""Benchmarks: each file opens with its question, its baseline and its unit."""

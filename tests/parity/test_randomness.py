@@ -1,0 +1,198 @@
+"""Random draws of a dataset: the same in either schedule, and never seen by the model."""
+
+from __future__ import annotations
+
+import os
+import random
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import Dataset, Subset
+from torchvision.transforms import v2
+
+from pipeline import SimulatedBackend, Trainer
+from pipeline.data.randomness import _HOOKABLE, _UNHOOKABLE, GeneratorMode
+from tests.textbook import assert_same_weights, build_model, seeded_batches, textbook, weights
+
+
+class Drawing(Dataset):
+    """Adds what `draw` gives to each sample."""
+
+    def __init__(self, draw, num_samples=20):
+        self.draw, self.num_samples = draw, num_samples
+
+    def __len__(self):
+        return self.num_samples
+
+    def __getitem__(self, index):
+        return torch.full((6,), index / 10) + self.draw(index), index % 3
+
+
+AUGMENT = v2.Compose(
+    [
+        v2.RandomHorizontalFlip(),
+        v2.RandomAffine(10, (0.1, 0.1)),
+        v2.ColorJitter(0.2, 0.2, 0.2),
+        v2.RandomErasing(),
+        v2.RandomApply([v2.GaussianBlur(3)], p=0.3),
+        v2.RandomResizedCrop(6),
+    ]
+)
+
+
+def augmented(index):
+    image = torch.arange(3 * 8 * 8, dtype=torch.float32).reshape(3, 8, 8) / 192
+    return AUGMENT(image)[0, 0]
+
+
+def sometimes(draw):
+    """Draw only for a sample in the middle of the data, so that the first batch does not show it."""
+    return lambda index: draw(index) if index == 13 else 0.0
+
+
+def reseeding(index):
+    torch.manual_seed(index)
+    return torch.rand(6)
+
+
+DRAWS = {
+    "nothing": lambda index: 0.0,
+    "torch": lambda index: torch.rand(6) + torch.randperm(6) + torch.multinomial(torch.ones(6), 6),
+    "torchvision": augmented,
+    "python": lambda index: random.random(),
+    "python gauss": lambda index: random.gauss(0, 1),
+    "numpy": lambda index: float(np.random.rand()),
+    "all three": lambda index: torch.rand(6) + random.random() + float(np.random.randn()),
+    "dropout": lambda index: F.dropout(torch.ones(6)),
+    "torch and dropout": lambda index: torch.rand(6) + F.dropout(torch.ones(6)),
+    "reseeds torch": reseeding,
+    "python, seldom": sometimes(lambda index: random.random()),
+    "numpy, seldom": sometimes(lambda index: float(np.random.rand())),
+    "dropout, seldom": sometimes(lambda index: F.dropout(torch.ones(6))),
+}
+IN_LINE = {name for name in DRAWS if name not in ("nothing", "torch", "torchvision")}
+
+
+def run(draw, schedule, device="cpu"):
+    torch.manual_seed(3)
+    model = build_model("dropout")
+    trainer = Trainer(
+        max_epochs=2, schedule=schedule, run_dir=None, enable_progress_bar=False, device=device,
+        prefetch_depth=3,
+    )  # fmt: skip
+    result = trainer.fit(
+        model, torch.optim.SGD(model.parameters(), 0.05), Drawing(draw), loss_fn=F.cross_entropy,
+        batch_size=4, shuffle=True,
+    )  # fmt: skip
+    return result.losses.tolist(), weights(model)
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_draws_are_the_same_in_either_schedule(name):
+    """Whatever a dataset draws from, overlap and textbook make the same samples."""
+    losses, learned = run(DRAWS[name], "textbook")
+    for device in ("cpu", SimulatedBackend()):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            found_losses, found = run(DRAWS[name], "overlap", device)
+        assert found_losses == losses
+        assert_same_weights(found, learned)
+        in_line = [each for each in caught if "on the loop thread" in str(each.message)]
+        assert bool(in_line) == (name in IN_LINE)
+
+
+@pytest.mark.parametrize("name", ["torch", "torchvision", "dropout", "torch and dropout"])
+def test_samples_are_those_of_a_seeded_plain_loop(name):
+    """Each sample is what it would be right after ``torch.manual_seed`` with its own seed."""
+    torch.manual_seed(3)
+    model = build_model("dropout")
+    batches = seeded_batches(Drawing(DRAWS[name]), epochs=2, batch_size=4, shuffle=True)
+    losses = textbook(model, torch.optim.SGD(model.parameters(), 0.05), batches)
+    assert run(DRAWS[name], "textbook")[0] == losses
+
+
+@pytest.mark.parametrize("schedule", ["textbook", "overlap"])
+@pytest.mark.filterwarnings("ignore:the data draws")
+def test_global_generators_are_left_alone(schedule):
+    """A dataset's draws move no global generator: not for the model, nor for the user's script."""
+    random.seed(1)
+    np.random.seed(1)
+    expected = random.random(), np.random.rand()
+    random.seed(1)
+    np.random.seed(1)
+    model = build_model("linear")
+    state = torch.get_rng_state()
+    trainer = Trainer(schedule=schedule, run_dir=None, enable_progress_bar=False)
+    trainer.fit(
+        model, torch.optim.SGD(model.parameters(), 0.05), Drawing(DRAWS["all three"]),
+        loss_fn=F.cross_entropy, batch_size=4,
+    )  # fmt: skip
+    assert torch.equal(torch.get_rng_state(), state)
+    assert (random.random(), np.random.rand()) == expected
+
+
+def test_what_cannot_be_seeded_is_not_the_same():
+    """The comparison can fail: a draw from the operating system differs between two runs."""
+
+    def unseeded(index):
+        return int.from_bytes(os.urandom(4)) / 2**32
+
+    assert run(unseeded, "textbook")[0] != run(unseeded, "textbook")[0]
+
+
+def test_a_subset_keeps_its_samples_apart():
+    """A sample of a Subset does not depend on its neighbours in the batch."""
+    seen = {}
+
+    def draw(index):
+        value = torch.rand(6)
+        seen.setdefault(index, []).append(value)
+        return value
+
+    subset = Subset(Drawing(draw), range(10))
+    for batch_size in (2, 5):
+        model = build_model("linear")
+        trainer = Trainer(schedule="overlap", run_dir=None, enable_progress_bar=False)
+        trainer.fit(model, torch.optim.SGD(model.parameters(), 0.05), subset,
+                    loss_fn=F.cross_entropy, batch_size=batch_size)  # fmt: skip
+    assert all(torch.equal(values[0], value) for values in seen.values() for value in values)
+
+
+def test_every_torch_function_that_takes_a_generator_is_hooked():
+    """The table of draws is complete for this version of torch."""
+    schemas = [each for each in torch._C._jit_get_all_schemas() if each.name.startswith("aten::")]
+    takes = {
+        each.name.removeprefix("aten::")
+        for each in schemas
+        if any("Generator" in str(argument.type) for argument in each.arguments)
+    }
+    known = {func.__name__ for func in _HOOKABLE | _UNHOOKABLE}
+    internal = {"initial_seed", "manual_seed", "seed", "_fused_dropout"}
+    public = {name for name in takes if hasattr(torch, name) or hasattr(torch.Tensor, name)}
+    assert public - internal - {"random"} <= known
+
+
+@pytest.mark.parametrize("func", sorted(_HOOKABLE, key=lambda func: func.__name__), ids=lambda f: f.__name__)
+def test_hooked_functions_leave_the_global_generator_alone(func):
+    """Each hooked function draws from the generator it is given, as from the global one."""
+    arguments = {
+        "randint": (5, (3,)), "randint_like": (torch.ones(3), 5), "randperm": (5,), "rand": (3,),
+        "randn": (3,), "normal": (0.0, 1.0, (3,)), "multinomial": (torch.ones(4), 2),
+        "binomial": (torch.full((3,), 9.0), torch.full((3,), 0.5)), "geometric_": (torch.ones(3), 0.5),
+    }.get(func.__name__, (torch.full((3,), 0.5),))  # fmt: skip
+
+    def call():
+        return func(*(each.clone() if isinstance(each, torch.Tensor) else each for each in arguments))
+
+    torch.manual_seed(5)
+    expected = call()
+    before = torch.get_rng_state()
+    mode = GeneratorMode()
+    mode.generator.manual_seed(5)
+    with mode:
+        found = call()
+    assert torch.equal(torch.get_rng_state(), before)
+    assert torch.equal(found, expected)
