@@ -43,8 +43,8 @@ class ProgressBar:
             )
 
     def log(self, row: Row) -> None:
-        if "val/loss" in row.values:
-            self._note_validation(row)
+        if "train/loss" not in row.values:
+            self._note_epoch(row)
         else:
             self._last = row
             if self._bar is not None and time.perf_counter() - self._shown_at_s >= _REFRESH_S:
@@ -66,10 +66,9 @@ class ProgressBar:
         self._bar.update(row.step - self._shown_step)
         self._shown_step = row.step
 
-    def _note_validation(self, row: Row) -> None:
-        values = " ".join(
-            f"{name} {value:.4g}" for name, value in row.values.items() if name.startswith("val/")
-        )
-        self._validated = values
+    def _note_epoch(self, row: Row) -> None:
+        words = {name: f"{name} {value:.4g}" for name, value in row.values.items()}
+        self._validated = " ".join(text for name, text in words.items() if name.startswith("val/"))
         if self._bar is None:
-            print(f"epoch {row.epoch} step {row.step} {values}", file=self._stream, flush=True)
+            text = " ".join(words.values())
+            print(f"epoch {row.epoch} step {row.step} {text}", file=self._stream, flush=True)

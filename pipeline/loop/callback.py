@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from pipeline.batch import Scalars
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, add_stage_note
 from pipeline.state import TrainState
 
 
@@ -105,7 +105,11 @@ class CallbackList:
     def tell(self, event: Event) -> None:
         """Call each callback's method for this event."""
         for callback in self._callbacks:
-            getattr(callback, _METHOD[type(event)])(event)
+            try:
+                getattr(callback, _METHOD[type(event)])(event)
+            except Exception as error:
+                add_stage_note(error, f"callback ({type(callback).__name__})", step=event.state.step)
+                raise
 
 
 class EarlyStopping(Callback):

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pipeline.batch import Batch, Row, Scalars, num_samples
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.device import StepLimiter
-from pipeline.errors import StageError
+from pipeline.errors import StageError, add_stage_note
 from pipeline.loop.callback import (
     CallbackList,
     EpochFinished,
@@ -176,7 +176,12 @@ def _validate(run: Run, means: dict[str, float]) -> None:
         return _report(run, means)
     run.outbound.flush()
     run.validated_step = run.state.step
-    metrics = {f"val/{name}": value for name, value in run.validate().items()}
+    try:
+        found = run.validate()
+    except Exception as error:
+        add_stage_note(error, "validate", step=run.state.step)
+        raise
+    metrics = {f"val/{name}": value for name, value in found.items()}
     _report(run, {**means, **metrics})
     value = monitored(metrics, run.settings.monitor, "monitor")
     if isinstance(run.state.scheduler, ReduceLROnPlateau):

@@ -1,0 +1,157 @@
+"""Channel, scope and writer: order, bounds, errors, and no thread left, whatever happens."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.concurrency import Channel, ChannelClosedError, Scope, Writer
+from pipeline.testing import Gate
+
+
+@given(st.integers(1, 9), st.integers(0, 60), st.none() | st.integers(0, 9))
+def test_every_item_arrives_once_and_in_order(depth, count, low_water):
+    """Whatever the depth and the low-water mark, nothing is lost, doubled or overtaken."""
+    channel = Channel(depth, low_water)
+
+    def produce():
+        for number in range(count):
+            channel.put(number)
+        channel.close()
+
+    with Scope() as scope:
+        scope.start(produce, name="producer", stop=channel.abandon)
+        assert list(channel) == list(range(count))
+    assert channel.statistics().num_items == count
+
+
+def test_a_full_channel_blocks_its_producer():
+    """No more items wait than the depth; the producer sleeps until the low-water mark is reached."""
+    channel, made = Channel(4, low_water=1), []
+
+    def produce():
+        for number in range(10):
+            channel.put(number)
+            made.append(number)
+        channel.close()
+
+    with Scope() as scope:
+        scope.start(produce, name="producer", stop=channel.abandon)
+        items = iter(channel)
+        found = [next(items)]
+        while channel.statistics().num_full == 0:  # the producer fills it and finds it full
+            found.append(next(items))
+        assert len(made) - len(found) <= 4
+        assert found + list(items) == list(range(10))
+
+
+def test_an_error_arrives_behind_the_items_before_it():
+    """The consumer sees what was made before the producer failed, then the very same exception."""
+    channel, error = Channel(4), KeyError("mine")
+    channel.put(1)
+    channel.close(error)
+    items = iter(channel)
+    assert next(items) == 1
+    with pytest.raises(KeyError) as caught:
+        next(items)
+    assert caught.value is error
+
+
+def test_a_producer_stops_when_the_consumer_has_gone():
+    """An abandoned channel wakes its producer, which learns that nobody takes items any more."""
+    channel = Channel(1)
+    gate = Gate()
+
+    def produce():
+        with pytest.raises(ChannelClosedError):
+            while True:
+                channel.put(0)
+                gate.pass_through()
+
+    gate.open()
+    with Scope() as scope:
+        thread = scope.start(produce, name="producer", stop=channel.abandon)
+        gate.wait_for_arrivals(1)
+    assert not thread.is_alive()
+
+
+def test_a_scope_raises_what_its_thread_let_out():
+    """An error of a thread travels to the owner of the scope."""
+
+    def fail():
+        raise ValueError("in the thread")
+
+    with pytest.raises(ValueError, match="in the thread"), Scope() as scope:
+        scope.start(fail, name="failing", stop=lambda: None)
+
+
+def test_a_scope_joins_before_it_lets_an_exception_pass():
+    """When the block fails, its threads have ended before the exception goes on."""
+    gate = Gate()
+    with pytest.raises(KeyError), Scope() as scope:
+        thread = scope.start(gate.pass_through, name="waiting", stop=gate.open)
+        raise KeyError
+    assert not thread.is_alive()
+
+
+@given(st.lists(st.integers()), st.integers(1, 8))
+def test_a_writer_handles_everything_in_order(items, max_pending):
+    """Leaving the scope drains what is pending; nothing is lost, however little may wait."""
+    handled = []
+    with Scope() as scope:
+        writer = Writer(scope, handled.extend, name="writer", gather_s=0, max_pending=max_pending)
+        for item in items:
+            writer.put(item)
+    assert handled == items
+
+
+def test_flush_returns_when_all_is_handled():
+    """After a flush, what was put before it has been handled, gathering or not."""
+    handled = []
+    with Scope() as scope:
+        writer = Writer(scope, handled.extend, name="writer", gather_s=60)
+        for number in range(5):
+            writer.put(number)
+        writer.flush()
+        assert handled == [0, 1, 2, 3, 4]
+        writer.flush()
+
+
+def test_a_full_writer_blocks_its_caller():
+    """With so many pending, a put waits until the writer has caught up."""
+    gate, handled = Gate(), []
+
+    def handle(items):
+        gate.pass_through()
+        handled.extend(items)
+
+    with Scope() as scope:
+        writer = Writer(scope, handle, name="writer", gather_s=0, max_pending=2)
+        writer.put(0)
+        gate.wait_for_arrivals(1)
+        opener = threading.Thread(target=gate.open)
+        writer.put(1)
+        opener.start()
+        writer.put(2)  # blocks until the gate is open
+        opener.join()
+        writer.flush()
+    assert handled == [0, 1, 2]
+
+
+def test_an_error_of_the_handler_is_raised_by_the_next_call():
+    """The first error ends the work and reaches the caller; the scope still ends."""
+    error = OSError("disk full")
+
+    def fail(items):
+        raise error
+
+    with Scope() as scope:
+        writer = Writer(scope, fail, name="writer", gather_s=0)
+        writer.put(1)
+        with pytest.raises(OSError, match="disk full"):
+            writer.flush()
+        with pytest.raises(OSError, match="disk full"):
+            writer.put(2)

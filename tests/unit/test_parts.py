@@ -1,0 +1,272 @@
+"""The small parts: batches, settings, metrics, checkpoints, loggers, seeds, generators."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import random
+from collections import OrderedDict
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline import CheckpointError, ConfigError, StageError, Trainer
+from pipeline.batch import Row, map_tensors, num_samples
+from pipeline.checkpoint import CheckpointFolder, load_checkpoint, load_model, save_checkpoint
+from pipeline.data.generators import PythonGenerator, global_generators
+from pipeline.loggers import JsonlLogger, ProgressBar
+from pipeline.metrics import Mean, MetricSet, accuracy
+from pipeline.seeding import sample_seed
+from pipeline.settings import Settings, setting_names
+from pipeline.state import TrainState
+
+
+@dataclasses.dataclass
+class Open:
+    inputs: torch.Tensor
+    others: list
+
+
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    inner: Open
+    name: str
+
+
+def test_tensors_are_mapped_at_any_depth():
+    """Every tensor is reached, every container keeps its type, the rest is passed on."""
+    batch = OrderedDict(a=Frozen(Open(torch.ones(2), [torch.ones(3), "x"]), "n"), b=(None, 3))
+    mapped = map_tensors(batch, lambda tensor: tensor * 2)
+    assert type(mapped) is OrderedDict
+    assert mapped["a"].inner.inputs.tolist() == [2, 2]
+    assert mapped["a"].inner.others[0].tolist() == [2, 2, 2]
+    assert (mapped["a"].inner.others[1], mapped["a"].name, mapped["b"]) == ("x", "n", (None, 3))
+    assert batch["a"].inner.inputs.tolist() == [1, 1]
+
+
+@pytest.mark.parametrize(
+    ("batch", "count"),
+    [
+        (torch.zeros(5, 2), 5),
+        ((torch.zeros(4), torch.zeros(9)), 4),
+        ({"name": "x", "inputs": torch.zeros(3)}, 3),
+        (Frozen(Open(torch.zeros(6), []), "n"), 6),
+        ("no tensor", 1),
+        (torch.tensor(1.0), 1),
+        ([], 1),
+    ],
+)
+def test_samples_are_counted_by_the_first_tensor(batch, count):
+    """The first tensor's first dimension is the number of samples."""
+    assert num_samples(batch) == count
+
+
+def test_every_wrong_setting_is_named_at_once():
+    """Types first, then ranges; each message has the key, what was found, and what is right."""
+    with pytest.raises(ConfigError) as caught:
+        Trainer(max_epochs="five", precision="half", prefetch_depth=1.5, enable_progress_bar=1)
+    assert caught.value.problems == (
+        "max_epochs must be an integer or null (None), got 'five'.",
+        "precision must be 32-true, bf16-mixed, 16-mixed, got 'half'.",
+        "enable_progress_bar must be true or false, got 1.",
+        "prefetch_depth must be an integer, got 1.5.",
+    )
+    with pytest.raises(ConfigError) as caught:
+        Trainer(max_epochs=3, max_steps=7, ema_decay=2.0, num_workers=-1, limit_val_batches=1.5)
+    text = str(caught.value)
+    assert "num_workers must be 0 or more, got -1" in text
+    assert "max_epochs=3 and max_steps=7 contradict" in text
+    assert "ema_decay must be between 0 and 1, got 2.0" in text
+    assert "limit_val_batches must be a number of batches" in text
+
+
+def test_a_run_without_limits_is_one_epoch():
+    """`Trainer()` is complete as it is."""
+    assert Trainer().epoch_limit == 1
+    assert Trainer(max_steps=5).epoch_limit is None
+    assert setting_names() == [field.name for field in dataclasses.fields(Settings)]
+
+
+@given(st.lists(st.tuples(st.integers(1, 5), st.booleans()), min_size=1))
+def test_a_mean_is_over_samples_not_batches(batches):
+    """Batches of different size weigh as many samples as they have."""
+    mean, values = Mean(), []
+    for size, is_per_sample in batches:
+        value = torch.arange(float(size)) + size
+        mean.add(value if is_per_sample else value.mean(), size)
+        values += value.tolist()
+    assert mean.compute() == pytest.approx(sum(values) / len(values))
+
+
+def test_counts_are_exact():
+    """Right and wrong answers are added up as whole numbers."""
+    outputs = torch.eye(4).repeat(10, 1)
+    metrics = MetricSet({"accuracy": accuracy})
+    for _ in range(3):
+        metrics.update(outputs, torch.zeros(40, dtype=torch.long), num_samples=40)
+    assert metrics.compute() == {"accuracy": 0.25}
+
+
+def test_a_metric_with_update_and_compute_is_used_as_it_is():
+    """Objects shaped like those of torchmetrics keep their own state, and are reset before use."""
+
+    class Largest:
+        def __init__(self):
+            self.seen = [99.0]
+
+        def reset(self):
+            self.seen = []
+
+        def update(self, outputs, target):
+            self.seen.append(outputs.max().item())
+
+        def compute(self):
+            return torch.tensor(max(self.seen))
+
+    metrics = MetricSet({"largest": Largest()})
+    metrics.update(torch.tensor([1.0, 5.0]), None, num_samples=2)
+    assert metrics.compute() == {"largest": 5.0}
+
+
+def test_a_metric_of_the_wrong_shape_is_refused():
+    """More than one dimension cannot be one value per sample."""
+    with pytest.raises(StageError, match=r"shape \(2, 3\)"):
+        MetricSet({"m": lambda outputs: outputs}).update(torch.zeros(2, 3), num_samples=2)
+
+
+def make_state():
+    model = torch.nn.Linear(2, 2)
+    return TrainState(model, torch.optim.AdamW(model.parameters()))
+
+
+def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    """If writing fails, the older checkpoint is still there and no half-written file is left."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, make_state().state_dict())
+    before = path.read_bytes()
+
+    def fail(state, file):
+        file.write(b"half")
+        raise OSError("disk full")
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(path, make_state().state_dict())
+    assert path.read_bytes() == before
+    assert [each.name for each in tmp_path.iterdir()] == ["last.pt"]
+
+
+def test_a_damaged_or_foreign_file_is_named(tmp_path):
+    """What is no checkpoint is refused with its name and the reason; no code in it is run."""
+
+    class Evil:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "harmed"), "w"))
+
+    path = tmp_path / "last.pt"
+    with pytest.raises(CheckpointError, match=r"no checkpoint at .*last\.pt"):
+        load_checkpoint(path)
+    torch.save({"format": 1, "model": Evil()}, path)
+    with pytest.raises(CheckpointError, match=r"last\.pt cannot be read"):
+        load_checkpoint(path)
+    assert not (tmp_path / "harmed").exists()
+    torch.save({"weights": 1}, path)
+    with pytest.raises(CheckpointError, match="not a checkpoint of this library"):
+        load_checkpoint(path)
+    save_checkpoint(path, make_state().state_dict())
+    path.write_bytes(path.read_bytes()[:-200])
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        load_checkpoint(path)
+    save_checkpoint(path, make_state().state_dict())
+    with pytest.raises(CheckpointError, match="belongs to another model"):
+        load_model(path, torch.nn.Linear(3, 3))
+
+
+def test_the_best_checkpoint_is_the_best(tmp_path):
+    """`best.pt` changes only when the monitored value improves, in either direction."""
+    for mode, values, best in (("min", [3, 1, 2], 1), ("max", [3, 1, 2], 3), ("min", [float("nan"), 2], 2)):
+        folder = CheckpointFolder(tmp_path / f"{mode}{best}", mode)
+        for value in values:
+            folder.save_if_best(make_state(), value)
+        assert load_checkpoint(folder.best)["monitored"] == best
+
+
+@given(st.dictionaries(st.text(min_size=1), st.floats() | st.integers(-(2**60), 2**60)))
+def test_a_line_of_json_is_what_json_reads(tmp_path_factory, values):
+    """Every number comes back exactly; NaN and infinity as null, whatever the names are."""
+    path = tmp_path_factory.mktemp("log") / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    logger.log(Row(3, 1, values))
+    logger.close()
+    found = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
+    finite = {name: float(value) if abs(value) < float("inf") else None for name, value in values.items()}
+    assert found == {"step": 3, "epoch": 1, **finite}
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_the_bar_shows_where_a_run_is():
+    """A terminal gets a bar with steps, epoch, loss and the last validation."""
+    stream = Terminal()
+    bar = ProgressBar(10, stream)
+    for step in range(1, 11):
+        bar.log(Row(step, 0, {"train/loss": 0.5}))
+    bar.log(Row(10, 0, {"val/loss": 0.25, "val/accuracy": 0.9}))
+    bar.close()
+    shown = stream.getvalue()
+    assert "10/10" in shown
+    assert "epoch 0, loss 0.5, val/loss 0.25 val/accuracy 0.9" in shown
+
+
+def test_a_pipe_gets_a_line_for_each_validation():
+    """Where there is no terminal, nothing is redrawn."""
+    stream = io.StringIO()
+    bar = ProgressBar(None, stream)
+    bar.log(Row(1, 0, {"train/loss": 0.5}))
+    bar.log(Row(1, 0, {"train/epoch_loss": 0.5, "val/loss": 0.25}))
+    bar.close()
+    assert stream.getvalue() == "epoch 0 step 1 train/epoch_loss 0.5 val/loss 0.25\n"
+
+
+@given(st.integers(0, 2**63), st.integers(-1, 9), st.integers(0, 2**40))
+def test_seeds_differ(seed, epoch, index):
+    """Neighbours in any of the three have unrelated seeds of 63 bits."""
+    seeds = [
+        sample_seed(seed, epoch, index), sample_seed(seed + 1, epoch, index),
+        sample_seed(seed, epoch + 1, index), sample_seed(seed, epoch, index + 1),
+    ]  # fmt: skip
+    assert len(set(seeds)) == 4
+    assert all(0 <= each < 2**63 for each in seeds)
+
+
+@pytest.mark.parametrize("generator", global_generators(), ids=lambda each: each.name)
+def test_a_global_generator_is_watched_seeded_and_put_back(generator):
+    """A draw moves the fingerprint, nothing else does; a restored generator goes on as before."""
+    draw = {"torch": lambda: torch.rand(1).item(), "random": random.random, "numpy.random": np.random.rand}
+    draw = draw[generator.name]
+    generator.seed(2**62 + 5)
+    state, before = generator.state(), generator.fingerprint()
+    assert generator.fingerprint() == before
+    first = draw()
+    assert generator.fingerprint() != before
+    generator.restore(state)
+    assert draw() == first
+    generator.seed(2**62 + 5)
+    assert draw() == first
+
+
+def test_the_layout_of_pythons_generator_is_checked(monkeypatch):
+    """Where the memory does not look as assumed, the public and slower way is taken."""
+    monkeypatch.setattr("pipeline.data.generators.random._inst", object())
+    generator = PythonGenerator()
+    assert generator._address is None
+    before = generator.fingerprint()
+    random.random()
+    assert generator.fingerprint() != before
