@@ -4,7 +4,7 @@ sampler → fetch → collate → pin + H2D  ⇒  step → metrics → deferred 
        (prefetch thread)                       (loop thread)                  (writer thread)
 """
 
-from pipeline.device import Pending, Readback, SimulatedBackend
+from pipeline.device import SimulatedBackend
 from pipeline.errors import (
     CheckpointError,
     ConfigError,
@@ -14,6 +14,7 @@ from pipeline.errors import (
 )
 from pipeline.loop.callback import Callback, EarlyStopping
 from pipeline.loop.prefetch import prefetch
+from pipeline.loop.reads import DeferredReads
 from pipeline.protocols import Datasets, Logger
 from pipeline.result import FitResult
 from pipeline.trainer import Trainer
@@ -23,13 +24,12 @@ __all__ = [
     "CheckpointError",
     "ConfigError",
     "Datasets",
+    "DeferredReads",
     "EarlyStopping",
     "FitResult",
     "Logger",
     "NonFiniteError",
-    "Pending",
     "PipelineError",
-    "Readback",
     "SimulatedBackend",
     "StageError",
     "Trainer",

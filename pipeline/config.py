@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.core.config_store import ConfigStore
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
@@ -36,6 +37,8 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "objective": str,
     "vars": dict,
 }
+# Without this Hydra would refuse the first mistyped key and stay silent on the others.
+ConfigStore.instance().store(group="trainer", name="any_key", node=DictConfig({}, flags={"struct": False}))
 _OF_THE_TRAINER_ONLY = ("seed", "run_dir")
 
 
@@ -134,9 +137,10 @@ def _build(config: DictConfig, key: str) -> Any:
     try:
         return instantiate(config[key], _convert_="all")
     except InstantiationException as error:
-        if error.__cause__ is not None:
-            raise error.__cause__ from None
-        raise ConfigError(f"{key} cannot be built: {error}") from None
+        cause = error.__cause__
+        if cause is not None and not isinstance(cause, ImportError):
+            raise cause from None
+        raise ConfigError(f"{key} cannot be built: {cause or error}") from error
 
 
 def _seed_everything(seed: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import datetime
 import itertools
+import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
@@ -200,7 +201,10 @@ def make_run_dir(run_dir: str | Path | None) -> Path | None:
 
 @contextlib.contextmanager
 def deterministic_algorithms(is_enabled: bool) -> Iterator[None]:
-    """Use torch's deterministic algorithms inside the block, and put the settings back."""
+    """Use torch's deterministic algorithms inside the block, and put the settings back.
+
+    cuBLAS needs a workspace of fixed size for it, which it reads from the environment when it starts.
+    """
     if not is_enabled:
         yield
         return
@@ -209,9 +213,13 @@ def deterministic_algorithms(is_enabled: bool) -> Iterator[None]:
     benchmark = torch.backends.cudnn.benchmark
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
+    has_workspace = "CUBLAS_WORKSPACE_CONFIG" in os.environ
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     try:
         yield
     finally:
+        if not has_workspace:
+            del os.environ["CUBLAS_WORKSPACE_CONFIG"]
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
         torch.backends.cudnn.benchmark = benchmark
 

@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline import Readback, SimulatedBackend, Trainer, prefetch
+from pipeline import DeferredReads, SimulatedBackend, Trainer, prefetch
 from pipeline.device import StepLimiter, make_transfer, select_backend
-from pipeline.device.readback import Pending
+from pipeline.device.readback import Pending, Readback
 from pipeline.device.transfer import SlotPool, StreamTransfer
 from pipeline.errors import ConfigError
 from tests.textbook import build_model
@@ -249,3 +249,21 @@ def test_the_clock_adds_up():
             backend.launch(1e-3, num_launches=100)  # 1 ms of launches, 1 ms of kernels
     backend.record_compute().synchronize()
     assert backend.now_s() == pytest.approx(2e-3)  # the copy of 1 ms hides behind the launches
+
+
+def test_a_loop_of_ones_own_reads_every_step_in_order():
+    """`ready` gives what has arrived and never waits; `flush` gives the rest; none is lost."""
+    backend = SimulatedBackend(launch_us=0)
+    reads, value, found = DeferredReads(backend, max_pending=3), torch.zeros(()), []
+    for step in range(10):
+        value.add_(1)
+        backend.launch(1.0)
+        reads.put(step, {"value": value})
+        if step == 0:
+            assert list(reads.ready()) == []  # the device is still at it
+        found += reads.ready()
+    assert 0 < len(found) < 10
+    found += reads.flush()
+    assert found == [(step, {"value": step + 1}) for step in range(10)]
+    with pytest.raises(ValueError, match="max_pending must be 1 or more"):
+        DeferredReads(backend, max_pending=0)

@@ -1,0 +1,58 @@
+"""The promises of the house: public names, docstrings, the README's example, sizes of files."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import pipeline
+
+ROOT = Path(__file__).parents[2]
+SOURCES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("recipes/*.py")])
+TESTS = sorted(ROOT.glob("tests/**/test_*.py"))
+
+
+def test_public_names_are_sorted_and_documented():
+    """Everything in `__all__` is there, in order, with a docstring."""
+    assert pipeline.__all__ == sorted(pipeline.__all__)
+    assert all(inspect.getdoc(getattr(pipeline, name)) for name in pipeline.__all__)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.name)
+def test_a_file_fits_in_a_reader(path):
+    """Files stay under 300 lines."""
+    assert len(path.read_text().splitlines()) <= 300
+
+
+@pytest.mark.parametrize("path", TESTS, ids=lambda path: path.name)
+def test_every_test_says_what_it_shows(path):
+    """Each test has a docstring, and none sleeps."""
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            assert ast.get_docstring(node), node.name
+        if isinstance(node, ast.Call):
+            assert ast.unparse(node.func) != "time.sleep"
+
+
+def python_blocks():
+    """Return the README's Python examples."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(python_blocks())))
+def test_the_readmes_examples_run(number, capsys):
+    """What the README shows can be pasted into an empty file and run."""
+    exec(compile(python_blocks()[number], f"README example {number}", "exec"), {"__name__": "example"})
+    assert capsys.readouterr().out
+
+
+def test_the_readme_has_its_examples():
+    """The Trainer in ten lines, and the belts around a loop of one's own."""
+    blocks = python_blocks()
+    assert len(blocks) == 2
+    assert len(blocks[0].strip().splitlines()) <= 15

@@ -1,0 +1,239 @@
+"""The command line: recipes, data, errors on one screen, sweeps that leave nothing behind."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import json
+import math
+import signal
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hydra import compose, initialize_config_dir
+from PIL import Image
+
+import pipeline.train
+from pipeline import ConfigError
+from pipeline.config import check_config, config_dir, train_from_config
+from pipeline.settings import Settings
+from tests.conftest import alive
+
+ROOT = Path(__file__).parents[2]
+QUICK = ["+recipe=resnet", "trainer.enable_progress_bar=false", "trainer.max_epochs=1", "model.width=4",
+         "trainer.limit_train_batches=3"]  # fmt: skip
+
+
+def compose_config(*overrides):
+    with initialize_config_dir(str(config_dir()), version_base="1.3"):
+        return compose("config", overrides=list(overrides))
+
+
+def train(*overrides):
+    return train_from_config(compose_config(*QUICK, *overrides), Path("run"))
+
+
+def run_cli(*arguments, cwd, env=None):
+    command = [sys.executable, "-W", "error::DeprecationWarning:pipeline", "-m", "pipeline.train", *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=110)
+
+
+def test_the_trainers_defaults_stand_in_its_config():
+    """conf/trainer/default.yaml lists every setting with its default."""
+    found = yaml.safe_load((ROOT / "conf/trainer/default.yaml").read_text())
+    defaults = {field.name: field.default for field in dataclasses.fields(Settings)}
+    for elsewhere in ("seed", "run_dir"):
+        del defaults[elsewhere]
+    del found["defaults"]
+    assert found == {**defaults, "max_epochs": 1}
+
+
+def test_a_recipe_trains_and_leaves_its_config():
+    """The run folder holds the resolved config, the metrics and a checkpoint."""
+    result, objective = train("seed=3")
+    assert objective == result.metrics["val/accuracy"]
+    saved = yaml.safe_load(Path("run/config.yaml").read_text())
+    assert (saved["seed"], saved["scheduler"]["T_max"]) == (3, 1)
+    rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 4
+    assert Path("run/checkpoints/last.pt").exists()
+
+
+@pytest.mark.parametrize("schedule", ["textbook", "overlap"])
+def test_a_seed_makes_a_run_repeatable(schedule):
+    """The same seed gives the same losses, in either schedule; another one gives others."""
+    losses = train("seed=1", "trainer.schedule=textbook")[0].losses
+    assert train("seed=1", f"trainer.schedule={schedule}")[0].losses == losses
+    assert train("seed=2", f"trainer.schedule={schedule}")[0].losses != losses
+
+
+def test_the_model_takes_its_shape_from_the_data():
+    """Channels and classes come from the data, whatever they are."""
+    result, _ = train(
+        "data=synthetic", "data.input_shape=[2,8,8]", "data.num_classes=7", "data.num_samples=64"
+    )
+    assert result.num_steps == 1
+
+
+def test_folders_of_images_are_decoded_and_augmented(tmp_path):
+    """JPEGs in root/train/<class> and root/val/<class>, with the same losses in either schedule."""
+    generator = torch.Generator().manual_seed(0)
+    for part in ("train", "val"):
+        for name in ("cat", "dog"):
+            (tmp_path / part / name).mkdir(parents=True)
+            for number in range(3):
+                pixels = torch.randint(0, 256, (40, 30, 3), generator=generator, dtype=torch.uint8)
+                Image.fromarray(pixels.numpy()).save(tmp_path / part / name / f"{number}.jpg")
+    arguments = ["data=imagefolder", f"data.root={tmp_path}", "data.image_size=16", "batch_size=2"]
+    losses = [train(*arguments, f"trainer.schedule={name}")[0].losses for name in ("textbook", "overlap")]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data=cifar10"], "data.root is missing. Type data.root="),
+        (["data=cifar10", "data.root=/nowhere"], "CIFAR10('/nowhere', download=True)"),
+        (["data=imagefolder", "data.root=/nowhere"], "but /nowhere/train is not such a folder"),
+        (["+trainer.seed=3"], "trainer.seed is set outside of trainer: seed="),
+        (["+colour=red"], "colour is not a key of the config"),
+        (["model._target_=nonsense.build"], "model cannot be built"),
+        (["scheduler_interval=day"], "scheduler_interval must be step or epoch, got 'day'"),
+        (["trainer.max_steps=5"], "max_epochs=1 and max_steps=5 contradict"),
+        (["objective=val/f1"], "objective must be one of"),
+    ],
+)
+def test_a_mistake_is_an_error_on_one_screen(arguments, message):
+    """What is wrong, and what to type."""
+    with pytest.raises(ConfigError) as caught:
+        train(*arguments)
+    assert message in str(caught.value)
+    assert len(str(caught.value).splitlines()) < 5
+
+
+def test_every_mistake_is_named_at_once():
+    """Unknown keys and wrong types, with the keys that a user types."""
+    with pytest.raises(ConfigError) as caught:
+        check_config(
+            compose_config(
+                "+recipe=resnet", "trainer.max_epoch=3", "trainer.precision=half", "batch_size=big"
+            )
+        )
+    assert caught.value.problems == (
+        "batch_size must be an integer, got 'big'.",
+        "trainer.precision must be 32-true, bf16-mixed, 16-mixed, got 'half'.",
+        "trainer.max_epoch is not a setting. Did you mean max_epochs?",
+    )
+
+
+def test_no_recipe_is_an_error_that_lists_them():
+    """Without a recipe there is nothing to train."""
+    with pytest.raises(ConfigError, match=r"Type \+recipe=NAME; there are: resnet"):
+        check_config(compose_config())
+
+
+def knobs():
+    return {
+        **alive(), "switch interval": sys.getswitchinterval(), "gc": (gc.isenabled(), gc.get_threshold()),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
+        "intra-op threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("schedule", ["textbook", "overlap"])
+def test_ten_jobs_in_one_process_leak_nothing(schedule, monkeypatch, capsys):
+    """After each job of a sweep everything is as before: threads, files, switch interval, GC, signals."""
+    seen, before = [], knobs()
+    original = pipeline.train.train_from_config
+
+    def watched(config, run_dir):
+        found = original(config, run_dir)
+        seen.append((config.optim.lr, config.seed, found[1], knobs()))
+        return found
+
+    monkeypatch.setattr(pipeline.train, "train_from_config", watched)
+    arguments = ["train", "-m", *QUICK, f"trainer.schedule={schedule}", "trainer.deterministic=true",
+                 "optim.lr=0.1,0.01", "seed=1,2,3,4,5", "hydra.sweep.dir=sweep"]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    pipeline.train.main()
+    assert [(lr, seed) for lr, seed, _, _ in seen] == [
+        (lr, seed) for lr in (0.1, 0.01) for seed in range(1, 6)
+    ]
+    assert all(math.isfinite(objective) for _, _, objective, _ in seen)
+    for *_, after in seen:
+        assert after == before
+    assert len(list(Path("sweep").glob("*/metrics.jsonl"))) == 10
+    assert capsys.readouterr().out.count("images/s") == 10
+
+
+def test_help_says_what_can_be_typed(tmp_path):
+    """--help shows examples, groups and settings; nothing is written."""
+    done = run_cli("--help", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    for words in ("python -m pipeline.train +recipe=resnet", "recipe: resnet", "max_epochs: 1", "data.root="):
+        assert words in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_error_ends_the_process_with_code_two(tmp_path):
+    """The message goes to standard error, without a traceback."""
+    done = run_cli("+recipe=resnet", "trainer.max_epoch=1", cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr == "error: trainer.max_epoch is not a setting. Did you mean max_epochs?\n"
+
+
+MINE = """
+import torch
+from torch.utils.data import TensorDataset
+from pipeline import Datasets
+
+def data(num_samples):
+    inputs = torch.randn(num_samples, 5)
+    return Datasets(TensorDataset(inputs, (inputs[:, 0] > 0).long()), None, (5,), 2)
+
+def build(input_shape, num_classes, hidden):
+    return torch.nn.Sequential(
+        torch.nn.Linear(input_shape[0], hidden), torch.nn.ReLU(), torch.nn.Linear(hidden, num_classes)
+    )
+"""
+RECIPE = """
+# @package _global_
+defaults:
+  - override /optim: adamw
+data: {_target_: my_package.data, num_samples: 64}
+model: {_target_: my_package.build, _partial_: true, hidden: 8}
+objective: train/epoch_loss
+vars: {note: mine}
+"""
+
+
+def test_an_installed_wheel_works_in_an_empty_folder(tmp_path):
+    """The wheel carries configs, recipes and digits; a recipe of one's own works beside it."""
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path / "dist")]
+    subprocess.run([*build, str(ROOT)], check=True, capture_output=True, timeout=110)
+    (wheel,) = (tmp_path / "dist").glob("beltloop-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+        names = set(archive.namelist())
+    assert {"pipeline/py.typed", "pipeline/conf/config.yaml", "recipes/assets/digits.npz"} <= names
+    empty = tmp_path / "empty"
+    (empty / "mine" / "recipe").mkdir(parents=True)
+    (empty / "my_package.py").write_text(MINE)
+    (empty / "mine" / "recipe" / "mine.yaml").write_text(RECIPE.lstrip())
+    env = {"PYTHONPATH": str(tmp_path / "site"), "PATH": "/usr/bin:/bin"}
+    done = run_cli(*QUICK, cwd=empty, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "images/s" in done.stdout
+    assert len(list(empty.glob("runs/*/metrics.jsonl"))) == 1
+    done = run_cli("--config-dir", "mine", "+recipe=mine", cwd=empty, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "samples/s" in done.stdout
+    done = run_cli("--info", "searchpath", cwd=empty, env=env)
+    assert str(tmp_path / "site" / "pipeline" / "conf") in done.stdout

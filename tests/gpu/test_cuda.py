@@ -1,0 +1,85 @@
+"""The belts on a real accelerator: run with `make test-gpu`; skipped where there is none."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.utils.data import TensorDataset
+
+from pipeline import DeferredReads, Trainer, prefetch
+from tests.textbook import assert_same_weights, build_model, weights
+
+pytestmark = pytest.mark.gpu
+
+
+def fit(schedule, **arguments):
+    torch.manual_seed(0)
+    model = build_model("conv")
+    generator = torch.Generator().manual_seed(0)
+    dataset = TensorDataset(torch.randn(512, 6, generator=generator), torch.arange(512) % 3)
+    trainer = Trainer(
+        max_epochs=2, schedule=schedule, device="cuda", run_dir=None, enable_progress_bar=False,
+        deterministic=True, **arguments.pop("settings", {}),
+    )  # fmt: skip
+    result = trainer.fit(
+        model, torch.optim.SGD(model.parameters(), 0.1), dataset,
+        loss_fn=arguments.pop("loss_fn", F.cross_entropy), batch_size=8, shuffle=True, **arguments,
+    )  # fmt: skip
+    return result.losses, weights(model)
+
+
+@pytest.mark.parametrize("depth", [1, 8])
+def test_overlap_equals_textbook_on_cuda(depth):
+    """Losses and weights are the same bit for bit, with torch's deterministic algorithms."""
+    losses, learned = fit("textbook")
+    found_losses, found = fit("overlap", settings={"prefetch_depth": depth})
+    assert found_losses == losses
+    assert_same_weights(found, learned)
+
+
+def test_the_loop_reads_nothing_from_cuda():
+    """With torch's own detector on, no step of overlap waits for the device."""
+    calls = []
+
+    def loss_fn(outputs, target):
+        calls.append(1)
+        if len(calls) == 3:
+            torch.cuda.set_sync_debug_mode("error")
+        if len(calls) == 60:  # before the end of the epoch, which reads
+            torch.cuda.set_sync_debug_mode("default")
+        return F.cross_entropy(outputs, target)
+
+    try:
+        fit("overlap", loss_fn=loss_fn)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_kept_batches_stay_valid_on_cuda():
+    """Batches kept while kernels run and memory is used again hold their values."""
+    sent = [{"x": torch.full((1 << 18,), float(value))} for value in range(64)]
+    work = torch.randn(1024, 1024, device="cuda")
+    kept = []
+    for batch in prefetch(sent, device="cuda", depth=4):
+        work = (work @ work).tanh()
+        kept.append(batch["x"] * 1.0)
+    assert [each.mean().item() for each in kept] == [float(value) for value in range(64)]
+
+
+def test_deferred_reads_are_right_on_cuda():
+    """Numbers read later are those of their own step, though the tensor has changed since."""
+    reads = DeferredReads("cuda", max_pending=4)
+    value = torch.zeros((), device="cuda")
+    for step in range(16):
+        value.add_(1)
+        reads.put(step, {"value": value})
+    assert list(reads.flush()) == [(step, {"value": step + 1}) for step in range(16)]
+
+
+def test_no_device_memory_is_left():
+    """After a fit in either schedule the device holds what it held before."""
+    for schedule in ("textbook", "overlap", "textbook", "overlap"):
+        before = torch.cuda.memory_allocated()
+        fit(schedule)
+        assert torch.cuda.memory_allocated() - before <= 1 << 16
