@@ -71,11 +71,16 @@ class UnhookableDrawError(Exception):
 
 
 class GeneratorMode(TorchFunctionMode):
-    """Give every torch draw of this thread one generator, and name the draws that take none."""
+    """Give every torch draw of this thread one generator, and name the draws that take none.
 
-    def __init__(self) -> None:
+    Attributes:
+        generator: What is drawn from; None leaves the draws alone and only names those others.
+        unhookable: The functions called that draw and take no generator.
+    """
+
+    def __init__(self, generator: torch.Generator | None) -> None:
         super().__init__()
-        self.generator = torch.Generator()
+        self.generator = generator
         self.unhookable: list[str] = []
 
     def __torch_function__(
@@ -83,7 +88,8 @@ class GeneratorMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _HOOKABLE:
-            if kwargs.get("generator") is None and _is_on_cpu(args, kwargs):
+            is_free = self.generator is not None and kwargs.get("generator") is None
+            if is_free and _is_on_cpu(args, kwargs):
                 kwargs = {**kwargs, "generator": self.generator}
         elif func in _UNHOOKABLE:
             self.unhookable.append(f"torch.{func.__name__}")
@@ -104,7 +110,9 @@ class SampleRandomness:
         self._drawn: list[GlobalGenerator] = []
         self._loop_watch = Watch(generators)
         self._thread_watch = Watch(each for each in generators if each.name != TorchGenerator.name)
-        self._mode = GeneratorMode()
+        self._generator = torch.Generator()
+        self._mode = GeneratorMode(self._generator)
+        self._suspects: list[GlobalGenerator] = []
 
     def on_loop_thread(self, make: Make[Made]) -> Made:
         """Make a batch watched, or isolated once anything has been drawn.
@@ -121,6 +129,7 @@ class SampleRandomness:
                 self._loop_watch.restore(moved)
             unknown = [each for each in moved if each not in self._drawn]
             if not unknown:
+                self._undo_in_thread()
                 return made
             self._drawn.extend(unknown)  # seeded from now on, for this batch too
 
@@ -135,14 +144,12 @@ class SampleRandomness:
         """
         self._mode.unhookable.clear()
         self._thread_watch.start()
-        try:
-            with self._mode:
-                made = make(self._seed_hook)
-        finally:
-            moved = self._thread_watch.moved()
-            self._thread_watch.restore(moved)
-        if moved or self._mode.unhookable:
-            raise UnhookableDrawError([*(each.name for each in moved), *self._mode.unhookable])
+        with self._mode:
+            made = make(self._generator.manual_seed)
+        # Not put back here: it may have been the model that drew, in the loop thread, meanwhile.
+        self._suspects = self._thread_watch.moved()
+        if self._suspects or self._mode.unhookable:
+            raise UnhookableDrawError([*(each.name for each in self._suspects), *self._mode.unhookable])
         return made
 
     def probe(self, make: Make[Made]) -> Made:
@@ -170,5 +177,7 @@ class SampleRandomness:
         for generator in self._drawn:
             generator.seed(seed)
 
-    def _seed_hook(self, seed: int) -> None:
-        self._mode.generator.manual_seed(seed)
+    def _undo_in_thread(self) -> None:
+        """Put back what the dataset drew in the prefetch thread, once it is seen that it does draw."""
+        self._thread_watch.restore(each for each in self._suspects if each in self._drawn)
+        self._suspects = []

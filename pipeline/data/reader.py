@@ -10,6 +10,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
+import torch
 from torch.utils.data import DataLoader, default_collate
 
 from pipeline.batch import Batch
@@ -160,7 +161,8 @@ class IterableSource:
     The iterator is made and its first batch taken on the loop thread, where a DataLoader draws its
     base seed and its order from torch's global generator, just as in a plain loop. Later batches'
     torch draws come from ``(seed, epoch)``, in either schedule, so that a prefetch thread never
-    draws from the generator that the model's dropout uses.
+    draws from the generator that the model's dropout uses. Where it cannot be kept from that
+    (`F.dropout` in a transform), the loop thread makes the batches, as the first one shows.
     """
 
     def __init__(self, batches: Iterable[Batch], seed: int) -> None:
@@ -173,24 +175,31 @@ class IterableSource:
         )
 
     def open(self, epoch: int, max_batches: int | None = None) -> IterableReader:
-        mode = GeneratorMode()
-        mode.generator.manual_seed(sample_seed(self._seed, epoch, 0))
+        generator = torch.Generator().manual_seed(sample_seed(self._seed, epoch, 0))
         is_plain = type(self._batches) in (list, tuple)  # nothing that could draw
         batches = itertools.islice(iter(self._batches), max_batches)
-        return IterableReader(batches, None if is_plain else mode)
+        return IterableReader(self, batches, None if is_plain else GeneratorMode(generator))
 
 
 class IterableReader:
     """One epoch of an `IterableSource`."""
 
-    is_threadable = True
-
-    def __init__(self, batches: Iterator[Batch], mode: GeneratorMode | None) -> None:
-        self._batches, self._mode = batches, mode
+    def __init__(self, source: IterableSource, batches: Iterator[Batch], mode: GeneratorMode | None) -> None:
+        self._source, self._batches, self._mode = source, batches, mode
         self.position = 0
 
+    @property
+    def is_threadable(self) -> bool:
+        return not self._source.unhookable
+
     def first(self) -> Batch:
-        return self._next()
+        if self._mode is None:
+            return self._next()
+        listener = GeneratorMode(None)
+        with listener:
+            batch = self._next()
+        self._source.unhookable = tuple(listener.unhookable)
+        return batch
 
     def read(self) -> Batch:
         if self._mode is None or self.position == 0:
@@ -198,7 +207,12 @@ class IterableReader:
         with self._mode:
             return self._next()
 
-    read_in_thread = read
+    def read_in_thread(self) -> Batch:
+        batch = self.read()
+        if self._mode is not None and self._mode.unhookable:
+            # Too late for this batch, which cannot be made again; not for the next one.
+            self._source.unhookable = tuple(self._mode.unhookable)
+        return batch
 
     def _next(self) -> Batch:
         try:

@@ -156,7 +156,7 @@ def select_backend(device: str | torch.device | Backend) -> Backend:
     if not isinstance(device, (str, torch.device)):
         return device
     if device == "auto":
-        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
         device = accelerator or torch.device("cpu")
     try:
         found = torch.empty(0, device=device).device  # with its index

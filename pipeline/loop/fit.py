@@ -96,7 +96,7 @@ def make_result(run: Run, schedule: Literal["overlap", "textbook"], run_dir: Pat
         num_steps=run.state.step,
         num_epochs=run.state.epoch,
         schedule=schedule,
-        samples_per_s=run.num_samples / run.clock.train_s,
+        samples_per_s=run.num_samples / run.clock.train_s if run.clock.train_s else 0.0,
         train_s=run.clock.train_s,
         stop_reason=run.stop_reason,
         run_dir=run_dir,

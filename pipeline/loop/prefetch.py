@@ -66,7 +66,7 @@ def _fill(channel: Channel[Any], reader: Reader, transfer: Transfer, is_fresh: b
     """Make batches until they end; prefetch thread."""
     error: BaseException | None = None
     try:
-        while (batch := reader.read_in_thread()) is not END:
+        while reader.is_threadable and (batch := reader.read_in_thread()) is not END:
             channel.put(_send(transfer, batch, is_fresh, reader.position - 1))
     except (ChannelClosedError, UnhookableDrawError):
         pass  # nobody wants more; or the loop thread goes on from here
@@ -86,9 +86,9 @@ def _send(transfer: Transfer, batch: Batch, is_fresh: bool, position: int) -> An
 def _warn_in_line(source: Source) -> None:
     names = ", ".join(source.unhookable)
     warnings.warn(
-        f"the data draws random numbers from {names}, which threads share; so its batches are made "
-        "on the loop thread, with the same numbers and without overlap. Draw from torch instead, or "
-        "pass a DataLoader with num_workers=1.",
+        f"random numbers were drawn from {names} while a batch was made. Threads share that generator, so "
+        "batches are made on the loop thread from here on, with the same numbers and without overlap. "
+        "Draw from torch's functions that take a generator, or pass a DataLoader with num_workers=1.",
         stacklevel=2,
     )
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
 from pipeline import SimulatedBackend, Trainer
@@ -115,7 +115,7 @@ def test_samples_are_those_of_a_seeded_plain_loop(name):
 
 
 @pytest.mark.parametrize("schedule", ["textbook", "overlap"])
-@pytest.mark.filterwarnings("ignore:the data draws")
+@pytest.mark.filterwarnings("ignore:random numbers were drawn")
 def test_global_generators_are_left_alone(schedule):
     """A dataset's draws move no global generator: not for the model, nor for the user's script."""
     random.seed(1)
@@ -190,9 +190,57 @@ def test_hooked_functions_leave_the_global_generator_alone(func):
     torch.manual_seed(5)
     expected = call()
     before = torch.get_rng_state()
-    mode = GeneratorMode()
-    mode.generator.manual_seed(5)
-    with mode:
+    with GeneratorMode(torch.Generator().manual_seed(5)):
         found = call()
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.filterwarnings("ignore:random numbers were drawn")
+@pytest.mark.parametrize(
+    "draw", [DRAWS["nothing"], DRAWS["python, seldom"]], ids=["quiet data", "drawing data"]
+)
+def test_a_model_may_draw_from_pythons_generator(draw):
+    """Draws of the model in the loop thread are neither repeated nor lost by watching the data."""
+
+    class LayerDrop(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(6, 3)
+            self.drawn = []
+
+        def forward(self, inputs):
+            self.drawn.append(random.random())
+            return self.layer(inputs) * (0.5 if self.drawn[-1] < 0.3 else 1.0)
+
+    found = []
+    for schedule in ("textbook", "overlap"):
+        random.seed(4)
+        torch.manual_seed(0)
+        model = LayerDrop()
+        trainer = Trainer(
+            max_epochs=4, schedule=schedule, run_dir=None, enable_progress_bar=False, prefetch_depth=1
+        )
+        trainer.fit(model, torch.optim.SGD(model.parameters(), 0.05), Drawing(draw),
+                    loss_fn=F.cross_entropy, batch_size=4)  # fmt: skip
+        found.append(model.drawn)
+    random.seed(4)
+    if draw is DRAWS["nothing"]:
+        assert found == [[random.random() for _ in range(20)]] * 2
+    assert len(set(found[1])) == 20
+
+
+@pytest.mark.filterwarnings("ignore:random numbers were drawn")
+def test_a_loader_whose_draws_cannot_be_hooked_stays_on_the_loop_thread():
+    """Dropout in the transform of a DataLoader gives the same numbers in either schedule."""
+    losses = []
+    for schedule in ("textbook", "overlap"):
+        torch.manual_seed(3)
+        model = build_model("dropout")
+        loader = DataLoader(Drawing(DRAWS["dropout"]), batch_size=4)
+        trainer = Trainer(max_epochs=3, schedule=schedule, run_dir=None, enable_progress_bar=False)
+        result = trainer.fit(
+            model, torch.optim.SGD(model.parameters(), 0.05), loader, loss_fn=F.cross_entropy
+        )
+        losses.append(result.losses)
+    assert losses[0] == losses[1]
