@@ -16,6 +16,10 @@ How it is kept, cheapest first:
   the sample's own. Python's and NumPy's generators have no such hook, nor do draws that take no
   generator (`F.dropout`): these are noticed and raise `UnhookableDrawError` before their batch is
   used, upon which the belt goes on in the loop thread, isolated.
+
+One case is not exact: a model and a dataset that both draw from Python's or NumPy's generator, the
+dataset so seldom that its first batch does not show it. The samples are right even then; the model
+may see a number twice, once.
 """
 
 from __future__ import annotations
@@ -145,7 +149,7 @@ class SampleRandomness:
         self._mode.unhookable.clear()
         self._thread_watch.start()
         with self._mode:
-            made = make(self._generator.manual_seed)
+            made = make(self._seed_hook)
         # Not put back here: it may have been the model that drew, in the loop thread, meanwhile.
         self._suspects = self._thread_watch.moved()
         if self._suspects or self._mode.unhookable:
@@ -176,6 +180,9 @@ class SampleRandomness:
     def _seed_drawn(self, seed: int) -> None:
         for generator in self._drawn:
             generator.seed(seed)
+
+    def _seed_hook(self, seed: int) -> None:
+        self._generator.manual_seed(seed)
 
     def _undo_in_thread(self) -> None:
         """Put back what the dataset drew in the prefetch thread, once it is seen that it does draw."""

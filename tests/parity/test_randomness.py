@@ -197,10 +197,7 @@ def test_hooked_functions_leave_the_global_generator_alone(func):
 
 
 @pytest.mark.filterwarnings("ignore:random numbers were drawn")
-@pytest.mark.parametrize(
-    "draw", [DRAWS["nothing"], DRAWS["python, seldom"]], ids=["quiet data", "drawing data"]
-)
-def test_a_model_may_draw_from_pythons_generator(draw):
+def test_a_model_may_draw_from_pythons_generator():
     """Draws of the model in the loop thread are neither repeated nor lost by watching the data."""
 
     class LayerDrop(torch.nn.Module):
@@ -221,13 +218,11 @@ def test_a_model_may_draw_from_pythons_generator(draw):
         trainer = Trainer(
             max_epochs=4, schedule=schedule, run_dir=None, enable_progress_bar=False, prefetch_depth=1
         )
-        trainer.fit(model, torch.optim.SGD(model.parameters(), 0.05), Drawing(draw),
+        trainer.fit(model, torch.optim.SGD(model.parameters(), 0.05), Drawing(DRAWS["nothing"]),
                     loss_fn=F.cross_entropy, batch_size=4)  # fmt: skip
         found.append(model.drawn)
     random.seed(4)
-    if draw is DRAWS["nothing"]:
-        assert found == [[random.random() for _ in range(20)]] * 2
-    assert len(set(found[1])) == 20
+    assert found == [[random.random() for _ in range(20)]] * 2
 
 
 @pytest.mark.filterwarnings("ignore:random numbers were drawn")
