@@ -9,7 +9,6 @@ its numbers were taken (it is on lease), and the loop's run-ahead is bounded (`S
 
 from __future__ import annotations
 
-import queue
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -30,7 +29,7 @@ class Pending:
     names: tuple[str, ...] = ()
     slot: torch.Tensor | None = None
     landed: Event | None = None
-    free_slots: queue.SimpleQueue[torch.Tensor] | None = field(default=None, repr=False)
+    free_slots: deque[torch.Tensor] | None = field(default=None, repr=False)
 
     @property
     def is_ready(self) -> bool:
@@ -42,26 +41,30 @@ class Pending:
         if self.landed is not None and self.slot is not None and self.free_slots is not None:
             self.landed.synchronize()
             self.values.update(zip(self.names, self.slot.tolist(), strict=False))
-            self.free_slots.put(self.slot)
+            self.free_slots.append(self.slot)
             self.landed = self.slot = None
         return self.values
 
 
 class Readback:
-    """Starts deferred reads.
+    """Starts deferred reads; never waits.
+
+    Slots are made in blocks, as many as are under way at once, which whoever holds the `Pending`s
+    bounds: waiting here for a slot would be waiting for them.
 
     Args:
         backend: The device. On one that does not run ahead a read costs well under a microsecond
             and waits for nothing, so it is made at once: a value that the next step changes in
             place is the right one.
-        num_slots: Reads that may be under way; one more waits for the oldest to be resolved.
+        block_size: Slots that are pinned together.
     """
 
-    def __init__(self, backend: Backend, num_slots: int = 1024) -> None:
+    def __init__(self, backend: Backend, block_size: int = 64) -> None:
         self._streams = backend.streams
-        self._num_slots = num_slots
+        self._block_size = block_size
         self._width = 0
-        self._free: queue.SimpleQueue[torch.Tensor] = queue.SimpleQueue()
+        # Popped by the loop thread and appended to by the writer, each in one atomic call.
+        self._free: deque[torch.Tensor] = deque()
 
     def start(self, scalars: Scalars) -> Pending:
         """Queue the copy of one step's scalars and return at once.
@@ -70,7 +73,7 @@ class Readback:
             scalars: 0-dimensional tensors of any real dtype, or floats.
 
         Runs on:
-            Loop thread. Waits only while every slot is under way.
+            Loop thread.
         """
         values = {name: v for name, v in scalars.items() if not isinstance(v, torch.Tensor)}
         tensors = {name: v for name, v in scalars.items() if isinstance(v, torch.Tensor)}
@@ -82,20 +85,20 @@ class Readback:
             return Pending(values)
         # float64 holds every float32, float16, bfloat16 and every integer up to 2**53 exactly.
         packed = torch.stack([tensor.detach().to(torch.float64) for tensor in tensors.values()])
-        free = self._slots(self._streams, len(tensors))
-        slot = free.get()
+        slot = self._lease(self._streams, len(tensors))
         self._streams.copy_out(packed, slot[: len(tensors)])
-        return Pending(values, tuple(tensors), slot, self._streams.record_compute(), free)
+        return Pending(values, tuple(tensors), slot, self._streams.record_compute(), self._free)
 
-    def _slots(self, streams: Streams, width: int) -> queue.SimpleQueue[torch.Tensor]:
-        """Return the free slots, made anew when a step brings more scalars than any before."""
+    def _lease(self, streams: Streams, width: int) -> torch.Tensor:
         if width > self._width:
             self._width = width
-            self._free = queue.SimpleQueue()  # slots of the old one go home to it, and die with it
-            like = torch.empty(self._num_slots, width, dtype=torch.float64)
-            for slot in streams.pinned_like(like).unbind():
-                self._free.put(slot)
-        return self._free
+            self._free = deque()  # slots of the old one go home to it, and die with it
+        try:
+            return self._free.popleft()
+        except IndexError:
+            like = torch.empty(self._block_size, self._width, dtype=torch.float64)
+            self._free.extend(streams.pinned_like(like).unbind())
+            return self._free.popleft()
 
 
 class StepLimiter:

@@ -16,6 +16,7 @@ All three hold for every tensor of a nested batch.
 
 from __future__ import annotations
 
+import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -80,8 +81,8 @@ class StreamTransfer:
         prepare: Applied to each host tensor before the copy.
 
     Runs on:
-        `send` on the prefetch thread, `receive` on the loop thread; they share nothing but the
-        batch handed over.
+        `send` on a prefetch thread, `receive` on the loop thread; they share nothing but the batch
+        handed over. Several prefetch threads may send at once.
     """
 
     is_identity = False
@@ -139,6 +140,8 @@ class SlotPool:
     event behind its last copy has passed on the host; until then a new one is made, of which the
     depth of the channel bounds the number.
 
+    Validation in the middle of an epoch has a prefetch thread of its own, so there is a lock.
+
     Args:
         streams: Makes pinned memory.
         max_free_bytes: Free slots beyond this much are let go, so that ragged batches, which need a
@@ -150,20 +153,23 @@ class SlotPool:
         self._free: dict[tuple[Any, ...], list[Slot]] = {}
         self._free_bytes = 0
         self._leased: deque[tuple[Event, list[Slot]]] = deque()
+        self._lock = threading.Lock()
 
     def lease(self, like: torch.Tensor) -> Slot:
         """Return a slot of this shape, layout and dtype whose former copy is over."""
-        self._collect()
         key = (like.shape, like.stride(), like.dtype)
-        if slots := self._free.get(key):
-            slot = slots.pop()
-            self._free_bytes -= slot.tensor.nbytes
-            return slot
+        with self._lock:
+            self._collect()
+            if slots := self._free.get(key):
+                slot = slots.pop()
+                self._free_bytes -= slot.tensor.nbytes
+                return slot
         return Slot(key, self._streams.pinned_like(like))
 
     def give_back_after(self, copied: Event, slots: list[Slot]) -> None:
         """End the lease of these slots when the event has passed."""
-        self._leased.append((copied, slots))
+        with self._lock:
+            self._leased.append((copied, slots))
 
     def _collect(self) -> None:
         while self._leased and self._leased[0][0].query():

@@ -39,8 +39,7 @@ class DeferredReads(Generic[Tag]):
     def __init__(self, device: str | torch.device | Backend = "auto", max_pending: int = 16) -> None:
         if max_pending < 1:
             raise ValueError(f"max_pending must be 1 or more, got {max_pending}.")
-        # One slot more than may be pending: the one whose read is being started.
-        self._readback = Readback(select_backend(device), num_slots=max_pending + 1)
+        self._readback = Readback(select_backend(device))
         self._max_pending = max_pending
         self._pending: deque[tuple[Tag, Pending]] = deque()
         self._arrived: deque[tuple[Tag, dict[str, float]]] = deque()

@@ -384,6 +384,8 @@ def test_models_and_images_may_be_channels_last(settings):
     assert model.conv.weight.is_contiguous(memory_format=torch.channels_last)
 
 
+# Python 3.13.0 alone: torch advises the next patch release.
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")
 def test_a_compiled_model_trains_the_users_module(settings):
     """`compile` takes torch.compile's keywords; the parameters stay those of the module passed in."""
     compiled, _ = fit(settings, compile={"backend": "eager"}, val_data=data())

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from pipeline import Callback, ConfigError, NonFiniteError, SimulatedBackend, StageError, Trainer
-from pipeline.testing import InMemoryLogger
+from pipeline.testing import Gate, InMemoryLogger
 
 SCHEDULES = ["textbook", "overlap"]
 
@@ -170,6 +170,32 @@ def test_a_device_that_fails_is_reported(stage):
     setattr(backend, stage, fail_at_third(getattr(backend, stage)))
     with pytest.raises(UserError):
         fit("overlap", device=backend)
+
+
+class SlowToFail(InMemoryLogger):
+    """Holds the writer up until many more steps are pending, then fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = Gate()
+
+    def log(self, row):
+        self.gate.pass_through()
+        fail()
+
+
+def test_a_writer_that_fails_with_the_belt_full_stops_the_loop():
+    """The loop waits for the belt, not for slots that will never come back."""
+    logger, calls = SlowToFail(), []
+
+    def loss_fn(outputs, target):
+        calls.append(1)
+        if len(calls) == 1000:  # the writer holds some, the belt is nearly full
+            logger.gate.open()
+        return F.cross_entropy(outputs, target)
+
+    with pytest.raises(UserError):
+        fit("overlap", device=SimulatedBackend(), train_data=data(6000), loss_fn=loss_fn, loggers=[logger])
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)

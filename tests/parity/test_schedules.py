@@ -119,6 +119,44 @@ def test_data_loader_gives_what_a_plain_loop_over_it_gives(schedule, with_dropou
     assert_same_weights(weights(found_model), weights(model))
 
 
+# A process that has threads is forked, which Python 3.12 and newer warn of.
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+@pytest.mark.parametrize("schedule", ["textbook", "overlap"])
+def test_a_loader_with_a_worker_process_is_run_as_it_is(schedule):
+    """Its batches are those of the user's own loop, and its process ends with the epoch."""
+
+    def start():
+        torch.manual_seed(7)
+        model = build_model("dropout")
+        loader = DataLoader(SlowToDraw(12), 4, shuffle=True, num_workers=1)
+        return model, torch.optim.SGD(model.parameters(), 0.1), loader
+
+    model, optimizer, loader = start()
+    losses = textbook(model, optimizer, [loader, loader])
+    model, optimizer, loader = start()
+    trainer = Trainer(max_epochs=2, schedule=schedule, run_dir=None, enable_progress_bar=False)
+    assert trainer.fit(model, optimizer, loader, loss_fn=F.cross_entropy).losses.tolist() == losses
+
+
+@pytest.mark.parametrize("is_simulated", [False, True])
+def test_validation_in_the_middle_of_an_epoch_changes_nothing(is_simulated):
+    """Two prefetch threads at once share the transfer, and the losses stay the same."""
+    found = []
+    for schedule in ("textbook", "overlap"):
+        torch.manual_seed(0)
+        model = build_model("dropout")
+        trainer = Trainer(
+            max_epochs=2, val_check_interval=3, schedule=schedule, run_dir=None, enable_progress_bar=False,
+            device=SimulatedBackend() if is_simulated else "cpu",
+        )  # fmt: skip
+        result = trainer.fit(
+            model, torch.optim.SGD(model.parameters(), 0.1), SlowToDraw(60), loss_fn=F.cross_entropy,
+            batch_size=4, shuffle=True, val_data=SlowToDraw(40),
+        )  # fmt: skip
+        found.append((result.losses, [row.values.get("val/loss") for row in result.history]))
+    assert found[0] == found[1]
+
+
 @pytest.mark.parametrize("num_threads", [1, 2])
 def test_intra_op_threads_are_the_same_on_the_prefetch_thread(num_threads):
     """A sum in the dataset, which differs between one and two threads, is the same in either schedule."""

@@ -197,7 +197,7 @@ def test_run_ahead_is_bounded():
 def test_deferred_reads_come_back_in_order_and_exact():
     """Every scalar read later is what `.item()` would have said, whatever its type."""
     backend = SimulatedBackend()
-    readback = Readback(backend, num_slots=4)
+    readback = Readback(backend, block_size=2)
     values = [torch.tensor(0.1), torch.tensor(2**40), torch.tensor(1.5, dtype=torch.bfloat16)]
     pending = []
     for number in range(4):
@@ -220,7 +220,7 @@ def test_a_value_changed_in_place_is_read_as_it_was():
 
 def test_more_scalars_than_before_get_wider_slots():
     """A step that logs more than the steps before loses nothing."""
-    readback = Readback(SimulatedBackend(), num_slots=2)
+    readback = Readback(SimulatedBackend(), block_size=1)
     first = readback.start({"a": torch.tensor(1.0)})
     second = readback.start({"a": torch.tensor(2.0), "b": torch.tensor(3.0)})
     assert (first.resolve(), second.resolve()) == ({"a": 1.0}, {"a": 2.0, "b": 3.0})
