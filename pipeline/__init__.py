@@ -4,6 +4,7 @@ sampler → fetch → collate → pin + H2D  ⇒  step → metrics → deferred 
        (prefetch thread)                       (loop thread)                  (writer thread)
 """
 
+from pipeline.batch import Row
 from pipeline.device import SimulatedBackend
 from pipeline.errors import (
     CheckpointError,
@@ -12,12 +13,23 @@ from pipeline.errors import (
     PipelineError,
     StageError,
 )
-from pipeline.loop.callback import Callback, EarlyStopping
+from pipeline.loop.callback import (
+    Callback,
+    EarlyStopping,
+    EpochFinished,
+    FitFailed,
+    FitFinished,
+    FitStarted,
+    StepFinished,
+    Validated,
+)
 from pipeline.loop.prefetch import prefetch
 from pipeline.loop.reads import DeferredReads
 from pipeline.protocols import Datasets, Logger
 from pipeline.result import FitResult
 from pipeline.trainer import Trainer
+
+__version__ = "0.1.0"
 
 __all__ = [
     "Callback",
@@ -26,12 +38,19 @@ __all__ = [
     "Datasets",
     "DeferredReads",
     "EarlyStopping",
+    "EpochFinished",
+    "FitFailed",
+    "FitFinished",
     "FitResult",
+    "FitStarted",
     "Logger",
     "NonFiniteError",
     "PipelineError",
+    "Row",
     "SimulatedBackend",
     "StageError",
+    "StepFinished",
     "Trainer",
+    "Validated",
     "prefetch",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from abc import ABC
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -56,6 +57,13 @@ def map_tensors(batch: Batch, function: Callable[[torch.Tensor], torch.Tensor]) 
         )
 
     return apply_to_collection(batch, (torch.Tensor, _FrozenDataclass), visit)
+
+
+def copy_memory(batch: Batch) -> Batch:
+    """Return the batch with tensors and arrays in memory of their own."""
+    copied = map_tensors(batch, torch.clone)
+    numpy = sys.modules.get("numpy")
+    return copied if numpy is None else apply_to_collection(copied, numpy.ndarray, numpy.copy)
 
 
 def num_samples(batch: Batch) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import pickle
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def load_checkpoint(path: str | Path, *, map_location: str | torch.device = "cpu
     except FileNotFoundError as error:
         raise CheckpointError(f"there is no checkpoint at {path}.") from error
     except (RuntimeError, EOFError, ValueError, OSError, pickle.UnpicklingError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = re.sub(r"\x1b\[\d*m", "", str(error)).partition("\n")[0] or type(error).__name__
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {reason}") from error
     if not isinstance(found, dict) or found.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a checkpoint of this library (format {FORMAT}).")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import random
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from pipeline.errors import ConfigError
 from pipeline.protocols import Datasets
 from pipeline.result import FitResult
-from pipeline.settings import type_problems
+from pipeline.settings import setting_names, type_problems
 from pipeline.trainer import Trainer
 
 _KEYS: dict[str, type | tuple[type, ...]] = {
@@ -39,7 +40,7 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
 }
 # Without this Hydra would refuse the first mistyped key and stay silent on the others.
 ConfigStore.instance().store(group="trainer", name="any_key", node=DictConfig({}, flags={"struct": False}))
-_OF_THE_TRAINER_ONLY = ("seed", "run_dir")
+_SET_ELSEWHERE = {"seed": "seed=…", "run_dir": "hydra.run.dir=…"}
 
 
 def config_dir() -> Path:
@@ -63,19 +64,15 @@ def train_from_config(config: DictConfig, run_dir: Path) -> tuple[FitResult, flo
         ConfigError: Naming everything that is wrong with the config.
     """
     values = check_config(config)
+    trainer = _make_trainer(values, run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     (run_dir / "config.yaml").write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
     _seed_everything(values["seed"])
     data: Datasets = _build(config, "data")
-    for name in ("train", "val", "input_shape", "num_classes"):
-        if not hasattr(data, name):
-            raise ConfigError(
-                f"data._target_ must return pipeline.Datasets, got {type(data).__name__} without .{name}."
-            )
+    _check_data(data, values)
     model = _build(config, "model")(input_shape=data.input_shape, num_classes=data.num_classes)
     optimizer = _build(config, "optim")(model.parameters())
     scheduler = _build(config, "scheduler")(optimizer) if values.get("scheduler") else None
-    trainer = Trainer(**values["trainer"], seed=values["seed"], run_dir=run_dir)
     result = trainer.fit(
         model,
         optimizer,
@@ -91,7 +88,29 @@ def train_from_config(config: DictConfig, run_dir: Path) -> tuple[FitResult, flo
         callbacks=_build(config, "callbacks"),
     )
     print(_summary(result, is_images=len(data.input_shape) == 3))
-    return result, _objective(result, values["objective"])
+    return result, result.metrics[values["objective"]]
+
+
+def check_overrides(arguments: Sequence[str]) -> None:
+    """Refuse overrides of keys that no config has, all at once and before Hydra stops at the first.
+
+    Args:
+        arguments: The command line, without the program.
+
+    Raises:
+        ConfigError: Naming each of them, and the key that was probably meant.
+    """
+    typed = [argument.split("=")[0] for argument in arguments if "=" in argument and argument[0] not in "-+~"]
+    problems = []
+    for key in typed:
+        if key.split(".")[0].split("@")[0] in {*_KEYS, "hydra"} or "/" in key:
+            continue
+        meant = f"trainer.{key}" if key in setting_names() else f"+{key}" if key == "recipe" else None
+        close = difflib.get_close_matches(key, _KEYS, n=1)
+        hint = f"Did you mean {meant or close[0]}?" if meant or close else _KNOWN
+        problems.append(f"{key} is not a key of the config. {hint}")
+    if problems:
+        raise ConfigError(problems)
 
 
 def check_config(config: DictConfig) -> dict[str, Any]:
@@ -116,14 +135,19 @@ def check_config(config: DictConfig) -> dict[str, Any]:
         section = values.get(key)
         if isinstance(section, dict) and "_target_" not in section:
             problems.append(f"{key}._target_ is missing: name what to call, as in my_package.build.")
+    if "T_max" in (values.get("scheduler") or {}) and values["scheduler"]["T_max"] is None:
+        problems.append(
+            "scheduler.T_max is null, since trainer.max_epochs is. Say when the learning rate reaches 0: "
+            "scheduler.T_max=1000 scheduler_interval=step. Or leave the scheduler out: ~scheduler."
+        )
     if values.get("scheduler_interval") not in ("step", "epoch"):
         problems.append(
             f"scheduler_interval must be step or epoch, got {values.get('scheduler_interval')!r}."
         )
     trainer = values.get("trainer") or {}
     problems += [
-        f"trainer.{key} is set outside of trainer: {key}=… for the seed, hydra.run.dir=… for the folder."
-        for key in _OF_THE_TRAINER_ONLY
+        f"trainer.{key} is set elsewhere. Type {elsewhere}."
+        for key, elsewhere in _SET_ELSEWHERE.items()
         if key in trainer
     ]
     problems += type_problems(trainer, prefix="trainer.")
@@ -150,13 +174,24 @@ def _seed_everything(seed: int) -> None:
         sys.modules["numpy"].random.seed(seed % 2**32)
 
 
-def _objective(result: FitResult, name: str) -> float:
-    if name in result.metrics:
-        return result.metrics[name]
-    raise ConfigError(
-        f"objective must be one of {', '.join(sorted(result.metrics))}, got {name!r}. The run itself "
-        f"is complete: {result.run_dir}."
-    )
+def _make_trainer(values: dict[str, Any], run_dir: Path) -> Trainer:
+    try:
+        return Trainer(**values["trainer"], seed=values["seed"], run_dir=run_dir)
+    except ConfigError as error:
+        raise ConfigError([f"trainer.{problem}" for problem in error.problems]) from None
+
+
+def _check_data(data: Any, values: dict[str, Any]) -> None:
+    for name in ("train", "val", "input_shape", "num_classes"):
+        if not hasattr(data, name):
+            raise ConfigError(
+                f"data._target_ must return pipeline.Datasets, got {type(data).__name__} without .{name}."
+            )
+    known = ["train/loss", "train/epoch_loss"]
+    if data.val is not None:
+        known += ["val/loss", *(f"val/{name}" for name in values["metrics"])]
+    if values["objective"] not in known:
+        raise ConfigError(f"objective must be one of {', '.join(known)}, got {values['objective']!r}.")
 
 
 def _summary(result: FitResult, *, is_images: bool) -> str:

@@ -12,7 +12,8 @@ sample (`add_stage_note`); a StageError stands in only where there is no such ex
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 
 
 class PipelineError(Exception):
@@ -38,7 +39,7 @@ class StageError(PipelineError):
     Args:
         message: What is wrong, what was found, what to do.
         stage: The stage's name: ``fetch``, ``collate``, ``step``, ``validate``.
-        step: The optimizer step (counted from 0) in which it happened, or None outside of one.
+        step: Optimizer steps finished before it, or None where that is not known.
         index: The sample's index in the dataset, or None where no sample is to blame.
     """
 
@@ -74,26 +75,70 @@ class CheckpointError(PipelineError):
     """A checkpoint cannot be read, is incomplete, or belongs to another model."""
 
 
-def describe_stage(stage: str, *, step: int | None = None, index: int | None = None) -> str:
-    """Say where in the flow something happened: ``stage 'fetch', sample 1281, step 45``."""
+def describe_stage(
+    stage: str,
+    *,
+    index: int | None = None,
+    step: int | None = None,
+    batch: int | None = None,
+    epoch: int | None = None,
+) -> str:
+    """Say where in the flow something happened: ``stage 'fetch', sample 128, batch 4 of epoch 2``.
+
+    Args:
+        stage: Its name.
+        index: The sample's index in the dataset.
+        step: Optimizer steps finished before it.
+        batch: The batch's place in its epoch, counted from 0.
+        epoch: The epoch, counted from 0; negative where nothing is trained.
+    """
     words = [f"stage '{stage}'"]
     if index is not None:
         words.append(f"sample {index}")
+    if batch is not None:
+        where = "" if epoch is None else " of the evaluation" if epoch < 0 else f" of epoch {epoch}"
+        words.append(f"batch {batch}{where}")
     if step is not None:
         words.append(f"step {step}")
     return ", ".join(words)
 
 
 def add_stage_note(
-    error: BaseException, stage: str, *, step: int | None = None, index: int | None = None
+    error: BaseException,
+    stage: str,
+    *,
+    index: int | None = None,
+    step: int | None = None,
+    batch: int | None = None,
+    epoch: int | None = None,
 ) -> None:
-    """Write on a user's exception where in the flow it was raised; the first stage to say so wins.
+    """Write on a user's exception where in the flow it was raised.
 
-    A StageError knows its stage, and is told the step if whoever raised it did not.
+    The first stage to say so wins; one further out adds the step, which a prefetch thread does not
+    know. A StageError knows its stage, and is told the step if whoever raised it did not.
     """
     if isinstance(error, StageError):
         error.step = step if error.step is None else error.step
         return
-    notes = getattr(error, "__notes__", ())
-    if not any(note.startswith("stage '") for note in notes):
-        error.add_note(describe_stage(stage, step=step, index=index))
+    notes = getattr(error, "__notes__", [])
+    for place, note in enumerate(notes):
+        if note.startswith("stage '"):
+            if step is not None and ", step " not in note:
+                notes[place] = f"{note}, step {step}"
+            return
+    _add_note(error, describe_stage(stage, index=index, step=step, batch=batch, epoch=epoch))
+
+
+@contextmanager
+def noting_on(error: BaseException) -> Iterator[None]:
+    """Write what goes wrong inside the block on an error that is already on its way, and go on."""
+    try:
+        yield
+    except Exception as further:
+        _add_note(error, f"while this error was handled: {type(further).__name__}: {further}")
+
+
+def _add_note(error: BaseException, note: str) -> None:
+    # An exception that does not take notes (a frozen dataclass) must still travel as itself.
+    with suppress(Exception):
+        error.add_note(note)

@@ -42,6 +42,11 @@ class Mean:
         self._sum: torch.Tensor | None = None
         self._count = 0
 
+    @property
+    def has_samples(self) -> bool:
+        """Whether anything has been added."""
+        return self._count > 0
+
     def update(self, *args: Any, num_samples: int) -> None:
         """Evaluate the function on a batch and add the result."""
         assert self._function is not None

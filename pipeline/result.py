@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -33,8 +33,8 @@ class FitResult:
     """
 
     metrics: dict[str, float]
-    history: list[Row]
-    losses: array[float]
+    history: list[Row] = field(repr=False)
+    losses: array[float] = field(repr=False)
     num_steps: int
     num_epochs: int
     schedule: Literal["overlap", "textbook"]
@@ -44,4 +44,4 @@ class FitResult:
     run_dir: Path | None
     last_checkpoint: Path | None
     best_checkpoint: Path | None
-    ema_model: torch.nn.Module | None
+    ema_model: torch.nn.Module | None = field(repr=False)

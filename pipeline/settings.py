@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import numbers
 import types
 import typing
 from collections.abc import Mapping
@@ -105,7 +106,9 @@ class Settings:
     run_dir: str | Path | None = AUTO_RUN_DIR
 
     def __post_init__(self) -> None:
-        problems = type_problems(vars(self)) or self._range_problems()
+        hints = typing.get_type_hints(Settings)
+        right = {name: value for name, value in vars(self).items() if _fits(value, hints[name])}
+        problems = [*type_problems(vars(self)), *_range_problems(right)]
         if problems:
             raise ConfigError(problems)
         if self.fast_dev_run:
@@ -117,39 +120,43 @@ class Settings:
         """Epochs after which to stop; None where `max_steps` decides."""
         return 1 if self.max_epochs is None and self.max_steps is None else self.max_epochs
 
-    def _range_problems(self) -> list[str]:
-        problems = [
-            f"{name} must be {least} or more, got {value}."
-            for name, least in _LEAST.items()
-            if (value := getattr(self, name)) is not None and value < least
-        ]
-        if self.max_epochs is not None and self.max_steps is not None:
+
+def _range_problems(found: dict[str, Any]) -> list[str]:
+    """Say what is out of range among the settings whose types are right."""
+    problems = [
+        f"{name} must be {least} or more, got {value}."
+        for name, least in _LEAST.items()
+        if (value := found.get(name)) is not None and not value >= least
+    ]
+    if found.get("max_epochs") is not None and found.get("max_steps") is not None:
+        problems.append(
+            f"max_epochs={found['max_epochs']} and max_steps={found['max_steps']} contradict: each says "
+            "when to stop. Give one, and set the other to null (None)."
+        )
+    if found.get("num_workers", 0) > 0:
+        problems.append(
+            f"num_workers must be 0, got {found['num_workers']}: batches are made on the prefetch "
+            "thread. For worker processes pass a DataLoader with num_workers of its own."
+        )
+    clip, decay = found.get("gradient_clip_val"), found.get("ema_decay")
+    if clip is not None and not clip > 0:
+        problems.append(f"gradient_clip_val must be above 0, got {clip}. Use null (None) not to clip.")
+    if decay is not None and not 0 < decay < 1:
+        problems.append(f"ema_decay must be between 0 and 1, got {decay}.")
+    for name in ("limit_train_batches", "limit_val_batches"):
+        value = found.get(name)
+        if value is not None and not (0 < value <= 1 if isinstance(value, float) else value > 0):
             problems.append(
-                f"max_epochs={self.max_epochs} and max_steps={self.max_steps} contradict: each says "
-                "when to stop. Give one, and set the other to null (None)."
+                f"{name} must be a number of batches (1 or more) or a share of them (a float "
+                f"up to 1.0), got {value}."
             )
-        if self.num_workers > 0:
-            problems.append(
-                f"num_workers must be 0, got {self.num_workers}: batches are made on the prefetch "
-                "thread. For worker processes pass a DataLoader with num_workers of its own."
-            )
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            problems.append(f"ema_decay must be between 0 and 1, got {self.ema_decay}.")
-        for name in ("limit_train_batches", "limit_val_batches"):
-            value = getattr(self, name)
-            if value is not None and (value <= 0 or (isinstance(value, float) and value > 1)):
-                problems.append(
-                    f"{name} must be a number of batches (1 or more) or a share of them (a float "
-                    f"up to 1.0), got {value}."
-                )
-        return problems
+    return problems
 
 
 _LEAST: dict[str, float] = {
     "max_epochs": 1,
     "max_steps": 1,
     "accumulate_grad_batches": 1,
-    "gradient_clip_val": 0,
     "log_every_n_steps": 1,
     "check_val_every_n_epoch": 1,
     "val_check_interval": 1,
@@ -206,9 +213,9 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin is not None:
         return isinstance(value, origin)
     if hint is float:
-        return isinstance(value, (int, float)) and not isinstance(value, bool)
+        return isinstance(value, numbers.Real) and not isinstance(value, bool)
     if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
     if hint is Backend:
         return hasattr(value, "streams")
     return isinstance(value, hint)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numbers
+from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,4 +48,16 @@ class TrainState:
             "ema": None if self.ema is None else self.ema.module,
         }
         states = {name: part.state_dict() for name, part in parts.items() if part is not None}
-        return {"model": self.model.state_dict(), "epoch": self.epoch, "step": self.step, **states}
+        states["model"] = self.model.state_dict()
+        return {"epoch": self.epoch, "step": self.step, **_plain(states)}
+
+
+def _plain(value: Any) -> Any:
+    """Return NumPy's scalars as Python's own: a file that holds them cannot be read without code."""
+    if isinstance(value, (torch.Tensor, str)):
+        return value
+    if type(value) in (dict, OrderedDict):
+        return type(value)((name, _plain(each)) for name, each in value.items())
+    if type(value) in (list, tuple):
+        return type(value)(_plain(each) for each in value)
+    return value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value

@@ -9,19 +9,28 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pipeline.config import config_dir, train_from_config
+from pipeline.config import check_overrides, config_dir, train_from_config
 from pipeline.errors import PipelineError
 
 
-@hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
-def main(config: DictConfig) -> float:
-    """Train what the config says and return its objective."""
+def main() -> None:
+    """Run the command line; an error of ours ends it with its message and exit code 2."""
     try:
-        _, objective = train_from_config(config, Path(HydraConfig.get().runtime.output_dir))
+        check_overrides(sys.argv[1:])
+        run()
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
-    return objective
+
+
+@hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
+def run(config: DictConfig) -> float:
+    """Train what a config says and return its objective, for a sweeper."""
+    try:
+        return train_from_config(config, Path(HydraConfig.get().runtime.output_dir))[1]
+    except PipelineError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error  # Hydra would print a traceback
 
 
 if __name__ == "__main__":

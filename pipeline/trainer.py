@@ -24,8 +24,10 @@ from pipeline.loop.schedule import Belts
 from pipeline.loop.setup import (
     at_most,
     check_choice,
+    check_listeners,
     check_model,
     check_monitor,
+    closing_all,
     compile_model,
     deterministic_algorithms,
     make_autocast,
@@ -68,7 +70,7 @@ class Trainer(Settings):
         collate_fn: Callable[[list[Any]], Batch] | None = None,
         val_data: Any = None,
         scheduler: Scheduler | None = None,
-        scheduler_interval: Literal["step", "epoch"] = "step",
+        scheduler_interval: Literal["step", "epoch"] = "epoch",
         metrics: Metrics | None = None,
         callbacks: Sequence[Callback] = (),
         loggers: Sequence[Logger] = (),
@@ -76,7 +78,8 @@ class Trainer(Settings):
         """Train the model in place.
 
         Args:
-            model: Moved to the device; its parameters stay the same objects.
+            model: Moved to the device; its parameters stay the same objects. In evaluation mode it is
+                put in training mode; modules of a model in training mode keep the mode they have.
             optimizer: Any of torch's, over the model's parameters.
             train_data: A map-style dataset (with `batch_size`), a DataLoader, or any iterable of
                 batches: tensors, tuples, lists, dicts and dataclasses of them.
@@ -90,24 +93,29 @@ class Trainer(Settings):
             val_data: Like `train_data`; never shuffled.
             scheduler: Any of torch's, over `optimizer`. A ReduceLROnPlateau sees `monitor`.
             scheduler_interval: Whether it moves with each optimizer ``step`` or each ``epoch``.
-            metrics: Validation metrics by name: functions of ``(outputs, target)`` (of what `step`
-                returned, where there is one), or objects with update, compute and reset.
+            metrics: Validation metrics by name, reported as ``val/<name>``. A function of
+                ``(outputs, target)`` that returns one value per sample, such as
+                `pipeline.metrics.accuracy`, or one for the batch; with `step`, a function of the one
+                thing that it returned, which may hold tensors of any shape. Or an object with
+                update, compute and reset.
             callbacks: Told of events on the loop thread.
-            loggers: Told of each row, besides the run folder's ``metrics.jsonl`` and the bar; they
+            loggers: Told of each `Row`, besides the run folder's ``metrics.jsonl`` and the bar; they
                 are closed when the run ends.
 
         Raises:
             ConfigError: For settings that do not fit each other or the data, before the first step.
             StageError: If a batch, a loss or the data is not what it should be.
             NonFiniteError: If the loss becomes NaN or infinite, unless ``on_nonfinite='ignore'``.
-            Exception: The user's own, from any stage, with a note that says where.
+            Exception: The user's own, from any stage, with a note that says where. Ctrl-C is such a
+                one: the rows so far are on disk, the checkpoint is that of the last epoch.
 
         Runs on:
             The calling thread is the loop thread. When this returns or raises, every thread that it
             started has ended.
         """
         objective = make_objective(loss_fn, step)
-        check_model(model, optimizer, scheduler)
+        check_model(model, optimizer, scheduler, val_data)
+        check_listeners(callbacks, loggers, metrics or {}, val_data)
         check_monitor(self.monitor, loss_fn, val_data, metrics or {})
         check_choice("scheduler_interval", scheduler_interval, ("step", "epoch"))
         make_source = partial(as_source, seed=self.seed)
@@ -120,7 +128,9 @@ class Trainer(Settings):
                 val_data, name="val_data", shuffle=False, drop_last=False, **val_batching
             )
             evaluation = self._evaluation(belts, objective, val_source, metrics)
-        place(self, belts.device, model, loss_fn)
+        place(self, belts.device, model, loss_fn, metrics or {})
+        if not model.training:
+            model.train()  # a model that was evaluated; single modules put in eval mode stay so
         called_model = compile_model(model, self.compile)
         scaler, ema = make_scaler(self.precision, belts.device), make_ema(model, self.ema_decay)
         state = TrainState(model, optimizer, scheduler, scaler, ema)
@@ -129,8 +139,7 @@ class Trainer(Settings):
             stack.enter_context(deterministic_algorithms(self.deterministic))
             num_batches = at_most(source.num_batches, max_batches)
             all_loggers = [*loggers, *make_loggers(self, run_dir, num_batches)]
-            for logger in all_loggers:
-                stack.callback(logger.close)
+            stack.enter_context(closing_all(all_loggers))
             journal = Journal(self, all_loggers, last_step=lambda: state.step)
             scope = stack.enter_context(Scope())
             run = Run(
@@ -164,7 +173,7 @@ class Trainer(Settings):
         metrics: Metrics | None = None,
         checkpoint: str | Path | None = None,
     ) -> dict[str, float]:
-        """Return the mean loss and the metrics over all samples, by name.
+        """Return the mean loss and the metrics over all samples, by name (without ``val/``).
 
         Args:
             model: In evaluation mode for the length of the call.
@@ -186,7 +195,7 @@ class Trainer(Settings):
         evaluation = self._evaluation(belts, make_objective(loss_fn, step), source, metrics)
         if checkpoint is not None:
             load_model(checkpoint, model)
-        place(self, belts.device, model, loss_fn)
+        place(self, belts.device, model, loss_fn, metrics or {})
         return evaluation(model)
 
     def predict(
@@ -217,7 +226,7 @@ class Trainer(Settings):
         belts = self._belts()
         if checkpoint is not None:
             load_model(checkpoint, model)
-        place(self, belts.device, model, None)
+        place(self, belts.device, model, None, {})
         limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
         with closing(belts.inbound(source, EVALUATION_EPOCH, limit)) as batches:
             outputs = predict_batches(model, forward, batches, make_autocast(self.precision, belts.device))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -44,7 +45,8 @@ def alive() -> dict[str, set[str]]:
     """Return the threads, processes, shared memory and open files of this process."""
     processes: set[str] = set()
     for task in Path("/proc/self/task").iterdir():
-        processes |= set((task / "children").read_text().split())
+        with contextlib.suppress(FileNotFoundError):  # the thread has ended meanwhile
+            processes |= set((task / "children").read_text().split())
     files = set()
     for name in os.listdir("/proc/self/fd"):
         try:

@@ -58,7 +58,8 @@ class Channel(Generic[Item]):
         self._depth = depth
         self._low_water = min(depth // 4 if low_water is None else low_water, depth - 1)
         self._items: deque[Item] = deque()
-        lock = threading.Lock()
+        # Reentrant: the collector may close an abandoned belt while this thread holds the lock.
+        lock = threading.RLock()
         self._lock = lock
         self._drained = threading.Condition(lock)
         self._filled = threading.Condition(lock)

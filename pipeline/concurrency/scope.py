@@ -35,8 +35,8 @@ class Scope:
         """
         context = contextvars.copy_context()
         thread = threading.Thread(target=self._run, args=(context, run), name=name, daemon=True)
+        self._started.append((thread, stop))  # first: an interrupt after the start must find it
         thread.start()
-        self._started.append((thread, stop))
         return thread
 
     def __exit__(
@@ -47,9 +47,15 @@ class Scope:
     ) -> None:
         for _, stop in self._started:
             stop()
+        interrupt: KeyboardInterrupt | None = None
         for thread, _ in self._started:
-            thread.join()
+            try:
+                _join(thread)
+            except KeyboardInterrupt as further:  # give up on this one, which may hang; not on the rest
+                interrupt = further
         self._started.clear()
+        if interrupt is not None:
+            raise interrupt
         if error is None and self._errors:
             raise self._errors[0]
 
@@ -58,3 +64,10 @@ class Scope:
             context.run(run)
         except BaseException as error:
             self._errors.append(error)
+
+
+def _join(thread: threading.Thread) -> None:
+    # It never started, if an interrupt came in between; it is this one, if the collector closes an
+    # abandoned belt on the belt's own thread, which ends as soon as it returns.
+    if thread.ident is not None and thread is not threading.current_thread():
+        thread.join()

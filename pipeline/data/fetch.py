@@ -9,7 +9,7 @@ import torch
 from torch.utils.data import Subset, TensorDataset, default_collate
 
 from pipeline.batch import Batch
-from pipeline.errors import add_stage_note
+from pipeline.errors import StageError, add_stage_note
 from pipeline.seeding import sample_seed
 
 CollateFn: TypeAlias = Callable[[list[Any]], Batch]
@@ -35,13 +35,13 @@ class Fetcher:
         # The plain case, many times faster than sample by sample, and equal to it bit for bit.
         self.is_drawless = type(dataset) is TensorDataset and collate_fn is None
 
-    def fetch(self, indices: torch.Tensor, epoch: int, step: int, seed_sample: SeedSample) -> Batch:
+    def fetch(self, indices: torch.Tensor, epoch: int, position: int, seed_sample: SeedSample) -> Batch:
         """Make the batch of these samples.
 
         Args:
             indices: int64 ``[B]``.
             epoch: Counted from 0.
-            step: The batch's position in its epoch, for the note on an error.
+            position: The batch's place in its epoch, for the note on an error.
             seed_sample: Called with each sample's seed before that sample is made.
 
         Raises:
@@ -52,14 +52,16 @@ class Fetcher:
         """
         if self.is_drawless:
             return [tensor[indices] for tensor in self._dataset.tensors]
-        samples = self._samples(indices.tolist(), epoch, step, seed_sample)
+        samples = self._samples(indices.tolist(), epoch, position, seed_sample)
         try:
             return self._collate_fn(samples)
         except Exception as error:
-            add_stage_note(error, "collate", step=step)
+            add_stage_note(error, "collate", batch=position, epoch=epoch)
             raise
 
-    def _samples(self, indices: Sequence[int], epoch: int, step: int, seed_sample: SeedSample) -> list[Any]:
+    def _samples(
+        self, indices: Sequence[int], epoch: int, position: int, seed_sample: SeedSample
+    ) -> list[Any]:
         index: int | None = None
         try:
             if self._has_getitems:
@@ -71,7 +73,10 @@ class Fetcher:
                 samples.append(self._dataset[index])
             return samples
         except Exception as error:
-            add_stage_note(error, "fetch", index=index, step=step)
+            add_stage_note(error, "fetch", index=index, batch=position, epoch=epoch)
+            if isinstance(error, StopIteration):  # it would end the generators that it passes through
+                message = "the dataset raised StopIteration, which ends a loop silently. Raise IndexError."
+                raise StageError(message, stage="fetch", index=index) from error
             raise
 
 

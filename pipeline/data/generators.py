@@ -12,7 +12,7 @@ import ctypes
 import random
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any, Protocol
 
 import torch
@@ -49,7 +49,9 @@ class PythonGenerator:
     def fingerprint(self) -> bytes:
         if self._address is None:
             return repr(random.getstate()).encode()
-        return ctypes.string_at(self._address, _MT19937_BYTES)
+        # The second number of a pair that `gauss` makes is kept outside of the words.
+        kept: Any = random._inst.gauss_next  # type: ignore[attr-defined]
+        return ctypes.string_at(self._address, _MT19937_BYTES) + repr(kept).encode()
 
     def state(self) -> Any:
         return random.getstate()
@@ -114,17 +116,28 @@ class Watch:
         self._generators = tuple(generators)
         self._before: dict[str, tuple[bytes, Any]] = {}
 
-    def start(self) -> None:
-        """Remember where each generator stands."""
+    def start(self, drawn: Container[GlobalGenerator] = ()) -> None:
+        """Remember where each generator stands.
+
+        Args:
+            drawn: Generators known to be drawn from. Their states are taken anew each time: NumPy
+                keeps the second number of a gaussian pair where no fingerprint sees it.
+        """
         for generator in self._generators:
             fingerprint = generator.fingerprint()
             known = self._before.get(generator.name)
-            if known is None or known[0] != fingerprint:  # a state costs far more than a fingerprint
+            # A state costs far more than a fingerprint.
+            if known is None or known[0] != fingerprint or generator in drawn:
                 self._before[generator.name] = (fingerprint, generator.state())
 
     def moved(self) -> list[GlobalGenerator]:
         """Return the generators drawn from since `start`."""
         return [each for each in self._generators if each.fingerprint() != self._before[each.name][0]]
+
+    def forget(self, generators: Iterable[GlobalGenerator]) -> None:
+        """Watch these no longer."""
+        gone = tuple(generators)
+        self._generators = tuple(each for each in self._generators if each not in gone)
 
     def restore(self, generators: Iterable[GlobalGenerator]) -> None:
         """Put these back to where they stood at `start`."""

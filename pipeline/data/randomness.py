@@ -17,14 +17,15 @@ How it is kept, cheapest first:
   generator (`F.dropout`): these are noticed and raise `UnhookableDrawError` before their batch is
   used, upon which the belt goes on in the loop thread, isolated.
 
-One case is not exact: a model and a dataset that both draw from Python's or NumPy's generator, the
-dataset so seldom that its first batch does not show it. The samples are right even then; the model
-may see a number twice, once.
+What is not exact, because the first batch of an epoch does not show it: a dataset that only later
+reseeds torch (`torch.manual_seed`, `fork_rng`) or draws in a traced function; and one that only later
+draws from Python's or NumPy's generator while the model draws from the same one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -48,7 +49,8 @@ _HOOKABLE = frozenset(
 )
 _PYTHON_UNHOOKABLE = (
     "alpha_dropout dropout dropout1d dropout2d dropout3d feature_alpha_dropout "
-    "fractional_max_pool2d fractional_max_pool3d gumbel_softmax multi_head_attention_forward rrelu"
+    "fractional_max_pool2d fractional_max_pool3d gumbel_softmax multi_head_attention_forward rrelu "
+    "scaled_dot_product_attention"
 )
 _TORCH_UNHOOKABLE = (
     "alpha_dropout alpha_dropout_ dropout dropout_ feature_alpha_dropout feature_alpha_dropout_ "
@@ -62,29 +64,36 @@ _UNHOOKABLE = frozenset(
 )
 
 
-class UnhookableDrawError(Exception):
-    """A dataset drew from a generator that the prefetch thread cannot isolate; the belt catches it.
+class UnhookableDrawError(BaseException):
+    """A dataset may have drawn from a generator that the prefetch thread cannot isolate.
+
+    The belt catches it. Not an `Exception`, so that a dataset which tries again on errors does not.
 
     Args:
         names: The generators, as a user knows them.
+        is_certain: Whether it was the dataset: a global generator that moved while the thread worked
+            may as well have been drawn from by the model.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        self.names = tuple(names)
+    def __init__(self, names: Sequence[str], *, is_certain: bool) -> None:
+        self.names, self.is_certain = tuple(names), is_certain
         super().__init__(", ".join(names))
 
 
 class GeneratorMode(TorchFunctionMode):
-    """Give every torch draw of this thread one generator, and name the draws that take none.
+    """Give every torch draw of this thread one generator, and watch for draws that take none.
+
+    Args:
+        generator: What is drawn from; None leaves the draws alone.
+        refuses: Raise an UnhookableDrawError before such a draw; otherwise only name it.
 
     Attributes:
-        generator: What is drawn from; None leaves the draws alone and only names those others.
         unhookable: The functions called that draw and take no generator.
     """
 
-    def __init__(self, generator: torch.Generator | None) -> None:
+    def __init__(self, generator: torch.Generator | None, *, refuses: bool = False) -> None:
         super().__init__()
-        self.generator = generator
+        self._generator, self._refuses = generator, refuses
         self.unhookable: list[str] = []
 
     def __torch_function__(
@@ -92,12 +101,40 @@ class GeneratorMode(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _HOOKABLE:
-            is_free = self.generator is not None and kwargs.get("generator") is None
-            if is_free and _is_on_cpu(args, kwargs):
-                kwargs = {**kwargs, "generator": self.generator}
+            is_global = kwargs.get("generator") in (None, torch.default_generator)
+            if is_global and self._generator is not None and _is_on_cpu(args, kwargs):
+                kwargs = {**kwargs, "generator": self._generator}
         elif func in _UNHOOKABLE:
             self.unhookable.append(f"torch.{func.__name__}")
+            if self._refuses:
+                raise UnhookableDrawError(self.unhookable, is_certain=True)
         return func(*args, **kwargs)
+
+
+class _TouchedGenerator:
+    """Stands in for torch's global generator and notes that somebody took it in hand.
+
+    `torch.manual_seed`, `fork_rng` and their like go past torch's functions, and may put back what
+    they changed, so that a watch sees nothing.
+    """
+
+    def __init__(self) -> None:
+        self.is_touched = False
+
+    def __getattr__(self, name: str) -> Any:
+        self.is_touched = True
+        return getattr(torch.default_generator, name)
+
+
+@contextmanager
+def _watching_hands() -> Iterator[_TouchedGenerator]:
+    standing_in, functions = _TouchedGenerator(), vars(torch.random)
+    before = functions["default_generator"]
+    functions["default_generator"] = standing_in
+    try:
+        yield standing_in
+    finally:
+        functions["default_generator"] = before
 
 
 def _is_on_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -107,7 +144,12 @@ def _is_on_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
 
 
 class SampleRandomness:
-    """Makes batches so that their samples draw from seeds of their own; see the module's text."""
+    """Makes batches so that their samples draw from seeds of their own; see the module's text.
+
+    Attributes:
+        has_suspects: Whether a generator moved while the prefetch thread made a batch, and it is not
+            known yet who drew from it; `on_loop_thread` finds out.
+    """
 
     def __init__(self) -> None:
         generators = global_generators()
@@ -115,8 +157,17 @@ class SampleRandomness:
         self._loop_watch = Watch(generators)
         self._thread_watch = Watch(each for each in generators if each.name != TorchGenerator.name)
         self._generator = torch.Generator()
-        self._mode = GeneratorMode(self._generator)
+        self._mode = GeneratorMode(self._generator, refuses=True)
         self._suspects: list[GlobalGenerator] = []
+
+    @property
+    def has_suspects(self) -> bool:
+        return bool(self._suspects)
+
+    @property
+    def drawn(self) -> tuple[str, ...]:
+        """The global generators that the dataset was seen to draw from."""
+        return tuple(each.name for each in self._drawn)
 
     def on_loop_thread(self, make: Make[Made]) -> Made:
         """Make a batch watched, or isolated once anything has been drawn.
@@ -125,7 +176,7 @@ class SampleRandomness:
             Loop thread.
         """
         while True:
-            self._loop_watch.start()
+            self._loop_watch.start(self._drawn)
             try:
                 made = make(self._seed_drawn)
             finally:
@@ -133,7 +184,7 @@ class SampleRandomness:
                 self._loop_watch.restore(moved)
             unknown = [each for each in moved if each not in self._drawn]
             if not unknown:
-                self._undo_in_thread()
+                self._settle()
                 return made
             self._drawn.extend(unknown)  # seeded from now on, for this batch too
 
@@ -152,8 +203,8 @@ class SampleRandomness:
             made = make(self._seed_hook)
         # Not put back here: it may have been the model that drew, in the loop thread, meanwhile.
         self._suspects = self._thread_watch.moved()
-        if self._suspects or self._mode.unhookable:
-            raise UnhookableDrawError([*(each.name for each in self._suspects), *self._mode.unhookable])
+        if self._suspects:
+            raise UnhookableDrawError([each.name for each in self._suspects], is_certain=False)
         return made
 
     def probe(self, make: Make[Made]) -> Made:
@@ -162,19 +213,22 @@ class SampleRandomness:
         So a draw is found that is in none of the tables above, before a thread makes one like it.
 
         Raises:
-            UnhookableDrawError: As `in_thread`.
+            UnhookableDrawError: As `in_thread`; here it is certain.
 
         Runs on:
             Loop thread.
         """
-        self._loop_watch.start()
+        self._loop_watch.start(self._drawn)
+        self._mode.unhookable.clear()
         try:
-            made = self.in_thread(make)
+            with _watching_hands() as hands, self._mode:
+                made = make(self._seed_hook)
         finally:
             moved = self._loop_watch.moved()
             self._loop_watch.restore(moved)
-        if moved:
-            raise UnhookableDrawError([each.name for each in moved])
+        names = [each.name for each in moved] or ["torch.random"] * hands.is_touched
+        if names:
+            raise UnhookableDrawError(names, is_certain=True)
         return made
 
     def _seed_drawn(self, seed: int) -> None:
@@ -184,7 +238,12 @@ class SampleRandomness:
     def _seed_hook(self, seed: int) -> None:
         self._generator.manual_seed(seed)
 
-    def _undo_in_thread(self) -> None:
-        """Put back what the dataset drew in the prefetch thread, once it is seen that it does draw."""
+    def _settle(self) -> None:
+        """Say of each suspect whether the dataset drew from it, which the batch made again shows.
+
+        If it did, what it drew in the prefetch thread is put back. If it did not, the model draws
+        from that generator, which moves at any time: watching it tells nothing any more.
+        """
         self._thread_watch.restore(each for each in self._suspects if each in self._drawn)
+        self._thread_watch.forget(each for each in self._suspects if each not in self._drawn)
         self._suspects = []

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, default_collate
 
 from pipeline.batch import Batch
 from pipeline.data.fetch import CollateFn, Fetcher
+from pipeline.data.generators import Watch, global_generators
 from pipeline.data.randomness import GeneratorMode, SampleRandomness, UnhookableDrawError
 from pipeline.data.sampler import BatchPlan, num_batches
 from pipeline.errors import add_stage_note
@@ -32,9 +33,10 @@ class Reader(Protocol):
     """The batches of one epoch, in order; `END` after the last one."""
 
     def first(self) -> Batch:
-        """Make the next batch on the loop thread and find out whether a thread can make the rest.
+        """Make the next batch on the loop thread and find out whether a thread can make more.
 
-        After it, `is_threadable` says so.
+        After it, `is_threadable` says so. So an epoch begins, and goes on after an
+        `UnhookableDrawError`.
         """
 
     def read(self) -> Batch:
@@ -46,6 +48,9 @@ class Reader(Protocol):
         Raises:
             UnhookableDrawError: If only the loop thread can make this batch; nothing is consumed.
         """
+
+    def close(self) -> None:
+        """Let go of what the epoch holds; nothing is read afterwards."""
 
     @property
     def is_threadable(self) -> bool:
@@ -121,12 +126,14 @@ class MapReader:
         return not self._source.unhookable
 
     def first(self) -> Batch:
-        if self.is_threadable:
+        if self.is_threadable and not self._randomness.has_suspects:
             try:
                 return self._next(self._randomness.probe)
             except UnhookableDrawError as found:
                 self._source.unhookable = found.names
-        return self.read()
+        batch = self.read()
+        self._source.unhookable = self._source.unhookable or self._randomness.drawn
+        return batch
 
     def read(self) -> Batch:
         return self._next(self._randomness.on_loop_thread)
@@ -135,8 +142,12 @@ class MapReader:
         try:
             return self._next(self._randomness.in_thread)
         except UnhookableDrawError as found:
-            self._source.unhookable = found.names
+            if found.is_certain:
+                self._source.unhookable = found.names
             raise
+
+    def close(self) -> None:
+        """Hold nothing."""
 
     def _next(self, isolate: Any) -> Batch:
         position, fetcher = self.position, self._source.fetcher
@@ -162,7 +173,8 @@ class IterableSource:
     base seed and its order from torch's global generator, just as in a plain loop. Later batches'
     torch draws come from ``(seed, epoch)``, in either schedule, so that a prefetch thread never
     draws from the generator that the model's dropout uses. Where it cannot be kept from that
-    (`F.dropout` in a transform), the loop thread makes the batches, as the first one shows.
+    (`F.dropout` in a transform), or the first batch moves Python's or NumPy's generator, the loop thread
+    makes the batches.
     """
 
     def __init__(self, batches: Iterable[Batch], seed: int) -> None:
@@ -178,14 +190,16 @@ class IterableSource:
         generator = torch.Generator().manual_seed(sample_seed(self._seed, epoch, 0))
         is_plain = type(self._batches) in (list, tuple)  # nothing that could draw
         batches = itertools.islice(iter(self._batches), max_batches)
-        return IterableReader(self, batches, None if is_plain else GeneratorMode(generator))
+        return IterableReader(self, batches, None if is_plain else GeneratorMode(generator), epoch)
 
 
 class IterableReader:
     """One epoch of an `IterableSource`."""
 
-    def __init__(self, source: IterableSource, batches: Iterator[Batch], mode: GeneratorMode | None) -> None:
-        self._source, self._batches, self._mode = source, batches, mode
+    def __init__(
+        self, source: IterableSource, batches: Iterator[Batch], mode: GeneratorMode | None, epoch: int
+    ) -> None:
+        self._source, self._batches, self._mode, self._epoch = source, batches, mode, epoch
         self.position = 0
 
     @property
@@ -193,12 +207,14 @@ class IterableReader:
         return not self._source.unhookable
 
     def first(self) -> Batch:
-        if self._mode is None:
-            return self._next()
-        listener = GeneratorMode(None)
+        if self._mode is None or self.position > 0:
+            return self.read()
+        listener, watch = GeneratorMode(None), Watch(global_generators()[1:])  # torch's moves anyway
+        watch.start()
         with listener:
             batch = self._next()
-        self._source.unhookable = tuple(listener.unhookable)
+        found = (*listener.unhookable, *(each.name for each in watch.moved()))
+        self._source.unhookable = self._source.unhookable or found
         return batch
 
     def read(self) -> Batch:
@@ -214,13 +230,16 @@ class IterableReader:
             self._source.unhookable = tuple(self._mode.unhookable)
         return batch
 
+    def close(self) -> None:
+        self._batches = iter(())  # a DataLoader's workers end with its iterator
+
     def _next(self) -> Batch:
         try:
             batch = next(self._batches)
         except StopIteration:
             return END
         except Exception as error:
-            add_stage_note(error, "fetch", step=self.position)
+            add_stage_note(error, "fetch", batch=self.position, epoch=self._epoch)
             raise
         self.position += 1
         return batch

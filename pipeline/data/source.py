@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Iterable, Sized
 from typing import Any
 
@@ -90,7 +91,7 @@ def _batches_problem(data: Any, name: str, has_sample_settings: bool) -> str | N
 
 def _samples_problem(data: Any, name: str, batch_size: int) -> str | None:
     found = type(data).__name__
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+    if isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Integral) or batch_size < 1:
         return f"batch_size must be an integer of 1 or more, got {batch_size!r}."
     if isinstance(data, DataLoader):
         return f"{name} is a DataLoader, which has a batch size of its own: leave out batch_size."

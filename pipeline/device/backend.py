@@ -8,6 +8,7 @@ through an event, and both through slots of pinned memory on lease.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,9 @@ class Event(Protocol):
 
 class Streams(Protocol):
     """The part of a device that runs ahead: copies beside the computation, and marks to wait for."""
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Make it the calling thread's current device; a new thread begins with the first one."""
 
     def pinned_like(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return an uninitialised pinned host tensor of the same shape and dtype."""
@@ -108,6 +112,10 @@ class StreamBackend:
 
     def read(self, tensor: torch.Tensor) -> float:
         return float(tensor.item())
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        guard: AbstractContextManager[Any] = self._module.device(self.device)
+        return guard
 
     def pinned_like(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(tensor, device="cpu", pin_memory=True)

@@ -60,7 +60,7 @@ class Readback:
     """
 
     def __init__(self, backend: Backend, block_size: int = 64) -> None:
-        self._streams = backend.streams
+        self._streams, self._device = backend.streams, backend.device
         self._block_size = block_size
         self._width = 0
         # Popped by the loop thread and appended to by the writer, each in one atomic call.
@@ -77,11 +77,10 @@ class Readback:
         """
         values = {name: v for name, v in scalars.items() if not isinstance(v, torch.Tensor)}
         tensors = {name: v for name, v in scalars.items() if isinstance(v, torch.Tensor)}
-        if self._streams is None:
-            for name, tensor in tensors.items():
-                values[name] = tensor.item()
-            return Pending(values)
-        if not tensors:
+        for name, tensor in list(tensors.items()):
+            if self._streams is None or tensor.device != self._device:  # the host's: nothing to wait for
+                values[name] = tensors.pop(name).item()
+        if self._streams is None or not tensors:
             return Pending(values)
         # float64 holds every float32, float16, bfloat16 and every integer up to 2**53 exactly.
         packed = torch.stack([tensor.detach().to(torch.float64) for tensor in tensors.values()])

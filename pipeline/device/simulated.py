@@ -33,7 +33,9 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -145,6 +147,9 @@ class SimulatedBackend:
     def read(self, tensor: torch.Tensor) -> float:
         self.record_compute().synchronize()
         return float(tensor.item())
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def pinned_like(self, tensor: torch.Tensor) -> torch.Tensor:
         return _poison(torch.empty_like(tensor))

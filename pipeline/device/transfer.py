@@ -19,12 +19,13 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 
-from pipeline.batch import Batch, map_tensors
+from pipeline.batch import Batch, copy_memory, map_tensors
 from pipeline.device.backend import Backend, Event, Streams
 
 
@@ -43,6 +44,9 @@ class Transfer(Protocol):
     def receive(self, sent: Any) -> Batch:
         """Return the batch, safe to use in the next operation; loop thread."""
 
+    def on_device(self) -> AbstractContextManager[Any]:
+        """Make the device the calling thread's current one, as it is the loop thread's."""
+
     @property
     def is_identity(self) -> bool:
         """Whether a fresh batch comes out as it went in."""
@@ -58,8 +62,11 @@ class EagerTransfer:
 
     def send(self, batch: Batch, *, is_fresh: bool = True) -> Batch:
         if not is_fresh:
-            batch = map_tensors(batch, torch.clone)
+            batch = copy_memory(batch)
         return batch if self._prepare is None else map_tensors(batch, self._prepare)
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        return nullcontext()
 
     def receive(self, sent: Batch) -> Batch:
         return sent if self._is_host else map_tensors(sent, self._backend.move)
@@ -103,10 +110,10 @@ class StreamTransfer:
             if tensor.device.type != "cpu":
                 return tensor.to(self._device)
             host = tensor if self._prepare is None else self._prepare(tensor)
-            if host.layout is not torch.strided:
-                return self._streams.copy_in(host)  # from pageable memory: waits, and is safe
+            if host.layout is not torch.strided or type(host) is not torch.Tensor:
+                return self._streams.copy_in(host)  # keeps its kind; from pageable memory, so it waits
             slot = self._slots.lease(host)
-            slot.tensor.copy_(host)
+            slot.tensor.copy_(host.detach())
             leased.append(slot)
             return self._streams.copy_in(slot.tensor)
 
@@ -114,6 +121,9 @@ class StreamTransfer:
         copied = self._streams.record_copies()
         self._slots.give_back_after(copied, leased)
         return SentBatch(on_device, copied)
+
+    def on_device(self) -> AbstractContextManager[Any]:
+        return self._streams.on_device()
 
     def receive(self, sent: SentBatch) -> Batch:
         self._streams.wait_for_copies(sent.copied)

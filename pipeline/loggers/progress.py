@@ -1,7 +1,8 @@
-"""The bar on a terminal; in a pipe or a log file, one line for each epoch."""
+"""One line for each epoch and validation; on a terminal, a bar below them."""
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import time
@@ -21,7 +22,7 @@ class _Bar(tqdm):  # type: ignore[type-arg]
 
 
 class ProgressBar:
-    """Show steps, epoch, loss and the last validation.
+    """Show steps, epoch and loss, and what each epoch and validation gave.
 
     A logger like any other, so it runs where the loggers run and never reads from the device.
 
@@ -35,8 +36,7 @@ class ProgressBar:
         self._shown_step, self._shown_at_s = 0, 0.0
         self._bar: Any = None
         self._last: Row | None = None
-        self._validated = ""
-        if self._stream.isatty():
+        if _has_room(self._stream):
             _Bar.set_lock(threading.RLock())
             self._bar = _Bar(
                 total=num_steps, unit="step", mininterval=0, dynamic_ncols=True, file=self._stream
@@ -61,14 +61,25 @@ class ProgressBar:
 
     def _show(self, row: Row) -> None:
         self._shown_at_s = time.perf_counter()
-        words = [f"epoch {row.epoch}", f"loss {row.values.get('train/loss', float('nan')):.4g}"]
-        self._bar.set_postfix_str(", ".join([*words, self._validated]).rstrip(", "), refresh=False)
+        loss = row.values.get("train/loss", float("nan"))
+        self._bar.set_postfix_str(f"epoch {row.epoch}, loss {loss:.4g}", refresh=False)
         self._bar.update(row.step - self._shown_step)
         self._shown_step = row.step
 
     def _note_epoch(self, row: Row) -> None:
-        words = {name: f"{name} {value:.4g}" for name, value in row.values.items()}
-        self._validated = " ".join(text for name, text in words.items() if name.startswith("val/"))
+        words = [f"{name} {value:.4g}" for name, value in row.values.items()]
+        line = " ".join([f"epoch {row.epoch} step {row.step}", *words])
         if self._bar is None:
-            text = " ".join(words.values())
-            print(f"epoch {row.epoch} step {row.step} {text}", file=self._stream, flush=True)
+            print(line, file=self._stream, flush=True)
+        else:
+            self._bar.write(line, file=self._stream)  # above the bar, where it stays
+
+
+def _has_room(stream: TextIO) -> bool:
+    """Say whether it is a terminal that has columns to draw in; some that programs open have none."""
+    if not stream.isatty():
+        return False
+    try:
+        return os.get_terminal_size(stream.fileno()).columns > 0
+    except OSError:
+        return True

@@ -68,14 +68,28 @@ class FitFailed(Event):
 
 
 class Callback:
-    """Override what you need; every method runs on the loop thread and is waited for."""
+    """Override what you need; every method runs on the loop thread and is waited for.
 
-    def on_fit_started(self, event: FitStarted) -> None: ...
-    def on_step_finished(self, event: StepFinished) -> None: ...
-    def on_epoch_finished(self, event: EpochFinished) -> None: ...
-    def on_validated(self, event: Validated) -> None: ...
-    def on_fit_finished(self, event: FitFinished) -> None: ...
-    def on_fit_failed(self, event: FitFailed) -> None: ...
+    Every event has ``event.state`` (model, optimizer, epoch, step) and ``event.stop(reason)``.
+    """
+
+    def on_fit_started(self, event: FitStarted) -> None:
+        """Before the first batch: ``event.run_dir``."""
+
+    def on_step_finished(self, event: StepFinished) -> None:
+        """After each optimizer step: ``event.state.step``, ``event.scalars`` on the device."""
+
+    def on_epoch_finished(self, event: EpochFinished) -> None:
+        """After an epoch's last step: ``event.state.epoch``."""
+
+    def on_validated(self, event: Validated) -> None:
+        """After each validation: ``event.metrics``, by name."""
+
+    def on_fit_finished(self, event: FitFinished) -> None:
+        """After the last step: ``event.stop_reason``."""
+
+    def on_fit_failed(self, event: FitFailed) -> None:
+        """When an exception ends the run: ``event.error``."""
 
 
 _METHOD: dict[type[Event], str] = {

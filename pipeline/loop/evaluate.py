@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.batch import Batch, map_tensors, num_samples
+from pipeline.errors import StageError
 from pipeline.loop.objective import Objective
 from pipeline.metrics import Mean, MetricSet
 from pipeline.protocols import Metrics
@@ -46,6 +47,12 @@ class Evaluation:
                 for name, value in computed.scalars.items():
                     means.setdefault(name, Mean()).add(value, count)
                 further.update(*computed.metric_args, num_samples=count)
+        if not means["loss"].has_samples:
+            raise StageError(
+                "the data gave no batch. An iterator can be read only once: pass a DataLoader, a list, or "
+                "an object whose __iter__ starts anew.",
+                stage="validate",
+            )
         return {name: mean.compute() for name, mean in means.items()} | further.compute()
 
 
@@ -74,10 +81,14 @@ def forward_inputs(model: torch.nn.Module, batch: Batch) -> Any:
 @contextmanager
 def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
     """Put the model in evaluation mode, and afterwards each module back to the mode it had."""
-    training = [module for module in model.modules() if module.training]
+    modes = [(module, module.training) for module in model.modules()]
+    was_training = model.training
     model.eval()
     try:
         yield
     finally:
-        for module in training:
-            module.training = True
+        if was_training:
+            model.train()  # not only the flag: a module may do more on its way in and out
+        for module, mode in modes:
+            if module.training != mode:
+                module.training = mode

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.batch import Batch, Row, Scalars, num_samples
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.device import StepLimiter
-from pipeline.errors import StageError, add_stage_note
+from pipeline.errors import NonFiniteError, StageError, add_stage_note, noting_on
 from pipeline.loop.callback import (
     CallbackList,
     EpochFinished,
@@ -66,31 +67,52 @@ class Run:
 
 def fit(run: Run, run_dir: Path | None) -> None:
     """Train, and tell the callbacks how it began and how it ended."""
-    run.callbacks.tell(FitStarted(run.state, run.stop, run_dir))
     try:
+        run.callbacks.tell(FitStarted(run.state, run.stop, run_dir))
         _train(run)
         run.callbacks.tell(FitFinished(run.state, run.stop, run.stop_reason))
         run.outbound.flush()
     except BaseException as error:
-        run.callbacks.tell(FitFailed(run.state, run.stop, error))
+        cause = _earlier_cause(run, error)
+        with noting_on(cause):
+            run.callbacks.tell(FitFailed(run.state, run.stop, cause))
+        if cause is not error:
+            raise cause from error
         raise
+
+
+def _earlier_cause(run: Run, error: BaseException) -> BaseException:
+    """Return the error that a plain loop would have met first: a loss not yet read may be NaN."""
+    if isinstance(error, Exception):
+        try:
+            run.outbound.flush()
+        except NonFiniteError as cause:
+            return cause
+        except Exception:
+            return error
+    return error
 
 
 def _train(run: Run) -> None:
     while not run.stop_reason:
         first_step = run.state.step
         with closing(run.inbound(run.state.epoch, _batches_left(run))) as batches:
-            _train_epoch(run, batches)
+            try:
+                _train_epoch(run, batches)
+            except Exception as error:
+                add_stage_note(error, "loop", step=run.state.step)
+                raise
         _check_progress(run, run.state.step - first_step)
         _finish_epoch(run, first_step)
 
 
 def make_result(run: Run, schedule: Literal["overlap", "textbook"], run_dir: Path | None) -> FitResult:
     """Sum up a run that has ended."""
-    rows = [*run.history] if run.journal.last_row is None else [run.journal.last_row, *run.history]
-    checkpoints = run.checkpoints
+    checkpoints, metrics = run.checkpoints, dict(run.journal.last_values)
+    for row in run.history:
+        metrics |= row.values
     return FitResult(
-        metrics={name: value for row in rows for name, value in row.values.items()},
+        metrics=metrics,
         history=run.history,
         losses=run.journal.losses,
         num_steps=run.state.step,
@@ -137,7 +159,11 @@ def _after_step(run: Run, scalars: Scalars) -> bool:
     """Do what is due between two steps; say whether it took time of its own."""
     state, settings = run.state, run.settings
     if run.callbacks.has_step_listeners:
-        run.callbacks.tell(StepFinished(state, run.stop, scalars))
+        plain = {
+            name: value.detach() if isinstance(value, torch.Tensor) else value
+            for name, value in scalars.items()
+        }
+        run.callbacks.tell(StepFinished(state, run.stop, plain))
     if settings.max_steps is not None and state.step >= settings.max_steps:
         run.stop("max_steps")
     every_n = settings.val_check_interval
@@ -218,15 +244,14 @@ def _check_progress(run: Run, num_steps: int) -> None:
         return
     if run.checkpoints is not None and run.state.step:
         run.checkpoints.save_last(run.state)
-    wanted = (
-        f"{run.settings.max_steps} steps"
-        if run.settings.max_steps is not None
-        else f"{run.settings.epoch_limit} epochs"
-    )
+    if run.settings.max_steps is not None:
+        wanted = f"{run.state.step} of {run.settings.max_steps} steps"
+    else:
+        wanted = f"{run.state.epoch} of {run.settings.epoch_limit} epochs"
     raise StageError(
-        f"train_data ended early: it gave no batch in epoch {run.state.epoch}, after "
-        f"{run.state.step} of {wanted}. An iterator can be read only once: pass a DataLoader, a "
-        "list, or an object whose __iter__ starts anew.",
+        f"train_data ended early: it gave no batch in epoch {run.state.epoch}, after {wanted}. An "
+        "iterator can be read only once: pass a DataLoader, a list, or an object whose __iter__ "
+        "starts anew.",
         stage="fetch",
         step=run.state.step,
     )

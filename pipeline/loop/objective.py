@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -58,7 +59,9 @@ def from_step(step: Step) -> Objective:
                 f"the dict that step returned must have the key 'loss', got {sorted(returned)}.",
                 stage="step",
             )
-        scalars = {name: value for name, value in returned.items() if name != "loss" and _is_scalar(value)}
+        scalars = {
+            str(name): value for name, value in returned.items() if name != "loss" and _is_scalar(value)
+        }
         return Computed(_checked(returned["loss"]), scalars, (returned,))
 
     return compute
@@ -95,7 +98,7 @@ def _checked(loss: Any) -> torch.Tensor:
 def _is_scalar(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.ndim == 0 and not value.is_complex()
-    return isinstance(value, (int, float))
+    return isinstance(value, numbers.Real)  # NumPy's scalars too
 
 
 def _describe(found: Any) -> str:

@@ -59,17 +59,17 @@ class Journal:
         self._stops_on_nonfinite = settings.on_nonfinite == "stop"
         self._last_step = last_step
         self.losses = array("d")
-        self.last_row: Row | None = None
+        self.last_values: dict[str, float] = {}
 
     def note_step(self, done: StepDone, values: dict[str, float]) -> None:
         """Take a step's numbers; write a row if it is its turn."""
         loss = values["train/loss"]
         self.losses.append(loss)
+        self.last_values = values
         if done.step % self._every_n == 0:
             values["time/step_ms"] = done.step_s * 1e3
             values["time/data_wait_ms"] = done.data_wait_s * 1e3
-            self.last_row = Row(done.step, done.epoch, values)
-            self.note_row(self.last_row)
+            self.note_row(Row(done.step, done.epoch, values))
         if self._stops_on_nonfinite and not isfinite(loss):
             raise NonFiniteError(done.step - 1, self._last_step() - 1, loss)
 

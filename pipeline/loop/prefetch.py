@@ -6,7 +6,7 @@ sampler → fetch → collate → pin + H2D  ⇒  (a bounded channel)  ⇒  loop
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from typing import Any
 
@@ -16,20 +16,21 @@ from pipeline.batch import Batch
 from pipeline.concurrency import Channel, ChannelClosedError, Scope
 from pipeline.data import END, Reader, Source, UnhookableDrawError, as_source
 from pipeline.device import Backend, Transfer, make_transfer, select_backend
-from pipeline.errors import add_stage_note
+from pipeline.errors import ConfigError, add_stage_note
 
 
 def read_in_line(reader: Reader, transfer: Transfer) -> Generator[Batch]:
     """Yield the batches of an epoch as a plain loop makes them: one when it is asked for."""
-    while (batch := reader.read()) is not END:
-        yield batch if transfer.is_identity else transfer.receive(transfer.send(batch))
+    with closing(reader):
+        while (batch := reader.read()) is not END:
+            yield batch if transfer.is_identity else transfer.receive(transfer.send(batch))
 
 
 def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -> Generator[Batch]:
     """Yield the same batches, made ahead by a thread that ends with the generator.
 
     The first one is made on the loop thread, which shows whether a thread can make the rest; where
-    one cannot, they are made in line and a warning says why.
+    one cannot, they are made there too, and a warning says why.
 
     Args:
         source: Where the reader comes from.
@@ -40,26 +41,34 @@ def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -
     Runs on:
         Loop thread; blocks, with the GIL released, while no batch is there.
     """
-    batch = reader.first()
-    if batch is END:
-        return
-    first = transfer.send(batch, is_fresh=source.makes_fresh_batches)
-    if reader.is_threadable:
-        with Scope() as scope:
-            channel: Channel[Any] = Channel(depth)
+    has_warned = False
+    with closing(reader):
+        while (batch := reader.first()) is not END:
+            sent = transfer.send(batch, is_fresh=source.makes_fresh_batches)
+            if reader.is_threadable:
+                # Until the epoch ends, or the thread meets a batch that it cannot make.
+                yield from _from_thread(source, reader, transfer, depth, sent)
+                continue
+            if not has_warned:
+                _warn_in_line(source)
+                has_warned = True
+            yield transfer.receive(sent)
 
-            def fill() -> None:
+
+def _from_thread(
+    source: Source, reader: Reader, transfer: Transfer, depth: int, first: Any
+) -> Generator[Batch]:
+    with Scope() as scope:
+        channel: Channel[Any] = Channel(depth)
+
+        def fill() -> None:
+            with transfer.on_device():
                 _fill(channel, reader, transfer, source.makes_fresh_batches)
 
-            scope.start(fill, name="prefetch", stop=channel.abandon)
-            yield transfer.receive(first)
-            for sent in channel:
-                yield transfer.receive(sent)
-    else:
+        scope.start(fill, name="prefetch", stop=channel.abandon)
         yield transfer.receive(first)
-    if not reader.is_threadable:
-        _warn_in_line(source)
-        yield from read_in_line(reader, transfer)
+        for sent in channel:
+            yield transfer.receive(sent)
 
 
 def _fill(channel: Channel[Any], reader: Reader, transfer: Transfer, is_fresh: bool) -> None:
@@ -79,7 +88,7 @@ def _send(transfer: Transfer, batch: Batch, is_fresh: bool, position: int) -> An
     try:
         return transfer.send(batch, is_fresh=is_fresh)
     except Exception as error:
-        add_stage_note(error, "transfer", step=position)
+        add_stage_note(error, "transfer", batch=position)
         raise
 
 
@@ -93,42 +102,58 @@ def _warn_in_line(source: Source) -> None:
     )
 
 
-def prefetch(
-    batches: Iterable[Batch],
-    *,
-    device: str | torch.device | Backend = "auto",
-    depth: int = 8,
-) -> Generator[Batch]:
+class prefetch:  # noqa: N801  (it is called like a function, as `enumerate` is)
     """Bring batches to the device ahead of a loop of your own.
 
-        for batch in prefetch(loader, device="cuda"):
-            loss = step(batch)
+        batches = prefetch(loader, device="cuda")
+        for epoch in range(10):
+            for batch in batches:
+                loss = step(batch)
+
+    Iterating yields the same batches, on the device, in the same order; one that you keep stays
+    valid. Each iteration begins anew, if `batches` does; ``len`` is that of `batches`.
 
     Args:
         batches: A DataLoader, or any iterable of tensors, tuples, lists, dicts or dataclasses of them.
         device: Where the batches go; ``auto`` takes the accelerator that is there.
-        depth: Batches that may wait. Memory is bounded by this many and one in the making.
-
-    Yields:
-        The same batches, on the device, in the same order. One that you keep stays valid.
+        depth: Batches that may wait. Memory is bounded by this many, one in the making and one in use.
 
     Raises:
-        ConfigError: If `batches` yields none, or the device is not there.
-        Exception: Whatever `batches` raises, when its turn comes.
+        ConfigError: If `batches` is no iterable of batches, or the device is not there.
+        Exception: While iterating, whatever `batches` raises, when its turn comes.
 
     Runs on:
-        The caller's thread, and one thread that ends with the loop; leaving the loop early ends it
-        when the generator is closed or goes out of scope.
+        The caller's thread, and one thread that ends with the loop; leaving the loop early ends it as
+        soon as the iterator is closed or goes out of scope.
     """
-    if depth < 1:
-        raise ValueError(f"depth must be 1 or more, got {depth}.")
-    source = as_source(
-        batches, name="batches", batch_size=None, shuffle=False, drop_last=False, collate_fn=None, seed=0
-    )
-    transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)
-    return _prefetch(source, transfer, depth)
 
+    def __init__(
+        self,
+        batches: Iterable[Batch],
+        *,
+        device: str | torch.device | Backend = "auto",
+        depth: int = 8,
+    ) -> None:
+        if depth < 1:
+            raise ConfigError(f"depth must be 1 or more, got {depth}.")
+        self._source = as_source(
+            batches,
+            name="batches",
+            batch_size=None,
+            shuffle=False,
+            drop_last=False,
+            collate_fn=None,
+            seed=0,
+        )
+        self._transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)
+        self._depth, self._num_iterations = depth, 0
 
-def _prefetch(source: Source, transfer: Transfer, depth: int) -> Generator[Batch]:
-    with closing(read_ahead(source, source.open(0), transfer, depth)) as batches:
-        yield from batches
+    def __iter__(self) -> Iterator[Batch]:
+        reader = self._source.open(self._num_iterations)
+        self._num_iterations += 1
+        return read_ahead(self._source, reader, self._transfer, self._depth)
+
+    def __len__(self) -> int:
+        if self._source.num_batches is None:
+            raise TypeError("the batches that are prefetched do not say how many they are")
+        return self._source.num_batches

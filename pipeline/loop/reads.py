@@ -10,6 +10,7 @@ import torch
 
 from pipeline.batch import Scalars
 from pipeline.device import Backend, Pending, Readback, select_backend
+from pipeline.errors import ConfigError
 
 Tag = TypeVar("Tag")
 
@@ -38,7 +39,7 @@ class DeferredReads(Generic[Tag]):
 
     def __init__(self, device: str | torch.device | Backend = "auto", max_pending: int = 16) -> None:
         if max_pending < 1:
-            raise ValueError(f"max_pending must be 1 or more, got {max_pending}.")
+            raise ConfigError(f"max_pending must be 1 or more, got {max_pending}.")
         self._readback = Readback(select_backend(device))
         self._max_pending = max_pending
         self._pending: deque[tuple[Tag, Pending]] = deque()
@@ -50,7 +51,15 @@ class DeferredReads(Generic[Tag]):
         Args:
             tag: Comes back with the numbers, such as the step.
             scalars: 0-dimensional tensors of any real dtype, or floats, by name.
+
+        Raises:
+            ConfigError: If a tensor is not 0-dimensional.
         """
+        for name, value in scalars.items():
+            if isinstance(value, torch.Tensor) and value.ndim:
+                raise ConfigError(
+                    f"{name} must be a scalar, got shape {tuple(value.shape)}. Reduce it with .mean()."
+                )
         self._pending.append((tag, self._readback.start(scalars)))
         while len(self._pending) > self._max_pending:
             self._resolve_oldest()

@@ -6,19 +6,21 @@ import contextlib
 import datetime
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader
 
 from pipeline.checkpoint import CheckpointFolder
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, noting_on
 from pipeline.loggers import JsonlLogger, ProgressBar
+from pipeline.loop.callback import Callback, EarlyStopping
 from pipeline.loop.objective import Objective, from_loss_fn, from_step
-from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
+from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, StatefulMetric, Step
 from pipeline.settings import AUTO_RUN_DIR, AUTOCAST_DTYPE, Precision, Settings
 
 
@@ -28,6 +30,8 @@ def make_objective(loss_fn: LossFn | None, step: Step | None) -> Objective:
     Raises:
         ConfigError: If neither or both of the two were given.
     """
+    if isinstance(loss_fn, type):
+        raise ConfigError(f"loss_fn is a class: pass {loss_fn.__name__}(), an object that can be called.")
     if (loss_fn is None) == (step is None):
         found = "neither" if loss_fn is None else "both"
         raise ConfigError(
@@ -38,7 +42,10 @@ def make_objective(loss_fn: LossFn | None, step: Step | None) -> Objective:
 
 
 def check_model(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, scheduler: Scheduler | None
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Scheduler | None,
+    val_data: Any,
 ) -> None:
     """Refuse what could only train nothing.
 
@@ -46,6 +53,11 @@ def check_model(
         ConfigError: Naming every problem found.
     """
     problems = []
+    if not isinstance(model, torch.nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
+        raise ConfigError(
+            "fit takes a torch.nn.Module and one torch.optim.Optimizer, got "
+            f"{type(model).__name__} and {type(optimizer).__name__}."
+        )
     trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     optimized = {id(each) for group in optimizer.param_groups for each in group["params"]}
     if not trainable:
@@ -63,6 +75,39 @@ def check_model(
             "scheduler was made for another optimizer: its learning rates would never be used. Make "
             "it from the optimizer that is passed to fit."
         )
+    if isinstance(scheduler, ReduceLROnPlateau) and val_data is None:
+        problems.append("ReduceLROnPlateau looks at validations, and there are none: pass val_data=.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_listeners(
+    callbacks: Sequence[Callback], loggers: Sequence[Logger], metrics: Metrics, val_data: Any
+) -> None:
+    """Refuse what could not be told anything.
+
+    Raises:
+        ConfigError: Naming every one of them.
+    """
+    for name, listeners in (("callbacks", callbacks), ("loggers", loggers)):
+        if not isinstance(listeners, (list, tuple)):
+            raise ConfigError(f"{name} must be a list, got {listeners!r}.")
+    if not isinstance(metrics, Mapping) or not all(
+        callable(each) or isinstance(each, StatefulMetric) for each in metrics.values()
+    ):
+        raise ConfigError(f"metrics must be a dict of names and functions, got {metrics!r}.")
+    problems = [
+        f"callbacks must be objects of a subclass of pipeline.Callback, got {each!r}."
+        for each in callbacks
+        if not isinstance(each, Callback)
+    ]
+    problems += [
+        f"a logger must have the methods log, flush and close, got {each!r}."
+        for each in loggers
+        if not all(hasattr(each, name) for name in ("log", "flush", "close"))
+    ]
+    if val_data is None and any(isinstance(each, EarlyStopping) for each in callbacks):
+        problems.append("EarlyStopping looks at validations, and there are none: pass val_data=.")
     if problems:
         raise ConfigError(problems)
 
@@ -130,13 +175,20 @@ def check_choice(name: str, found: str, choices: tuple[str, ...]) -> None:
         raise ConfigError(f"{name} must be {' or '.join(choices)}, got {found!r}.")
 
 
-def place(settings: Settings, device: torch.device, model: torch.nn.Module, loss_fn: LossFn | None) -> None:
-    """Put the model, and a loss that has weights of its own, on the device."""
+def place(
+    settings: Settings,
+    device: torch.device,
+    model: torch.nn.Module,
+    loss_fn: LossFn | None,
+    metrics: Metrics,
+) -> None:
+    """Put the model, and a loss and metrics that have tensors of their own, on the device."""
     model.to(device)
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
-    if isinstance(loss_fn, torch.nn.Module):
-        loss_fn.to(device)
+    for part in (loss_fn, *metrics.values()):
+        if isinstance(part, torch.nn.Module):
+            part.to(device)
 
 
 def compile_model(model: torch.nn.Module, keywords: bool | Mapping[str, Any]) -> torch.nn.Module:
@@ -173,6 +225,21 @@ def make_checkpoints(settings: Settings, run_dir: Path | None) -> CheckpointFold
     return CheckpointFolder(run_dir / "checkpoints", settings.monitor_mode)
 
 
+@contextlib.contextmanager
+def closing_all(loggers: Sequence[Logger]) -> Iterator[None]:
+    """Close every logger after the block; an error of the block is not lost to one of theirs."""
+    try:
+        yield
+    except BaseException as error:
+        for logger in loggers:
+            with noting_on(error):
+                logger.close()
+        raise
+    with contextlib.ExitStack() as stack:
+        for logger in loggers:
+            stack.callback(logger.close)
+
+
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | None:
     """Return the loss scaling that float16 needs.
 
@@ -182,10 +249,19 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | 
 
 
 def make_run_dir(run_dir: str | Path | None) -> Path | None:
-    """Make the folder for a run's files: ``runs/<time>`` for ``auto``, none for None."""
+    """Make the folder for a run's files: ``runs/<time>`` for ``auto``, none for None.
+
+    Raises:
+        ConfigError: If it holds a run already.
+    """
     if run_dir is None:
         return None
     if run_dir != AUTO_RUN_DIR:
+        if (Path(run_dir) / "metrics.jsonl").exists():
+            raise ConfigError(
+                f"run_dir must be a new folder, but {run_dir} holds a run already. Name another, or "
+                "leave it out for runs/<time>."
+            )
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         return Path(run_dir)
     stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")

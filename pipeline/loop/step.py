@@ -47,7 +47,8 @@ class TrainStep:
             and state.scheduler is not None
             and not isinstance(state.scheduler, ReduceLROnPlateau)
         )
-        self._scalars: Scalars = {}
+        self._scalars: Scalars = {}  # sums over the micro-batches so far, and of how many
+        self._counts: dict[str, int] = {}
         self.num_pending = 0
 
     @property
@@ -89,7 +90,9 @@ class TrainStep:
             ``train/lr`` as it was for this update; ``train/grad_norm`` where it was computed.
         """
         state, scalars = self._state, self._take_scalars()
-        scalars["train/lr"] = state.optimizer.param_groups[0]["lr"]
+        rate = state.optimizer.param_groups[0]["lr"]
+        # A tensor is what a scheduler changes in place: keep it as it was for this update.
+        scalars["train/lr"] = rate.detach().clone() if isinstance(rate, torch.Tensor) else rate
         try:
             if self._settings.gradient_clip_val is not None:
                 self._clip(self._settings.gradient_clip_val, scalars)
@@ -99,13 +102,13 @@ class TrainStep:
                 state.scaler.step(state.optimizer)
                 state.scaler.update()
             state.optimizer.zero_grad()
+            if self._steps_scheduler and state.scheduler is not None:
+                state.scheduler.step()
+            if state.ema is not None:
+                state.ema.update_parameters(state.model)
         except Exception as error:
             add_stage_note(error, "optimizer", step=state.step)
             raise
-        if self._steps_scheduler and state.scheduler is not None:
-            state.scheduler.step()
-        if state.ema is not None:
-            state.ema.update_parameters(state.model)
         state.step += 1
         return scalars
 
@@ -124,20 +127,20 @@ class TrainStep:
         if not computed.scalars and self._num_accumulated == 1:
             self._scalars = {"train/loss": computed.loss}  # its graph is freed; a detach costs 4 µs
             return
-        scalars: Scalars = {"train/loss": computed.loss.detach()}
+        found: Scalars = {}
         for name, value in computed.scalars.items():
             # A snapshot: what the user returned may be a live buffer, or a weight about to change.
-            snapshot = value.detach().clone() if isinstance(value, torch.Tensor) else value
-            scalars[name if "/" in name else f"train/{name}"] = snapshot
-        if self.num_pending:
-            scalars = self._scalars | {
-                name: self._scalars.get(name, 0.0) + value for name, value in scalars.items()
-            }
-        self._scalars = scalars
+            snapshot = value.detach().clone() if isinstance(value, torch.Tensor) else float(value)
+            found[name if "/" in name else f"train/{name}"] = snapshot
+        found["train/loss"] = computed.loss.detach()
+        for name, value in found.items():
+            self._counts[name] = self._counts.get(name, 0) + 1
+            self._scalars[name] = self._scalars[name] + value if name in self._scalars else value
 
     def _take_scalars(self) -> Scalars:
-        scalars, count = self._scalars, self.num_pending
-        self._scalars, self.num_pending = {}, 0
-        if count > 1:
-            scalars = {name: value / count for name, value in scalars.items()}
+        scalars, counts = self._scalars, self._counts
+        self._scalars, self._counts, self.num_pending = {}, {}, 0
+        for name, count in counts.items():
+            if count > 1:
+                scalars[name] = scalars[name] / count
         return scalars

@@ -8,12 +8,21 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
-from pipeline import Callback, CheckpointError, EarlyStopping, SimulatedBackend, Trainer
+from pipeline import (
+    Callback,
+    CheckpointError,
+    ConfigError,
+    EarlyStopping,
+    SimulatedBackend,
+    StageError,
+    Trainer,
+)
 from pipeline.checkpoint import load_checkpoint
 from pipeline.metrics import accuracy
 from pipeline.testing import InMemoryLogger
@@ -452,3 +461,108 @@ def test_auto_is_textbook_on_the_cpu_and_overlap_on_a_device_that_runs_ahead():
     quiet = {"run_dir": None, "enable_progress_bar": False}
     assert fit({**quiet, "device": "cpu"})[0].schedule == "textbook"
     assert fit({**quiet, "device": SimulatedBackend()})[0].schedule == "overlap"
+
+
+def test_a_model_in_evaluation_mode_is_put_in_training_mode(settings):
+    """A model that was evaluated before trains with its dropout on; frozen modules stay frozen."""
+    seen = []
+
+    def step(model, batch):
+        seen.append((model.training, model[2].training))
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    model, optimizer = start("dropout")
+    model.eval()
+    Trainer(**settings).fit(model, optimizer, data(), step=step, batch_size=12)
+    model[2].eval()
+    Trainer(**settings).fit(model, optimizer, data(), step=step, batch_size=12)
+    assert seen == [(True, True)] * 2 + [(True, False)] * 2
+
+
+def test_a_module_that_acts_on_its_mode_is_told_of_both(settings):
+    """Validation calls `train()` again, for modules that merge and unmerge weights in it."""
+
+    class Merging(torch.nn.Linear):
+        is_merged = False
+
+        def train(self, mode=True):
+            self.is_merged = not mode
+            return super().train(mode)
+
+    model = Merging(6, 3)
+    seen = []
+
+    def step(model, batch):
+        seen.append((model.training, model.is_merged))
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    trainer = Trainer(max_epochs=2, **settings)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    trainer.fit(model, optimizer, data(), step=step, batch_size=24, val_data=data())
+    assert seen == [(True, False), (False, True)] * 2
+
+
+def test_data_that_runs_dry_is_an_error_in_validation_too(settings):
+    """No number is made up of no sample."""
+    with pytest.raises(StageError, match="the data gave no batch"):
+        fit(settings, val_data=iter(list(DataLoader(data(), 4))), batch_size=None, max_epochs=2,
+            train_data=list(DataLoader(data(), 4)))  # fmt: skip
+    with pytest.raises(StageError, match="the data gave no batch"):
+        Trainer(**settings).evaluate(build_model("linear"), iter([]), loss_fn=F.cross_entropy)
+
+
+def test_a_learning_rate_that_is_a_tensor_is_logged_as_it_was(settings):
+    """A scheduler changes it in place; the row has the one that the step was made with."""
+    logger = InMemoryLogger()
+    model = build_model("linear")
+    optimizer = torch.optim.Adam(model.parameters(), lr=torch.tensor(0.1), foreach=False, capturable=False)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5)
+    trainer = Trainer(max_steps=3, **settings)
+    trainer.fit(model, optimizer, data(), loss_fn=F.cross_entropy, batch_size=4, scheduler=scheduler,
+                scheduler_interval="step", loggers=[logger])  # fmt: skip
+    rates = [row.values["train/lr"] for row in logger.rows if "train/lr" in row.values]
+    assert rates == pytest.approx([0.1, 0.05, 0.025])
+
+
+def test_odd_scalars_of_a_step(settings):
+    """NumPy's numbers are logged, the loss cannot be overwritten, a mean is over what was returned."""
+    numbers = iter(range(100))
+
+    def step(model, batch):
+        number = next(numbers)
+        more = {"half": 10.0} if number % 2 else {}
+        return {"loss": F.cross_entropy(model(batch[0]), batch[1]), "train/loss": 42.0,
+                "numpy": np.float32(0.5), 7: 1, **more}  # fmt: skip
+
+    result, _ = fit(settings, step=step, accumulate_grad_batches=2, log_every_n_steps=100)
+    assert all(loss < 42 for loss in result.losses)
+    assert (result.metrics["train/numpy"], result.metrics["train/half"], result.metrics["train/7"]) == (
+        0.5,
+        10,
+        1,
+    )
+    assert result.metrics["train/loss"] == result.losses[-1]  # though no row was due
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: np.cos(step / 10)),
+        lambda o: torch.optim.lr_scheduler.OneCycleLR(o, 0.1, total_steps=100),
+        lambda o: torch.optim.lr_scheduler.SequentialLR(
+            o, [torch.optim.lr_scheduler.ConstantLR(o), torch.optim.lr_scheduler.ExponentialLR(o, 0.9)], [2]
+        ),
+        lambda o: torch.optim.lr_scheduler.MultiStepLR(o, [2, 3]),
+    ],
+)
+def test_a_checkpoint_can_always_be_read(make, tmp_path):
+    """NumPy's numbers in a schedule's state are stored as Python's own."""
+    result, _ = fit({"enable_progress_bar": False}, run_dir=tmp_path / "run", make_scheduler=make)
+    assert "scheduler" in load_checkpoint(result.last_checkpoint)
+
+
+def test_a_run_folder_holds_one_run(settings, tmp_path):
+    """A second run in the same folder is refused, before anything is written."""
+    fit(settings, run_dir=tmp_path / "run")
+    with pytest.raises(ConfigError, match="holds a run already"):
+        fit(settings, run_dir=tmp_path / "run")

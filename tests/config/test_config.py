@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,7 @@ from PIL import Image
 
 import pipeline.train
 from pipeline import ConfigError
-from pipeline.config import check_config, config_dir, train_from_config
+from pipeline.config import check_config, check_overrides, config_dir, train_from_config
 from pipeline.settings import Settings
 from tests.conftest import alive
 
@@ -35,6 +36,7 @@ def compose_config(*overrides):
 
 
 def train(*overrides):
+    shutil.rmtree("run", ignore_errors=True)
     return train_from_config(compose_config(*QUICK, *overrides), Path("run"))
 
 
@@ -101,11 +103,12 @@ def test_folders_of_images_are_decoded_and_augmented(tmp_path):
         (["data=cifar10"], "data.root is missing. Type data.root="),
         (["data=cifar10", "data.root=/nowhere"], "CIFAR10('/nowhere', download=True)"),
         (["data=imagefolder", "data.root=/nowhere"], "but /nowhere/train is not such a folder"),
-        (["+trainer.seed=3"], "trainer.seed is set outside of trainer: seed="),
+        (["+trainer.seed=3"], "trainer.seed is set elsewhere. Type seed="),
         (["+colour=red"], "colour is not a key of the config"),
         (["model._target_=nonsense.build"], "model cannot be built"),
         (["scheduler_interval=day"], "scheduler_interval must be step or epoch, got 'day'"),
-        (["trainer.max_steps=5"], "max_epochs=1 and max_steps=5 contradict"),
+        (["trainer.max_steps=5"], "trainer.max_epochs=1 and max_steps=5 contradict"),
+        (["trainer.max_steps=5", "trainer.max_epochs=null"], "scheduler.T_max is null"),
         (["objective=val/f1"], "objective must be one of"),
     ],
 )
@@ -177,9 +180,49 @@ def test_help_says_what_can_be_typed(tmp_path):
     """--help shows examples, groups and settings; nothing is written."""
     done = run_cli("--help", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for words in ("python -m pipeline.train +recipe=resnet", "recipe: resnet", "max_epochs: 1", "data.root="):
+    for words in ("python -m pipeline.train +recipe=resnet", "max_epochs: 1", "data.root="):
         assert words in done.stdout
     assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_group_and_option():
+    """The list of choices is that of the folder of configs."""
+    shown = yaml.safe_load((ROOT / "conf/hydra/help/pipeline.yaml").read_text())["template"]
+    for group in ("recipe", "data", "model", "optim", "scheduler"):
+        (line,) = [line for line in shown.splitlines() if line.strip(" +").startswith(f"{group}=")]
+        for path in (ROOT / "conf" / group).glob("*.yaml"):
+            assert path.stem in line
+
+
+def test_overrides_of_unknown_keys_are_named_at_once():
+    """What was probably meant is said, before Hydra stops at the first."""
+    check_overrides(
+        [
+            "+recipe=resnet",
+            "-m",
+            "~scheduler",
+            "optim.lr=1,2",
+            "hydra.run.dir=x",
+            "data=digits",
+            "--config-dir",
+            "mine",
+            "--config-dir=mine",
+        ]
+    )
+    with pytest.raises(ConfigError) as caught:
+        check_overrides(["max_epochs=3", "batchsize=8", "recipe=resnet", "colour=red"])
+    assert caught.value.problems[:3] == (
+        "max_epochs is not a key of the config. Did you mean trainer.max_epochs?",
+        "batchsize is not a key of the config. Did you mean batch_size?",
+        "recipe is not a key of the config. Did you mean +recipe?",
+    )
+    assert caught.value.problems[3].startswith("colour is not a key of the config. There are: seed, ")
+
+
+def test_a_scheduler_can_be_left_out():
+    """With ~scheduler a recipe trains at the optimizer's learning rate, for a number of steps."""
+    result, _ = train("~scheduler", "trainer.max_steps=2", "trainer.max_epochs=null")
+    assert (result.num_steps, result.metrics["train/lr"]) == (2, 0.1)
 
 
 def test_an_error_ends_the_process_with_code_two(tmp_path):

@@ -13,7 +13,15 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from pipeline import Callback, ConfigError, NonFiniteError, SimulatedBackend, StageError, Trainer
+from pipeline import (
+    Callback,
+    ConfigError,
+    EarlyStopping,
+    NonFiniteError,
+    SimulatedBackend,
+    StageError,
+    Trainer,
+)
 from pipeline.testing import Gate, InMemoryLogger
 
 SCHEDULES = ["textbook", "overlap"]
@@ -113,14 +121,26 @@ def failing_iterable():
 
 
 MODEL = torch.nn.Linear(4, 2)
+SGD = torch.optim.SGD(MODEL.parameters(), 0.1)
+
+
+def failing_scheduler():
+    scheduler = torch.optim.lr_scheduler.ConstantLR(SGD)
+    scheduler.step = fail_at_third(scheduler.step)
+    return scheduler
+
+
 CASES = {
-    "dataset": ({"train_data": Samples(bad=9)}, "stage 'fetch', sample 9, step 4"),
-    "dataset, first batch": ({"train_data": Samples(bad=0)}, "stage 'fetch', sample 0, step 0"),
+    "dataset": ({"train_data": Samples(bad=9)}, "stage 'fetch', sample 9, batch 4 of epoch 0, step 4"),
+    "dataset, first batch": (
+        {"train_data": Samples(bad=0)},
+        "stage 'fetch', sample 0, batch 0 of epoch 0, step 0",
+    ),
     "collate": (
         {"train_data": Samples(), "collate_fn": fail_at_third(torch.utils.data.default_collate)},
-        "stage 'collate', step 2",
+        "stage 'collate', batch 2 of epoch 0, step 2",
     ),
-    "iterable": ({"train_data": failing_iterable}, "stage 'fetch', step 10"),
+    "iterable": ({"train_data": failing_iterable}, "stage 'fetch', batch 10 of epoch 0, step 10"),
     "forward": ({"model": FailingModel}, "stage 'step', step 2"),
     "loss_fn": ({"loss_fn": lambda: fail_at_third(F.cross_entropy)}, "stage 'step', step 2"),
     "backward": (
@@ -132,7 +152,10 @@ CASES = {
         "stage 'optimizer', step 2",
     ),
     "logger": ({"loggers": lambda: [FailingLogger()]}, "stage 'log (FailingLogger)', step 3"),
-    "validation": ({"val_data": Samples(bad=5)}, "stage 'fetch', sample 5, step 2"),
+    "validation": (
+        {"val_data": Samples(bad=5)},
+        "stage 'fetch', sample 5, batch 2 of the evaluation, step 10",
+    ),
     "metric": ({"val_data": data(), "metrics": {"m": fail}}, "stage 'validate', step 10"),
     "callback": (
         {"callbacks": lambda: [type("C", (Callback,), {"on_epoch_finished": fail})()]},
@@ -288,6 +311,10 @@ REFUSED = {
                       torch.optim.SGD([torch.zeros(1)])}, ConfigError, "no trainable parameters"),
     "other model's optimizer": ({"optimizer": torch.optim.SGD([torch.zeros(1)])}, ConfigError, "holds none"),
     "other scheduler": ({"scheduler": wrong_scheduler()}, ConfigError, "made for another optimizer"),
+    "two optimizers": ({"optimizer": [1]}, ConfigError, "one torch.optim.Optimizer, got Linear and list"),
+    "callback": ({"callbacks": [print]}, ConfigError, "subclass of pipeline.Callback, got <built-in"),
+    "logger": ({"loggers": [print]}, ConfigError, "log, flush and close, got <built-in"),
+    "stopping": ({"callbacks": [EarlyStopping()]}, ConfigError, "pass val_data="),
     "interval": ({"scheduler_interval": "day"}, ConfigError, "step or epoch, got 'day'"),
     "monitor": ({"monitor": "val/f1", "val_data": data()}, ConfigError, "one of val/loss, got 'val/f1'"),
     "share of unknown": ({"train_data": DataLoader(Pairs(), 2), "limit_train_batches": 0.5}, ConfigError,
@@ -317,3 +344,53 @@ def test_the_traceback_reaches_into_the_dataset():
     with pytest.raises(UserError) as caught:
         fit("overlap", train_data=Samples(bad=13))
     assert "__getitem__" in "".join(traceback.format_exception(caught.value))
+
+
+def test_an_earlier_nan_is_the_cause_in_either_schedule():
+    """A model that fails on the NaN of the step before: the NaN is reported, as a plain loop would."""
+
+    def loss_fn(outputs, target):
+        if outputs.isnan().any():
+            raise UserError("mine")
+        return F.cross_entropy(outputs, target) * (float("nan") if len(calls) == 2 else 1.0)
+
+    for schedule in SCHEDULES:
+        calls = []
+
+        class Counting(torch.nn.Linear):
+            def forward(self, inputs, calls=calls):
+                calls.append(1)
+                return super().forward(inputs)
+
+        with pytest.raises(NonFiniteError) as caught:
+            fit(schedule, model=Counting(4, 2), loss_fn=loss_fn)
+        assert caught.value.first_step == 1
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_failure_on_the_way_out_does_not_hide_the_first_one(schedule):
+    """What a logger's close or a callback raises then becomes a note."""
+
+    class Bad(Callback):
+        def on_fit_failed(self, event):
+            raise KeyError("callback")
+
+    logger = InMemoryLogger()
+    logger.close = lambda: {}["close"]
+    with pytest.raises(UserError) as caught:
+        fit(schedule, model=FailingModel(), callbacks=[Bad()], loggers=[logger])
+    assert len([note for note in caught.value.__notes__ if "while this error was handled" in note]) == 2
+    with pytest.raises(KeyError, match="close"):
+        fit(schedule, loggers=[logger])
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_dataset_that_raises_stop_iteration_is_named(schedule):
+    """It would end the epoch without a word."""
+
+    class Stopping(Samples):
+        def __getitem__(self, index):
+            return next(iter([])) if index == 9 else super().__getitem__(index)
+
+    with pytest.raises(StageError, match="sample 9, step 4: the dataset raised StopIteration"):
+        fit(schedule, train_data=Stopping())

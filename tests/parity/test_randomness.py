@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import threading
 import warnings
 
 import numpy as np
@@ -58,6 +59,12 @@ def reseeding(index):
     return torch.rand(6)
 
 
+def forking(index):
+    with torch.random.fork_rng():
+        torch.manual_seed(index)
+        return torch.rand(6)
+
+
 DRAWS = {
     "nothing": lambda index: 0.0,
     "torch": lambda index: torch.rand(6) + torch.randperm(6) + torch.multinomial(torch.ones(6), 6),
@@ -69,11 +76,16 @@ DRAWS = {
     "dropout": lambda index: F.dropout(torch.ones(6)),
     "torch and dropout": lambda index: torch.rand(6) + F.dropout(torch.ones(6)),
     "reseeds torch": reseeding,
+    "forks torch": forking,
+    "names torch's generator": lambda index: torch.rand(6, generator=torch.default_generator),
+    "numpy gauss": lambda index: float(np.random.randn()),
     "python, seldom": sometimes(lambda index: random.random()),
     "numpy, seldom": sometimes(lambda index: float(np.random.rand())),
     "dropout, seldom": sometimes(lambda index: F.dropout(torch.ones(6))),
 }
-IN_LINE = {name for name in DRAWS if name not in ("nothing", "torch", "torchvision")}
+IN_LINE = {
+    name for name in DRAWS if name not in ("nothing", "torch", "torchvision", "names torch's generator")
+}
 
 
 def run(draw, schedule, device="cpu"):
@@ -196,9 +208,20 @@ def test_hooked_functions_leave_the_global_generator_alone(func):
     assert torch.equal(found, expected)
 
 
+MODEL_DRAWS = {
+    "random": (random.seed, random.random),
+    "random.gauss": (random.seed, lambda: random.gauss(0, 1)),
+    "numpy": (np.random.seed, np.random.rand),
+    "numpy gauss": (np.random.seed, np.random.randn),
+}
+
+
 @pytest.mark.filterwarnings("ignore:random numbers were drawn")
-def test_a_model_may_draw_from_pythons_generator():
+@pytest.mark.parametrize("data", ["nothing", "torch", "python", "numpy"])
+@pytest.mark.parametrize("name", MODEL_DRAWS)
+def test_a_model_may_draw_from_global_generators(name, data):
     """Draws of the model in the loop thread are neither repeated nor lost by watching the data."""
+    seed, draw = MODEL_DRAWS[name]
 
     class LayerDrop(torch.nn.Module):
         def __init__(self):
@@ -207,22 +230,60 @@ def test_a_model_may_draw_from_pythons_generator():
             self.drawn = []
 
         def forward(self, inputs):
-            self.drawn.append(random.random())
+            self.drawn.append(draw())
             return self.layer(inputs) * (0.5 if self.drawn[-1] < 0.3 else 1.0)
 
     found = []
     for schedule in ("textbook", "overlap"):
-        random.seed(4)
+        seed(4)
         torch.manual_seed(0)
         model = LayerDrop()
         trainer = Trainer(
             max_epochs=4, schedule=schedule, run_dir=None, enable_progress_bar=False, prefetch_depth=1
         )
-        trainer.fit(model, torch.optim.SGD(model.parameters(), 0.05), Drawing(DRAWS["nothing"]),
+        trainer.fit(model, torch.optim.SGD(model.parameters(), 0.05), Drawing(DRAWS[data]),
                     loss_fn=F.cross_entropy, batch_size=4)  # fmt: skip
         found.append(model.drawn)
-    random.seed(4)
-    assert found == [[random.random() for _ in range(20)]] * 2
+    seed(4)
+    assert found == [[draw() for _ in range(20)]] * 2
+
+
+def test_a_model_that_draws_does_not_end_the_overlap():
+    """Only a dataset that draws is taken to the loop thread: no warning, and a thread makes the batches."""
+    makers = set()
+
+    def draw(index):
+        makers.add(threading.current_thread().name)
+        return 0.0
+
+    def loss_fn(outputs, target):
+        return F.cross_entropy(outputs * np.random.rand(), target)
+
+    model = build_model("linear")
+    trainer = Trainer(
+        max_epochs=2, schedule="overlap", run_dir=None, enable_progress_bar=False, prefetch_depth=1
+    )
+    data = Drawing(draw, num_samples=400)
+    trainer.fit(model, torch.optim.SGD(model.parameters(), 0.05), data, loss_fn=loss_fn, batch_size=2)
+    assert "prefetch" in makers
+
+
+@pytest.mark.filterwarnings("ignore:random numbers were drawn")
+def test_a_loader_that_draws_from_numpy_stays_on_the_loop_thread():
+    """A DataLoader over such a dataset, and a step that draws too, give the same in either schedule."""
+    losses = []
+    for schedule in ("textbook", "overlap"):
+        np.random.seed(3)
+        torch.manual_seed(3)
+        model = build_model("linear")
+        loader = DataLoader(Drawing(DRAWS["numpy"]), batch_size=2)
+        trainer = Trainer(max_epochs=2, schedule=schedule, run_dir=None, enable_progress_bar=False)
+        result = trainer.fit(
+            model, torch.optim.SGD(model.parameters(), 0.05), loader,
+            loss_fn=lambda outputs, target: F.cross_entropy(outputs * np.random.beta(1, 1), target),
+        )  # fmt: skip
+        losses.append(result.losses)
+    assert losses[0] == losses[1]
 
 
 @pytest.mark.filterwarnings("ignore:random numbers were drawn")

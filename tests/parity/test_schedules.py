@@ -147,7 +147,7 @@ def test_validation_in_the_middle_of_an_epoch_changes_nothing(is_simulated):
         model = build_model("dropout")
         trainer = Trainer(
             max_epochs=2, val_check_interval=3, schedule=schedule, run_dir=None, enable_progress_bar=False,
-            device=SimulatedBackend() if is_simulated else "cpu",
+            device=SimulatedBackend(is_virtual=False) if is_simulated else "cpu",
         )  # fmt: skip
         result = trainer.fit(
             model, torch.optim.SGD(model.parameters(), 0.1), SlowToDraw(60), loss_fn=F.cross_entropy,

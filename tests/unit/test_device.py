@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections import namedtuple
-from contextlib import closing
 
 import pytest
 import torch
@@ -244,9 +243,8 @@ def test_an_unknown_device_is_a_clear_error():
 def test_the_clock_adds_up():
     """Copies and kernels are first in, first out, and a plain loop pays the sum of its parts."""
     backend = SimulatedBackend(launch_us=10, copy_bytes_per_s=4e6)
-    with closing(prefetch([torch.zeros(1000)], device=backend)) as batches:
-        for _ in batches:
-            backend.launch(1e-3, num_launches=100)  # 1 ms of launches, 1 ms of kernels
+    for _ in prefetch([torch.zeros(1000)], device=backend):
+        backend.launch(1e-3, num_launches=100)  # 1 ms of launches, 1 ms of kernels
     backend.record_compute().synchronize()
     assert backend.now_s() == pytest.approx(2e-3)  # the copy of 1 ms hides behind the launches
 
@@ -265,5 +263,20 @@ def test_a_loop_of_ones_own_reads_every_step_in_order():
     assert 0 < len(found) < 10
     found += reads.flush()
     assert found == [(step, {"value": step + 1}) for step in range(10)]
-    with pytest.raises(ValueError, match="max_pending must be 1 or more"):
+    with pytest.raises(ConfigError, match="max_pending must be 1 or more"):
         DeferredReads(backend, max_pending=0)
+    with pytest.raises(ConfigError, match=r"loss must be a scalar, got shape \(2,\)"):
+        reads.put(0, {"loss": torch.zeros(2)})
+
+
+def test_prefetch_begins_anew_with_each_epoch():
+    """It can be iterated as often as what it wraps, has its length, and may be left early."""
+    batches = prefetch([torch.tensor([float(number)]) for number in range(20)], device="cpu", depth=2)
+    assert len(batches) == 20
+    for batch in batches:
+        if batch.item() == 3:
+            break
+    del batch
+    assert [batch.item() for batch in batches] == [batch.item() for batch in batches] == list(range(20))
+    with pytest.raises(TypeError, match="do not say how many"):
+        len(prefetch(iter([]), device="cpu"))

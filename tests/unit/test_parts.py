@@ -213,7 +213,7 @@ class Terminal(io.StringIO):
 
 
 def test_the_bar_shows_where_a_run_is():
-    """A terminal gets a bar with steps, epoch, loss and the last validation."""
+    """A terminal gets a bar with steps, epoch and loss, and above it a line for each validation."""
     stream = Terminal()
     bar = ProgressBar(10, stream)
     for step in range(1, 11):
@@ -222,7 +222,8 @@ def test_the_bar_shows_where_a_run_is():
     bar.close()
     shown = stream.getvalue()
     assert "10/10" in shown
-    assert "epoch 0, loss 0.5, val/loss 0.25 val/accuracy 0.9" in shown
+    assert "epoch 0, loss 0.5" in shown
+    assert "epoch 0 step 10 val/loss 0.25 val/accuracy 0.9\n" in shown
 
 
 def test_a_pipe_gets_a_line_for_each_validation():
