@@ -21,16 +21,19 @@ lint: .venv/installed-dev
 	$(BIN)/lint-imports
 
 bench: .venv/installed-dev
-	$(BIN)/python -m benchmarks.overhead $(ARGS)
+	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.overlap
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv
 
 .venv/installed: pyproject.toml | .venv/bin/python
+	@echo "Installing torch and the rest into .venv: a minute or two, nothing is shown meanwhile."
 	$(BIN)/python -m pip install --quiet --editable .
 	touch $@
 
 .venv/installed-dev: pyproject.toml | .venv/bin/python
+	@echo "Installing torch and the tools into .venv: a minute or two, nothing is shown meanwhile."
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ .venv/installed
 

@@ -131,6 +131,10 @@ def failing_scheduler():
 
 
 CASES = {
+    "scheduler": (
+        {"model": MODEL, "optimizer": SGD, "scheduler_interval": "step", "scheduler": failing_scheduler},
+        "stage 'optimizer', step 2",
+    ),
     "dataset": ({"train_data": Samples(bad=9)}, "stage 'fetch', sample 9, batch 4 of epoch 0, step 4"),
     "dataset, first batch": (
         {"train_data": Samples(bad=0)},
