@@ -16,6 +16,14 @@ from pipeline.concurrency import Scope
 from pipeline.data import EVALUATION_EPOCH, Source, as_source
 from pipeline.device import select_backend
 from pipeline.loop.callback import Callback, CallbackList
+from pipeline.loop.check import (
+    check_choice,
+    check_listeners,
+    check_model,
+    check_monitor,
+    resolve_limit,
+    split_batching,
+)
 from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
 from pipeline.loop.fit import Run, fit, make_result
 from pipeline.loop.objective import Objective
@@ -23,10 +31,6 @@ from pipeline.loop.outbound import Journal
 from pipeline.loop.schedule import Belts
 from pipeline.loop.setup import (
     at_most,
-    check_choice,
-    check_listeners,
-    check_model,
-    check_monitor,
     closing_all,
     compile_model,
     deterministic_algorithms,
@@ -38,8 +42,6 @@ from pipeline.loop.setup import (
     make_run_dir,
     make_scaler,
     place,
-    resolve_limit,
-    split_batching,
     to_channels_last,
 )
 from pipeline.loop.step import TrainStep

@@ -1,4 +1,4 @@
-"""Checks and arrangements before the first step: what a wrong combination is refused for."""
+"""Arrangements before the first step: device, precision, folders, loggers."""
 
 from __future__ import annotations
 
@@ -12,15 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader
 
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.errors import ConfigError, noting_on
 from pipeline.loggers import JsonlLogger, ProgressBar
-from pipeline.loop.callback import Callback, EarlyStopping
 from pipeline.loop.objective import Objective, from_loss_fn, from_step
-from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, StatefulMetric, Step
+from pipeline.protocols import Logger, LossFn, Metrics, Step
 from pipeline.settings import AUTO_RUN_DIR, AUTOCAST_DTYPE, Precision, Settings
 
 
@@ -41,138 +38,9 @@ def make_objective(loss_fn: LossFn | None, step: Step | None) -> Objective:
     return from_step(step) if step is not None else from_loss_fn(loss_fn)  # type: ignore[arg-type]
 
 
-def check_model(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer,
-    scheduler: Scheduler | None,
-    val_data: Any,
-) -> None:
-    """Refuse what could only train nothing.
-
-    Raises:
-        ConfigError: Naming every problem found.
-    """
-    problems = []
-    if not isinstance(model, torch.nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
-        raise ConfigError(
-            "fit takes a torch.nn.Module and one torch.optim.Optimizer, got "
-            f"{type(model).__name__} and {type(optimizer).__name__}."
-        )
-    trainable = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-    optimized = {id(each) for group in optimizer.param_groups for each in group["params"]}
-    if not trainable:
-        problems.append(
-            f"model ({type(model).__name__}) has no trainable parameters: there is nothing to learn. "
-            "Set requires_grad=True on what is to be trained."
-        )
-    elif not trainable & optimized:
-        problems.append(
-            "optimizer holds none of the model's trainable parameters, so no step would change the "
-            "model. Make it from model.parameters()."
-        )
-    if scheduler is not None and scheduler.optimizer is not optimizer:
-        problems.append(
-            "scheduler was made for another optimizer: its learning rates would never be used. Make "
-            "it from the optimizer that is passed to fit."
-        )
-    if isinstance(scheduler, ReduceLROnPlateau) and val_data is None:
-        problems.append("ReduceLROnPlateau looks at validations, and there are none: pass val_data=.")
-    if problems:
-        raise ConfigError(problems)
-
-
-def check_listeners(
-    callbacks: Sequence[Callback], loggers: Sequence[Logger], metrics: Metrics, val_data: Any
-) -> None:
-    """Refuse what could not be told anything.
-
-    Raises:
-        ConfigError: Naming every one of them.
-    """
-    for name, listeners in (("callbacks", callbacks), ("loggers", loggers)):
-        if not isinstance(listeners, (list, tuple)):
-            raise ConfigError(f"{name} must be a list, got {listeners!r}.")
-    if not isinstance(metrics, Mapping) or not all(
-        callable(each) or isinstance(each, StatefulMetric) for each in metrics.values()
-    ):
-        raise ConfigError(f"metrics must be a dict of names and functions, got {metrics!r}.")
-    problems = [
-        f"callbacks must be objects of a subclass of pipeline.Callback, got {each!r}."
-        for each in callbacks
-        if not isinstance(each, Callback)
-    ]
-    problems += [
-        f"a logger must have the methods log, flush and close, got {each!r}."
-        for each in loggers
-        if not all(hasattr(each, name) for name in ("log", "flush", "close"))
-    ]
-    if val_data is None and any(isinstance(each, EarlyStopping) for each in callbacks):
-        problems.append("EarlyStopping looks at validations, and there are none: pass val_data=.")
-    if problems:
-        raise ConfigError(problems)
-
-
-def check_monitor(monitor: str, loss_fn: LossFn | None, val_data: Any, metrics: Metrics) -> None:
-    """Refuse to monitor what will not be computed, where that is known beforehand.
-
-    Raises:
-        ConfigError: If `monitor` names no validation metric.
-    """
-    known = ["val/loss", *(f"val/{name}" for name in metrics)]
-    if loss_fn is not None and val_data is not None and monitor not in known:
-        raise ConfigError(
-            f"monitor must be one of {', '.join(known)}, got {monitor!r}. Pass the metric in metrics=."
-        )
-
-
-def split_batching(
-    train_data: Any,
-    val_data: Any,
-    batch_size: int | None,
-    collate_fn: Callable[[list[Any]], Any] | None,
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return which batch size and collate function go with which data.
-
-    A DataLoader has its own. If only one of the two is a DataLoader, they are for the other; given
-    with nothing but DataLoaders they are a mistake, which is left for `as_source` to refuse.
-    """
-    given = {"batch_size": batch_size, "collate_fn": collate_fn}
-    none = {"batch_size": None, "collate_fn": None}
-    is_loader = [isinstance(data, DataLoader) for data in (train_data, val_data)]
-    if val_data is None or all(is_loader):
-        return given, given
-    return none if is_loader[0] else given, none if is_loader[1] else given
-
-
-def resolve_limit(name: str, limit: int | float | None, num_batches: int | None) -> int | None:
-    """Return a limit in batches.
-
-    Raises:
-        ConfigError: For a share of a number that nobody knows.
-    """
-    if not isinstance(limit, float):
-        return limit
-    if num_batches is None:
-        raise ConfigError(
-            f"{name}={limit} is a share of the batches, but the data does not say how many there "
-            "are. Give a number of batches."
-        )
-    return max(1, int(num_batches * limit))
-
-
 def at_most(count: int | None, limit: int | None) -> int | None:
     """Return the smaller of two numbers, of which None is unknown or unlimited."""
     return min((each for each in (count, limit) if each is not None), default=None)
-
-
-def check_choice(name: str, found: str, choices: tuple[str, ...]) -> None:
-    """Refuse a value outside of a closed set.
-
-    Raises:
-        ConfigError: Naming the choices.
-    """
-    if found not in choices:
-        raise ConfigError(f"{name} must be {' or '.join(choices)}, got {found!r}.")
 
 
 def place(
