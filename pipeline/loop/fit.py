@@ -96,14 +96,14 @@ def _earlier_cause(run: Run, error: BaseException) -> BaseException:
 def _train(run: Run) -> None:
     while not run.stop_reason:
         first_step = run.state.step
-        with closing(run.inbound(run.state.epoch, _batches_left(run))) as batches:
-            try:
+        try:
+            with closing(run.inbound(run.state.epoch, _batches_left(run))) as batches:
                 _train_epoch(run, batches)
-            except Exception as error:
-                add_stage_note(error, "loop", step=run.state.step)
-                raise
-        _check_progress(run, run.state.step - first_step)
-        _finish_epoch(run, first_step)
+            _check_progress(run, run.state.step - first_step)
+            _finish_epoch(run, first_step)
+        except Exception as error:
+            add_stage_note(error, "loop", step=run.state.step)
+            raise
 
 
 def make_result(run: Run, schedule: Literal["overlap", "textbook"], run_dir: Path | None) -> FitResult:
