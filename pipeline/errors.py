@@ -135,7 +135,8 @@ def noting_on(error: BaseException) -> Iterator[None]:
     try:
         yield
     except Exception as further:
-        _add_note(error, f"while this error was handled: {type(further).__name__}: {further}")
+        if further is not error:
+            _add_note(error, f"while this error was handled: {type(further).__name__}: {further}")
 
 
 def _add_note(error: BaseException, note: str) -> None:

@@ -34,11 +34,6 @@ class TrainState:
     epoch: int = 0
     step: int = 0
 
-    @property
-    def evaluated_model(self) -> torch.nn.Module:
-        """The model that validation and prediction use: the average where one is kept."""
-        return self.model if self.ema is None else self.ema.module
-
     def state_dict(self) -> dict[str, Any]:
         """Return plain containers and tensors only, so that loading never runs code."""
         parts = {

@@ -2,7 +2,8 @@
 
 Waking a thread costs the consumer two lost GILs, some 100 µs a step when it happens per item. So a
 producer that found the channel full sleeps until it has drained to the **low-water mark**, then
-fills it in one go; and the consumer takes no lock while there is something to take.
+fills it in one go; and while there is something to take the consumer takes no lock, but for the one
+wake-up of each burst.
 
 Why that is safe. Only the producer appends and only the consumer pops; `deque` makes each of the
 two atomic, with the GIL and without it. A producer goes to sleep only when the channel is full, and

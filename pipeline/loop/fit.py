@@ -84,12 +84,11 @@ def fit(run: Run, run_dir: Path | None) -> None:
 def _earlier_cause(run: Run, error: BaseException) -> BaseException:
     """Return the error that a plain loop would have met first: a loss not yet read may be NaN."""
     if isinstance(error, Exception):
-        try:
-            run.outbound.flush()
-        except NonFiniteError as cause:
-            return cause
-        except Exception:
-            return error
+        with noting_on(error):
+            try:
+                run.outbound.flush()
+            except NonFiniteError as cause:
+                return cause
     return error
 
 
