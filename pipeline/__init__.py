@@ -4,30 +4,36 @@ sampler → fetch → collate → pin + H2D  ⇒  step → metrics → deferred 
        (prefetch thread)                       (loop thread)                  (writer thread)
 """
 
-from pipeline.batch import Row
-from pipeline.device import SimulatedBackend
-from pipeline.errors import (
-    CheckpointError,
-    ConfigError,
-    NonFiniteError,
-    PipelineError,
-    StageError,
-)
-from pipeline.loop.callback import (
-    Callback,
-    EarlyStopping,
-    EpochFinished,
-    FitFailed,
-    FitFinished,
-    FitStarted,
-    StepFinished,
-    Validated,
-)
-from pipeline.loop.prefetch import prefetch
-from pipeline.loop.reads import DeferredReads
-from pipeline.protocols import Datasets, Logger
-from pipeline.result import FitResult
-from pipeline.trainer import Trainer
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.batch import Row
+    from pipeline.device import SimulatedBackend
+    from pipeline.errors import (
+        CheckpointError,
+        ConfigError,
+        GilAccountError,
+        NonFiniteError,
+        PipelineError,
+        StageError,
+    )
+    from pipeline.gil import GilReport, gil_account, stage
+    from pipeline.loop.callback import (
+        Callback,
+        EarlyStopping,
+        EpochFinished,
+        FitFailed,
+        FitFinished,
+        FitStarted,
+        StepFinished,
+        Validated,
+    )
+    from pipeline.loop.prefetch import prefetch
+    from pipeline.loop.reads import DeferredReads
+    from pipeline.protocols import Datasets, Logger
+    from pipeline.result import FitResult
+    from pipeline.trainer import Trainer
 
 __version__ = "0.1.0"
 
@@ -43,6 +49,8 @@ __all__ = [
     "FitFinished",
     "FitResult",
     "FitStarted",
+    "GilAccountError",
+    "GilReport",
     "Logger",
     "NonFiniteError",
     "PipelineError",
@@ -52,5 +60,51 @@ __all__ = [
     "StepFinished",
     "Trainer",
     "Validated",
+    "gil_account",
     "prefetch",
+    "stage",
 ]
+
+# Where each name lives. It is imported when it is asked for: `pipeline.gil` runs scripts that have
+# not imported torch yet, and its sampler's process never does.
+_HOMES = {
+    "batch": ["Row"],
+    "device": ["SimulatedBackend"],
+    "errors": [
+        "CheckpointError",
+        "ConfigError",
+        "GilAccountError",
+        "NonFiniteError",
+        "PipelineError",
+        "StageError",
+    ],
+    "gil": ["GilReport", "gil_account", "stage"],
+    "loop.callback": [
+        "Callback",
+        "EarlyStopping",
+        "EpochFinished",
+        "FitFailed",
+        "FitFinished",
+        "FitStarted",
+        "StepFinished",
+        "Validated",
+    ],
+    "loop.prefetch": ["prefetch"],
+    "loop.reads": ["DeferredReads"],
+    "protocols": ["Datasets", "Logger"],
+    "result": ["FitResult"],
+    "trainer": ["Trainer"],
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            value = getattr(import_module(f"pipeline.{home}"), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -4,6 +4,7 @@ PipelineError
 ├── ConfigError (ValueError)   a wrong setting; every problem at once, each with its key
 ├── StageError                 a stage failed without an exception of the user's own
 ├── NonFiniteError             the loss became NaN or infinite
+├── GilAccountError            the GIL cannot be sampled here, or no longer
 └── CheckpointError            unreadable, incomplete, or from another model
 
 An exception that the user's own code raised keeps its type and gains a note with stage, step and
@@ -51,6 +52,10 @@ class StageError(PipelineError):
 
     def __str__(self) -> str:
         return f"{describe_stage(self.stage, step=self.step, index=self.index)}: {self.message}"
+
+
+class GilAccountError(PipelineError):
+    """The GIL cannot be sampled here, or no longer; the message says why. What is measured goes on."""
 
 
 class NonFiniteError(PipelineError):

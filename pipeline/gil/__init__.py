@@ -1,0 +1,33 @@
+"""The GIL account: who holds the GIL, who waits for it, at which stage. Standard library only.
+
+with gil_account() as account:
+    with stage("collate"):
+        ...
+print(to_text(account.report()))
+
+interpreter.py  where the GIL is            calibrate.py  what else the sampler needs to know
+marks.py        which stage a thread is in  signals.py    wall time, thread time, hand-offs
+sampler.py      the sampler's process       child/        what runs in it
+account.py      from counts to shares       report.py     text and JSON; trace.py: over time
+live.py         `gil_account`               census.py, run.py  the commands
+"""
+
+from pipeline.gil.account import GilReport, HoldingFunction, StageShare
+from pipeline.gil.live import GilAccount, gil_account
+from pipeline.gil.marks import stage, stage_cell, stage_id
+from pipeline.gil.report import to_json, to_text
+from pipeline.gil.signals import StageTime
+
+__all__ = [
+    "GilAccount",
+    "GilReport",
+    "HoldingFunction",
+    "StageShare",
+    "StageTime",
+    "gil_account",
+    "stage",
+    "stage_cell",
+    "stage_id",
+    "to_json",
+    "to_text",
+]

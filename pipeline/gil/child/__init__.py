@@ -1,0 +1,1 @@
+"""What runs in the sampler's own process; standard library only, and light to import."""
