@@ -175,29 +175,32 @@ def stage_shares(
         )
         for (tid, stage), found in cells.items()
     ]
-    return sorted((share for share in shares if share), key=lambda share: -share.time_s)
+    return sorted(shares, key=lambda share: -share.time_s)
 
 
 def _share(
-    thread: str,
-    stage: str,
+    name: tuple[str, str],
     found: dict[str, float],
     num_samples: int,
     period_s: float,
     blame: dict[str, float],
 ) -> StageShare:
-    known = sum(count for kind, count in found.items() if kind != "unknown")
-    ratio = {kind: found.get(kind, 0.0) / known if known else 0.0 for kind in set(KIND_OF_STATE.values())}
-    low, high = wilson_interval(ratio["held"], num_samples)
+    known = sum(count for kind, count in found.items() if kind != "unknown") or 1.0
+    held_ratio = found.get("held", 0.0) / known
+    low, high = wilson_interval(held_ratio, num_samples)
     waited = sum(blame.values())
     return StageShare(
-        *name,
+        thread=name[0],
+        stage=name[1],
         time_s=num_samples * period_s,
         num_samples=num_samples,
+        held_ratio=held_ratio,
+        waiting_ratio=found.get("waiting", 0.0) / known,
+        native_ratio=found.get("native", 0.0) / known,
+        blocked_ratio=found.get("blocked", 0.0) / known,
         held_low=low,
         held_high=high,
-        blame={name: count / waited for name, count in sorted(blame.items(), key=lambda item: -item[1])},
-        **{f"{kind}_ratio": value for kind, value in ratio.items()},
+        blame={who: count / waited for who, count in sorted(blame.items(), key=lambda item: -item[1])},
     )
 
 
