@@ -169,12 +169,10 @@ def stage_shares(
             name += f"/{stage_names[holder_stage]}" if holder_stage else ""
             blame[tid, stage][name] += weighted
     period_s = answer["wall_s"] / max(answer["num_samples"], 1)
-    shares = [
-        _share(
-            thread_names[tid], stage_names.get(stage, ""), found, raw[tid, stage], period_s, blame[tid, stage]
-        )
-        for (tid, stage), found in cells.items()
-    ]
+    shares = []
+    for (tid, stage), found in cells.items():
+        name = (thread_names[tid], stage_names.get(stage, ""))
+        shares.append(_share(name, found, raw[tid, stage], period_s, blame[tid, stage]))
     return sorted(shares, key=lambda share: -share.time_s)
 
 
