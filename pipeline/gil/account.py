@@ -171,8 +171,8 @@ def stage_shares(
     period_s = answer["wall_s"] / max(answer["num_samples"], 1)
     shares = []
     for (tid, stage), found in cells.items():
-        name = (thread_names[tid], stage_names.get(stage, ""))
-        shares.append(_share(name, found, raw[tid, stage], period_s, blame[tid, stage]))
+        where = (thread_names[tid], stage_names.get(stage, ""))
+        shares.append(_share(where, found, raw[tid, stage], period_s, blame[tid, stage]))
     return sorted(shares, key=lambda share: -share.time_s)
 
 
