@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from pipeline.batch import Row
+from pipeline.gil import GilReport, StageTime
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class FitResult:
         run_dir: The folder with the run's files, or None if nothing was written.
         last_checkpoint: The checkpoint of the last epoch, if one was written.
         best_checkpoint: The checkpoint with the best `monitor`, if one was written.
+        stage_times: Wall and thread time of the loop thread's stages.
+        handoffs_per_step: How often the GIL went to another thread; None where it cannot be read.
+        gil: The GIL account, with ``gil='account'``.
         ema_model: The averaged model, if one was kept.
     """
 
@@ -44,4 +48,7 @@ class FitResult:
     run_dir: Path | None
     last_checkpoint: Path | None
     best_checkpoint: Path | None
+    stage_times: list[StageTime] = field(repr=False)
+    handoffs_per_step: float | None
+    gil: GilReport | None = field(repr=False)
     ema_model: torch.nn.Module | None = field(repr=False)

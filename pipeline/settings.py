@@ -19,6 +19,7 @@ from pipeline.errors import ConfigError
 
 Schedule = Literal["auto", "overlap", "textbook"]
 Placement = Literal["auto", "inline"]
+GilMode = Literal["account", "signals", "off"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 AUTO_RUN_DIR = "auto"
@@ -66,6 +67,11 @@ class Settings:
         num_workers: Workers that make batches; 0, as ``inline`` has none.
         prefetch_depth: Batches that may wait for the loop.
         max_steps_in_flight: Steps that may be queued on the device before the loop waits.
+        gil: ``signals`` counts how often the GIL changes hands and warns, once, if the loop loses much
+            of its steps to another thread (the convoy); it looks closer for a second if it must.
+            ``account`` measures for the whole run who holds the GIL and who waits for it, by thread
+            and stage: `FitResult.gil`, and ``gil.json`` and ``gil_trace.json`` in the run folder.
+            ``off`` does neither.
         seed: Decides the order of the samples and the random numbers of each. The model's own
             (initial weights, dropout) come from torch's global generator, which is yours to seed.
         device: ``auto``, or a torch device.
@@ -101,6 +107,7 @@ class Settings:
     num_workers: int = 0
     prefetch_depth: int = 8
     max_steps_in_flight: int = 4
+    gil: GilMode = "signals"
     seed: int = 0
     device: str | torch.device | Backend = "auto"
     run_dir: str | Path | None = AUTO_RUN_DIR

@@ -24,8 +24,10 @@ from pipeline.loop.check import (
     resolve_limit,
     split_batching,
 )
+from pipeline.loop.clock import StepClock
 from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
 from pipeline.loop.fit import Run, fit, make_result
+from pipeline.loop.gil import GilWatch
 from pipeline.loop.objective import Objective
 from pipeline.loop.outbound import Journal
 from pipeline.loop.schedule import Belts
@@ -144,12 +146,15 @@ class Trainer(Settings):
             stack.enter_context(closing_all(all_loggers))
             journal = Journal(self, all_loggers, last_step=lambda: state.step)
             scope = stack.enter_context(Scope())
+            stack.callback((clock := StepClock()).leave)
+            outbound = belts.outbound(scope, journal)
+            watch = stack.enter_context(GilWatch(self.gil, clock, outbound.put_row, run_dir))
             run = Run(
                 settings=self,
                 state=state,
-                step=TrainStep(state, called_model, objective, self, belts.device, scheduler_interval),
+                step=TrainStep(state, called_model, objective, self, belts.device, scheduler_interval, clock),
                 inbound=partial(belts.inbound, source),
-                outbound=belts.outbound(scope, journal),
+                outbound=outbound,
                 journal=journal,
                 limiter=belts.limiter(self.max_steps_in_flight),
                 callbacks=CallbackList(callbacks),
@@ -159,6 +164,8 @@ class Trainer(Settings):
                 else partial(evaluation, ema.module if ema else called_model),
                 max_batches=max_batches,
                 scheduler_interval=scheduler_interval,
+                clock=clock,
+                gil=watch,
             )
             fit(run, run_dir)
         return make_result(run, belts.schedule, run_dir)

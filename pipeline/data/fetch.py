@@ -10,10 +10,13 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 
 from pipeline.batch import Batch
 from pipeline.errors import StageError, add_stage_note
+from pipeline.gil import stage
 from pipeline.seeding import sample_seed
 
 CollateFn: TypeAlias = Callable[[list[Any]], Batch]
 SeedSample: TypeAlias = Callable[[int], None]
+
+FETCHING, COLLATING = stage("fetch"), stage("collate")
 
 
 class Fetcher:
@@ -52,9 +55,11 @@ class Fetcher:
         """
         if self.is_drawless:
             return [tensor[indices] for tensor in self._dataset.tensors]
-        samples = self._samples(indices.tolist(), epoch, position, seed_sample)
+        with FETCHING:
+            samples = self._samples(indices.tolist(), epoch, position, seed_sample)
         try:
-            return self._collate_fn(samples)
+            with COLLATING:
+                return self._collate_fn(samples)
         except Exception as error:
             add_stage_note(error, "collate", batch=position, epoch=epoch)
             raise

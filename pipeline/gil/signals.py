@@ -7,7 +7,7 @@ GIL. They are what is left where the sampler cannot run.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from time import perf_counter_ns, thread_time_ns
 
@@ -49,7 +49,7 @@ class StageClock:
         self._ids = [marks.stage_id(name) for name in stages]
         self._wall_ns = [0] * len(stages)
         self._cpu_ns = [0] * len(stages)
-        self._num_entered = [0] * len(stages)
+        self._num_entered = [1] + [0] * (len(stages) - 1)
         self._cell = marks.stage_cell()
         self._outer = self._cell[0]
         self._now = 0
@@ -69,6 +69,10 @@ class StageClock:
     def wall_ns(self, stage: int) -> int:
         """Return how long a stage has lasted so far, all its ended turns together."""
         return self._wall_ns[stage]
+
+    def off_core_s(self, stages: Iterable[int]) -> float:
+        """Return how long the thread was on no core in these stages, in seconds."""
+        return sum(self._wall_ns[stage] - self._cpu_ns[stage] for stage in stages) / 1e9
 
     def leave(self) -> None:
         """Give the thread back the stage that it had before."""

@@ -1,41 +1,40 @@
-"""Where the loop thread's time goes: waiting for batches, and all of it together."""
+"""Where the loop thread's time goes, stage by stage, and step by step."""
 
 from __future__ import annotations
 
-from time import perf_counter
+from pipeline.gil.signals import StageClock
+
+SETUP, DATA_WAIT, FORWARD, BACKWARD, OPTIMIZER, LOG, VALIDATE = range(7)
+COMPUTE_STAGES = (FORWARD, BACKWARD, OPTIMIZER)
+STAGES = ("setup", "data_wait", "forward", "backward", "optimizer", "log", "validate")
 
 
-class StepClock:
-    """Times steps from one end to the next, and within them the waits for batches.
+class StepClock(StageClock):
+    """Times the loop's stages, and steps from one end to the next.
 
     Attributes:
         train_s: All time so far that was training: without validations and checkpoints.
 
     Runs on:
-        Loop thread; some 0.1 µs a call.
+        Loop thread; a change of stage takes some 0.5 µs.
     """
 
     def __init__(self) -> None:
+        super().__init__(STAGES)
         self.train_s = 0.0
-        self.restart()
+        self._began_ns, self._waited_ns = self.since_ns, 0
 
     def restart(self) -> None:
-        """Begin a step now: what came before was no training."""
-        self._began_s = self._asked_s = perf_counter()
-        self._waited_s = 0.0
-
-    def ask_for_batch(self) -> None:
-        """Begin to wait for a batch."""
-        self._asked_s = perf_counter()
-
-    def batch_arrived(self) -> None:
-        """End the wait for a batch."""
-        self._waited_s += perf_counter() - self._asked_s
+        """Begin a step now, and wait for its first batch: what came before was no training."""
+        self.enter(DATA_WAIT)
+        self._began_ns, self._waited_ns = self.since_ns, self.wall_ns(DATA_WAIT)
 
     def step_ended(self) -> tuple[float, float]:
-        """End a step and begin the next; return its time and its data wait, in seconds."""
-        now_s = perf_counter()
-        step_s, waited_s = now_s - self._began_s, self._waited_s
-        self._began_s, self._waited_s = now_s, 0.0
+        """End a step and begin the next with its log; return its time and its data wait, in seconds."""
+        self.enter(LOG)
+        step_s = (self.since_ns - self._began_ns) / 1e9
+        waited_ns = self.wall_ns(DATA_WAIT)
+        data_wait_s = (waited_ns - self._waited_ns) / 1e9
+        self._began_ns, self._waited_ns = self.since_ns, waited_ns
         self.train_s += step_s
-        return step_s, waited_s
+        return step_s, data_wait_s

@@ -25,7 +25,8 @@ from pipeline.loop.callback import (
     Validated,
     monitored,
 )
-from pipeline.loop.clock import StepClock
+from pipeline.loop.clock import DATA_WAIT, VALIDATE, StepClock
+from pipeline.loop.gil import GilWatch
 from pipeline.loop.outbound import Journal, Outbound, StepDone
 from pipeline.loop.step import TrainStep
 from pipeline.result import FitResult
@@ -54,11 +55,12 @@ class Run:
     validate: Callable[[], dict[str, float]] | None
     max_batches: int | None
     scheduler_interval: Literal["step", "epoch"]
+    clock: StepClock
+    gil: GilWatch
     history: list[Row] = field(default_factory=list)
     stop_reason: str = ""
     validated_step: int = -1
     num_samples: int = 0
-    clock: StepClock = field(default_factory=StepClock)
 
     def stop(self, reason: str) -> None:
         """End the run after the step under way; the first reason counts."""
@@ -123,6 +125,9 @@ def make_result(run: Run, schedule: Literal["overlap", "textbook"], run_dir: Pat
         run_dir=run_dir,
         last_checkpoint=None if checkpoints is None else checkpoints.last,
         best_checkpoint=None if checkpoints is None else checkpoints.best,
+        stage_times=run.clock.times(),
+        handoffs_per_step=run.gil.handoffs_per_step(run.state.step),
+        gil=run.gil.report,
         ema_model=None if run.state.ema is None else run.state.ema.module,
     )
 
@@ -131,14 +136,13 @@ def _train_epoch(run: Run, batches: Iterator[Batch]) -> None:
     step, clock = run.step, run.clock
     clock.restart()
     for batch in batches:
-        clock.batch_arrived()
         step.micro_batch(batch)
         run.num_samples += num_samples(batch)
         if step.is_due:
             _finish_step(run)
             if run.stop_reason:
                 return
-        clock.ask_for_batch()
+        clock.enter(DATA_WAIT)
     if step.num_pending:
         _finish_step(run)
 
@@ -150,6 +154,7 @@ def _finish_step(run: Run) -> None:
     run.outbound.put_step(done, scalars)  # never waits for the device in `overlap`
     if run.limiter is not None:
         run.limiter.step_queued()  # waits for the step `max_steps_in_flight` ago
+    run.gil.step_done(run.state.step, run.state.epoch)
     if _after_step(run, scalars):
         run.clock.restart()  # a validation is no training time
 
@@ -200,6 +205,7 @@ def _validate(run: Run, means: dict[str, float]) -> None:
     if run.validate is None:
         return _report(run, means)
     run.outbound.flush()
+    run.clock.enter(VALIDATE)
     run.validated_step = run.state.step
     try:
         found = run.validate()

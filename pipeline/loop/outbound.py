@@ -17,8 +17,11 @@ from pipeline.batch import Row, Scalars
 from pipeline.concurrency import Scope, Writer
 from pipeline.device import Backend, Pending, Readback
 from pipeline.errors import NonFiniteError, add_stage_note
+from pipeline.gil import stage
 from pipeline.protocols import Logger
 from pipeline.settings import Settings
+
+LOGGING = stage("log")
 
 
 class StepDone(NamedTuple):
@@ -140,6 +143,7 @@ class BeltOutbound:
     def flush(self) -> None:
         self._writer.flush()
 
+    @LOGGING
     def _write(self, items: list[_Item]) -> None:
         try:
             for item in items:

@@ -17,6 +17,9 @@ from pipeline.concurrency import Channel, ChannelClosedError, Scope
 from pipeline.data import END, Reader, Source, UnhookableDrawError, as_source
 from pipeline.device import Backend, Transfer, make_transfer, select_backend
 from pipeline.errors import ConfigError, add_stage_note
+from pipeline.gil import stage_cell, stage_id
+
+FETCH, TRANSFER, PUT = stage_id("fetch"), stage_id("transfer"), stage_id("put")
 
 
 def read_in_line(reader: Reader, transfer: Transfer) -> Generator[Batch]:
@@ -74,9 +77,15 @@ def _from_thread(
 def _fill(channel: Channel[Any], reader: Reader, transfer: Transfer, is_fresh: bool) -> None:
     """Make batches until they end; prefetch thread."""
     error: BaseException | None = None
+    mark = stage_cell()
+    mark[0] = FETCH
     try:
         while reader.is_threadable and (batch := reader.read_in_thread()) is not END:
-            channel.put(_send(transfer, batch, is_fresh, reader.position - 1))
+            mark[0] = TRANSFER
+            sent = _send(transfer, batch, is_fresh, reader.position - 1)
+            mark[0] = PUT
+            channel.put(sent)
+            mark[0] = FETCH
     except (ChannelClosedError, UnhookableDrawError):
         pass  # nobody wants more; or the loop thread goes on from here
     except BaseException as raised:

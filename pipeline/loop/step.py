@@ -9,6 +9,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.batch import Batch, Scalars
 from pipeline.errors import add_stage_note
+from pipeline.loop.clock import BACKWARD, FORWARD, OPTIMIZER, StepClock
 from pipeline.loop.objective import Computed, Objective, check_graph
 from pipeline.settings import AUTOCAST_DTYPE, Settings
 from pipeline.state import TrainState
@@ -24,6 +25,7 @@ class TrainStep:
         settings: Accumulation, clipping, precision.
         device: Where the model is.
         scheduler_interval: Whether the scheduler moves with each ``step`` or each ``epoch``.
+        clock: Told when forward, backward and the optimizer begin.
 
     Runs on:
         Loop thread.
@@ -37,7 +39,9 @@ class TrainStep:
         settings: Settings,
         device: torch.device,
         scheduler_interval: Literal["step", "epoch"],
+        clock: StepClock,
     ) -> None:
+        self._enter_stage = clock.enter
         self._state, self._model, self._objective = state, forward_model, objective
         self._settings, self._device = settings, device
         self._num_accumulated = settings.accumulate_grad_batches
@@ -63,6 +67,7 @@ class TrainStep:
             StageError: If the batch or the loss is not what it should be.
             Exception: The user's own, with a note.
         """
+        self._enter_stage(FORWARD)
         try:
             if self._autocast_dtype is None:
                 computed = self._objective(self._model, batch)
@@ -75,6 +80,7 @@ class TrainStep:
                 loss = loss / self._num_accumulated
             if self._state.scaler is not None:
                 loss = self._state.scaler.scale(loss)
+            self._enter_stage(BACKWARD)
             loss.backward()  # type: ignore[no-untyped-call]
         except Exception as error:
             add_stage_note(error, "step", step=self._state.step)
@@ -89,6 +95,7 @@ class TrainStep:
             ``train/loss`` and what the user's step returned, averaged over the micro-batches;
             ``train/lr`` as it was for this update; ``train/grad_norm`` where it was computed.
         """
+        self._enter_stage(OPTIMIZER)
         state, scalars = self._state, self._take_scalars()
         rate = state.optimizer.param_groups[0]["lr"]
         # A tensor is what a scheduler changes in place: keep it as it was for this update.

@@ -1,0 +1,137 @@
+"""The warning about the convoy: a loop that spends its steps winning the GIL back.
+
+Each operation of torch gives the GIL away and must win it back. A thread that runs plain Python lets
+go of it once per switch interval only, so a step of many small operations beside it takes many
+intervals. The cheap signs of it are looked at every two seconds: how often the GIL changed hands, and
+how long the loop thread was off its core while it computed. Only if both say that much is lost does
+the sampler run for a second, to name who holds the GIL; then there is one warning, or none.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections import defaultdict
+from contextlib import ExitStack
+
+from pipeline.errors import GilAccountError
+from pipeline.gil import GilAccount, GilReport, gil_account
+from pipeline.gil.signals import Handoffs
+from pipeline.loop.clock import COMPUTE_STAGES, STAGES, StepClock
+
+CHECK_NS = 2_000_000_000
+WINDOW_NS = 1_000_000_000
+MAX_WINDOWS = 3
+CONVOY_RATIO = 0.1  # of the loop's time lost to the GIL: worth a warning
+ADVICE = {
+    "prefetch": "Batches are made by Python code on the prefetch thread: set schedule='textbook', or pass a "
+    "DataLoader with num_workers=1, whose process has a GIL of its own.",
+    "writer": "Loggers run much Python on the writer thread: set log_every_n_steps higher.",
+}
+OTHER_ADVICE = (
+    "Move that thread's work to a process, or make it give the GIL up sooner: sys.setswitchinterval(1e-4). "
+    "An optimizer with fused=True has far fewer operations that must win the GIL back."
+)
+
+
+def lost_ratio(handoffs: int, switch_interval_s: float, off_core_s: float, wall_s: float) -> float:
+    """Return an upper bound of the share of its time that the loop lost to the GIL.
+
+    Args:
+        handoffs: How often the GIL changed hands; the loop gets it back at every second one.
+        switch_interval_s: How long it may have waited for that each time.
+        off_core_s: Time in forward, backward and optimizer that the loop thread was on no core.
+        wall_s: Time that all of it took.
+    """
+    return min(handoffs / 2 * switch_interval_s, off_core_s) / wall_s if wall_s > 0 else 0.0
+
+
+def describe_convoy(report: GilReport, thread: str, num_steps: int) -> str | None:
+    """Return the warning that an account gives reason for, or None.
+
+    Args:
+        report: Of a window of training.
+        thread: The loop thread's name.
+        num_steps: Optimizer steps in the window.
+    """
+    stages = [share for share in report.stages if share.thread == thread and share.stage in STAGES]
+    waited = {share.stage: share.waiting_ratio * share.time_s for share in stages}
+    if not waited or sum(waited.values()) < CONVOY_RATIO * report.wall_s:
+        return None
+    blamed: dict[str, float] = defaultdict(float)
+    for share in stages:
+        for name, part in share.blame.items():
+            blamed[name] += part * waited[share.stage]
+    holder, stage = max(blamed, key=blamed.__getitem__), max(waited, key=waited.__getitem__)
+    cost_ms = 1e3 * sum(waited.values()) / max(num_steps, 1)
+    return (
+        f"the loop waits for the GIL {sum(waited.values()) / report.wall_s:.0%} of the time, "
+        f"{cost_ms:.1f} ms a step, most of it in '{stage}', while {holder!r} holds it. "
+        f"{ADVICE.get(holder.partition('/')[0], OTHER_ADVICE)}"
+    )
+
+
+class ConvoyWatch:
+    """Looks for the convoy while training; warns once.
+
+    Args:
+        clock: Of the loop thread.
+        handoffs: Counts how often the GIL changes hands.
+
+    Runs on:
+        Loop thread. A step costs one comparison; a look a few microseconds, every two seconds; a
+        sampler's window, only on suspicion and at most three times, some 0.2 s to begin.
+    """
+
+    def __init__(self, clock: StepClock, handoffs: Handoffs) -> None:
+        self._clock, self._handoffs = clock, handoffs
+        self._window = ExitStack()
+        self._account: GilAccount | None = None
+        self._windows_left = MAX_WINDOWS
+        self._begin(0)
+
+    def look(self, step: int) -> None:
+        """See whether there is a convoy, if it is time."""
+        if self._clock.since_ns < self._next_ns:
+            return
+        if self._account is not None:
+            self._end_window(self._account, step)
+        elif self._windows_left and self._is_suspicious():
+            self._begin_window()
+        self._begin(step)
+
+    def close(self) -> None:
+        """End the window, if one is open."""
+        self._account = None
+        self._window.close()
+
+    def _begin(self, step: int) -> None:
+        self._handoffs.since_last()
+        self._began_ns, self._began_step = self._clock.since_ns, step
+        self._off_core_s = self._clock.off_core_s(COMPUTE_STAGES)
+        self._next_ns = self._began_ns + (CHECK_NS if self._account is None else WINDOW_NS)
+
+    def _is_suspicious(self) -> bool:
+        off_core_s = self._clock.off_core_s(COMPUTE_STAGES) - self._off_core_s
+        wall_s = (self._clock.since_ns - self._began_ns) / 1e9
+        handoffs = self._handoffs.since_last()
+        return lost_ratio(handoffs, sys.getswitchinterval(), off_core_s, wall_s) > CONVOY_RATIO
+
+    def _begin_window(self) -> None:
+        self._windows_left -= 1
+        try:
+            self._account = self._window.enter_context(gil_account())
+        except GilAccountError:
+            self._windows_left = 0  # the user's own account is open, and says it all
+
+    def _end_window(self, account: GilAccount, step: int) -> None:
+        thread, num_steps = threading.current_thread().name, step - self._began_step
+        try:
+            message = describe_convoy(account.report(), thread, num_steps)
+        except GilAccountError:
+            message = None  # the sampler has died: no look, no warning
+        self.close()
+        if message is not None:
+            self._windows_left = 0
+            warnings.warn(message, stacklevel=2)

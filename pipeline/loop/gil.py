@@ -1,0 +1,140 @@
+"""What a run does about the GIL: nothing, a watch for the convoy, or an account of the whole of it."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+
+from pipeline.batch import Row
+from pipeline.errors import GilAccountError
+from pipeline.gil import GilAccount, GilReport, gil_account, to_json
+from pipeline.gil.interpreter import handoff_counter
+from pipeline.gil.signals import Handoffs
+from pipeline.loop.clock import STAGES, StepClock
+from pipeline.loop.convoy import ConvoyWatch, describe_convoy
+from pipeline.settings import GilMode
+
+LOG_NS = 10_000_000_000
+
+
+class GilWatch:
+    """Watches the GIL during a run, as the setting `gil` says.
+
+    Args:
+        mode: The setting.
+        clock: Of the loop thread.
+        put_row: Takes a row for the loggers.
+        run_dir: Where ``gil.json`` and ``gil_trace.json`` go; None writes neither.
+
+    Attributes:
+        report: The account of the whole run, once the `with` was left, if there was one.
+
+    Runs on:
+        Loop thread.
+    """
+
+    def __init__(
+        self, mode: GilMode, clock: StepClock, put_row: Callable[[Row], None], run_dir: Path | None
+    ) -> None:
+        self._mode, self._clock, self._put_row, self._run_dir = mode, clock, put_row, run_dir
+        self._stack = ExitStack()
+        self._account: GilAccount | None = None
+        self._convoy: ConvoyWatch | None = None
+        self._handoffs: Handoffs | None = None
+        self._num_steps = 0
+        self._has_warned = False
+        self.report: GilReport | None = None
+
+    def __enter__(self) -> GilWatch:
+        if self._mode == "off":
+            return self
+        if (read := handoff_counter()) is not None:
+            self._handoffs = Handoffs(read)
+        if self._mode == "account":
+            self._open_account()
+        elif self._handoffs is not None:
+            self._convoy = ConvoyWatch(self._clock, self._handoffs)
+            self._stack.callback(self._convoy.close)
+        self._next_ns = self._clock.since_ns + LOG_NS
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+        if self._account is not None:
+            self._finish(self._account)
+
+    def step_done(self, step: int, epoch: int) -> None:
+        """Look at the GIL, if it is time."""
+        self._num_steps = step
+        if self._convoy is not None:
+            self._convoy.look(step)
+        elif self._account is not None and self._clock.since_ns >= self._next_ns:
+            self._next_ns = self._clock.since_ns + LOG_NS
+            self._log(self._account, step, epoch)
+
+    def handoffs_per_step(self, num_steps: int) -> float | None:
+        """Return how often the GIL changed hands per step; None where that cannot be read."""
+        if self._handoffs is None or not num_steps:
+            return None
+        return self._handoffs.since_first() / num_steps
+
+    def _open_account(self) -> None:
+        try:
+            self._account = self._stack.enter_context(gil_account(trace=True, functions=True))
+        except GilAccountError as error:
+            self._go_on_without(error)
+
+    def _log(self, account: GilAccount, step: int, epoch: int) -> None:
+        """Give the loggers the loop thread's shares so far."""
+        try:
+            report = account.report()
+        except GilAccountError as error:
+            self._go_on_without(error)
+            return
+        if values := loop_ratios(report, threading.current_thread().name):
+            self._put_row(Row(step, epoch, values))
+        self._warn_of_convoy(report)
+
+    def _finish(self, account: GilAccount) -> None:
+        try:
+            self.report = account.report()
+            if self._run_dir is not None:
+                (self._run_dir / "gil.json").write_text(to_json(self.report))
+                if self.report.num_samples:
+                    account.write_trace(self._run_dir / "gil_trace.json")
+        except (GilAccountError, OSError) as error:
+            self._go_on_without(error)
+        else:
+            self._warn_of_convoy(self.report)
+
+    def _warn_of_convoy(self, report: GilReport) -> None:
+        message = describe_convoy(report, threading.current_thread().name, self._num_steps)
+        if message is not None and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(message, stacklevel=2)
+
+    def _go_on_without(self, error: Exception) -> None:
+        self._account = None
+        warnings.warn(f"training goes on without the GIL account: {error}", stacklevel=2)
+
+
+def loop_ratios(report: GilReport, thread: str) -> dict[str, float]:
+    """Return what the loop thread did, over all its stages, as metrics by name."""
+    stages = [share for share in report.stages if share.thread == thread and share.stage in STAGES]
+    time_s = sum(share.time_s for share in stages)
+    if not time_s:
+        return {}
+    values = {
+        f"gil/{kind}_ratio": sum(getattr(share, f"{kind}_ratio") * share.time_s for share in stages) / time_s
+        for kind in ("held", "waiting", "native", "blocked")
+    }
+    return values | {f"gil/waiting_ratio/{share.stage}": share.waiting_ratio for share in stages}
