@@ -153,12 +153,10 @@ def _stage_line(share: StageShare, width: int) -> str:
 def _time_lines(report: GilReport) -> list[str]:
     if not report.times:
         return []
-    lines = [f"{'thread/stage':40} {'wall s':>8} {'on a core':>9} {'entered':>8}"]
+    lines = [f"{'thread/stage':40} {'wall s':>8} {'on a core':>9}"]
     for each in report.times:
         ratio = each.cpu_s / each.wall_s if each.wall_s else 0.0
-        lines.append(
-            f"{each.thread + '/' + each.stage:40} {each.wall_s:8.2f} {ratio:9.1%} {each.num_entered:8}"
-        )
+        lines.append(f"{each.thread + '/' + each.stage:40} {each.wall_s:8.2f} {ratio:9.1%}")
     return lines
 
 

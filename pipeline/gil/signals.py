@@ -23,14 +23,12 @@ class StageTime:
         stage: The stage's name.
         wall_s: Seconds there.
         cpu_s: Seconds of them on a core, holding the GIL or not.
-        num_entered: How often it was entered.
     """
 
     thread: str
     stage: str
     wall_s: float
     cpu_s: float
-    num_entered: int
 
 
 class StageClock:
@@ -40,31 +38,45 @@ class StageClock:
         stages: Their names, in the order of the numbers by which they are entered; the first is
             entered at once.
 
+    Attributes:
+        since_ns: When the present stage began.
+        has_cpu_time: Whether thread time is read as well, which costs more than all the rest. It may
+            be switched on and off; a stage's thread time is that of the turns measured, scaled up.
+
     Runs on:
-        The thread that made it. A change of stage takes some 0.5 µs, most of it `thread_time_ns`.
+        The thread that made it. A change of stage takes some 0.2 µs, with thread time 0.6 µs.
     """
 
     def __init__(self, stages: tuple[str, ...]) -> None:
         self._stages = stages
         self._ids = [marks.stage_id(name) for name in stages]
         self._wall_ns = [0] * len(stages)
+        self._measured_ns = [0] * len(stages)  # wall time of the turns whose thread time was read
         self._cpu_ns = [0] * len(stages)
-        self._num_entered = [1] + [0] * (len(stages) - 1)
         self._cell = marks.stage_cell()
-        self._outer = self._cell[0]
-        self._now = 0
+        self._outer, self._now = self._cell[0], 0
         self._cell[0] = self._ids[0]
+        self.has_cpu_time = True
         self.since_ns, self._cpu_since_ns = perf_counter_ns(), thread_time_ns()
 
     def enter(self, stage: int) -> None:
         """End the present stage and begin another."""
-        wall_ns, cpu_ns = perf_counter_ns(), thread_time_ns()
-        now = self._now
-        self._wall_ns[now] += wall_ns - self.since_ns
-        self._cpu_ns[now] += cpu_ns - self._cpu_since_ns
-        self._num_entered[stage] += 1
-        self._now, self.since_ns, self._cpu_since_ns = stage, wall_ns, cpu_ns
+        wall_ns = perf_counter_ns()
+        now, taken_ns = self._now, wall_ns - self.since_ns
+        self._wall_ns[now] += taken_ns
+        if self.has_cpu_time:
+            cpu_ns = thread_time_ns()
+            self._cpu_ns[now] += cpu_ns - self._cpu_since_ns
+            self._measured_ns[now] += taken_ns
+            self._cpu_since_ns = cpu_ns
+        self._now, self.since_ns = stage, wall_ns
         self._cell[0] = self._ids[stage]
+
+    def read_cpu_time(self, is_read: bool) -> None:
+        """Read thread time as well from now on, or no longer; call it right after `enter`."""
+        if is_read and not self.has_cpu_time:
+            self._cpu_since_ns = thread_time_ns()
+        self.has_cpu_time = is_read
 
     def wall_ns(self, stage: int) -> int:
         """Return how long a stage has lasted so far, all its ended turns together."""
@@ -72,7 +84,7 @@ class StageClock:
 
     def off_core_s(self, stages: Iterable[int]) -> float:
         """Return how long the thread was on no core in these stages, in seconds."""
-        return sum(self._wall_ns[stage] - self._cpu_ns[stage] for stage in stages) / 1e9
+        return sum(self._wall_ns[stage] - self._scaled_cpu_ns(stage) for stage in stages) / 1e9
 
     def leave(self) -> None:
         """Give the thread back the stage that it had before."""
@@ -83,12 +95,14 @@ class StageClock:
         """Return what was measured so far, the stages that were never entered left out."""
         thread = threading.current_thread().name
         return [
-            StageTime(thread, name, wall_ns / 1e9, cpu_ns / 1e9, num_entered)
-            for name, wall_ns, cpu_ns, num_entered in zip(
-                self._stages, self._wall_ns, self._cpu_ns, self._num_entered, strict=True
-            )
-            if num_entered
+            StageTime(thread, name, self._wall_ns[stage] / 1e9, self._scaled_cpu_ns(stage) / 1e9)
+            for stage, name in enumerate(self._stages)
+            if self._wall_ns[stage]
         ]
+
+    def _scaled_cpu_ns(self, stage: int) -> float:
+        measured_ns = self._measured_ns[stage]
+        return self._wall_ns[stage] * self._cpu_ns[stage] / measured_ns if measured_ns else 0.0
 
 
 class SharedTimes:
@@ -104,10 +118,9 @@ class SharedTimes:
         since = getattr(self._since, "times", None)
         if since is not None:
             key = (threading.get_native_id(), before)
-            totals = self._totals.setdefault(key, [0, 0, 0])
+            totals = self._totals.setdefault(key, [0, 0])
             totals[0] += wall_ns - since[0]
             totals[1] += cpu_ns - since[1]
-            totals[2] += 1
         self._since.times = (wall_ns, cpu_ns)
 
     def times(self) -> list[StageTime]:
@@ -118,9 +131,8 @@ class SharedTimes:
                 marks.stage_names.get(stage, ""),
                 wall_ns / 1e9,
                 cpu_ns / 1e9,
-                count,
             )
-            for (tid, stage), (wall_ns, cpu_ns, count) in [*self._totals.items()]
+            for (tid, stage), (wall_ns, cpu_ns) in [*self._totals.items()]
         ]
         return sorted(found, key=lambda each: -each.wall_s)
 

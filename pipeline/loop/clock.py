@@ -6,6 +6,7 @@ from pipeline.gil.signals import StageClock
 
 SETUP, DATA_WAIT, FORWARD, BACKWARD, OPTIMIZER, LOG, VALIDATE = range(7)
 COMPUTE_STAGES = (FORWARD, BACKWARD, OPTIMIZER)
+CPU_TIME_EVERY_N_STEPS = 8  # reading it costs as much as the rest of the loop's own work
 STAGES = ("setup", "data_wait", "forward", "backward", "optimizer", "log", "validate")
 
 
@@ -13,16 +14,18 @@ class StepClock(StageClock):
     """Times the loop's stages, and steps from one end to the next.
 
     Attributes:
+        num_steps: Steps ended so far, validations' restarts not counted.
         train_s: All time so far that was training: without validations and checkpoints.
 
     Runs on:
-        Loop thread; a change of stage takes some 0.5 µs.
+        Loop thread; a change of stage takes some 0.2 µs.
     """
 
     def __init__(self) -> None:
         super().__init__(STAGES)
         self.train_s = 0.0
         self._began_ns, self._waited_ns = self.since_ns, 0
+        self.num_steps = 0
 
     def restart(self) -> None:
         """Begin a step now, and wait for its first batch: what came before was no training."""
@@ -37,4 +40,7 @@ class StepClock(StageClock):
         data_wait_s = (waited_ns - self._waited_ns) / 1e9
         self._began_ns, self._waited_ns = self.since_ns, waited_ns
         self.train_s += step_s
+        self.num_steps += 1
+        if (turn := self.num_steps % CPU_TIME_EVERY_N_STEPS) < 2:
+            self.read_cpu_time(turn == 0)  # for one step
         return step_s, data_wait_s

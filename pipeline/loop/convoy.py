@@ -79,8 +79,11 @@ class ConvoyWatch:
         clock: Of the loop thread.
         handoffs: Counts how often the GIL changes hands.
 
+    Attributes:
+        next_ns: When to look, by the clock.
+
     Runs on:
-        Loop thread. A step costs one comparison; a look a few microseconds, every two seconds; a
+        Loop thread. A look takes a few microseconds, every two seconds; a
         sampler's window, only on suspicion and at most three times, some 0.2 s to begin.
     """
 
@@ -92,9 +95,7 @@ class ConvoyWatch:
         self._begin(0)
 
     def look(self, step: int) -> None:
-        """See whether there is a convoy, if it is time."""
-        if self._clock.since_ns < self._next_ns:
-            return
+        """See whether there is a convoy; call it from `next_ns` on."""
         if self._account is not None:
             self._end_window(self._account, step)
         elif self._windows_left and self._is_suspicious():
@@ -110,7 +111,7 @@ class ConvoyWatch:
         self._handoffs.since_last()
         self._began_ns, self._began_step = self._clock.since_ns, step
         self._off_core_s = self._clock.off_core_s(COMPUTE_STAGES)
-        self._next_ns = self._began_ns + (CHECK_NS if self._account is None else WINDOW_NS)
+        self.next_ns = self._began_ns + (CHECK_NS if self._account is None else WINDOW_NS)
 
     def _is_suspicious(self) -> bool:
         off_core_s = self._clock.off_core_s(COMPUTE_STAGES) - self._off_core_s

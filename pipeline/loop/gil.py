@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -45,11 +46,11 @@ class GilWatch:
         self._account: GilAccount | None = None
         self._convoy: ConvoyWatch | None = None
         self._handoffs: Handoffs | None = None
-        self._num_steps = 0
         self._has_warned = False
         self.report: GilReport | None = None
 
     def __enter__(self) -> GilWatch:
+        self._next_ns = sys.maxsize
         if self._mode == "off":
             return self
         if (read := handoff_counter()) is not None:
@@ -59,7 +60,7 @@ class GilWatch:
         elif self._handoffs is not None:
             self._convoy = ConvoyWatch(self._clock, self._handoffs)
             self._stack.callback(self._convoy.close)
-        self._next_ns = self._clock.since_ns + LOG_NS
+        self._next_ns = self._clock.since_ns if self._convoy else self._clock.since_ns + LOG_NS
         return self
 
     def __exit__(
@@ -74,11 +75,13 @@ class GilWatch:
 
     def step_done(self, step: int, epoch: int) -> None:
         """Look at the GIL, if it is time."""
-        self._num_steps = step
+        if self._clock.since_ns < self._next_ns:
+            return  # all that a step costs
+        self._next_ns = self._clock.since_ns + LOG_NS
         if self._convoy is not None:
             self._convoy.look(step)
-        elif self._account is not None and self._clock.since_ns >= self._next_ns:
-            self._next_ns = self._clock.since_ns + LOG_NS
+            self._next_ns = self._convoy.next_ns
+        elif self._account is not None:
             self._log(self._account, step, epoch)
 
     def handoffs_per_step(self, num_steps: int) -> float | None:
@@ -117,7 +120,7 @@ class GilWatch:
             self._warn_of_convoy(self.report)
 
     def _warn_of_convoy(self, report: GilReport) -> None:
-        message = describe_convoy(report, threading.current_thread().name, self._num_steps)
+        message = describe_convoy(report, threading.current_thread().name, self._clock.num_steps)
         if message is not None and not self._has_warned:
             self._has_warned = True
             warnings.warn(message, stacklevel=2)
