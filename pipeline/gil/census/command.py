@@ -33,10 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     parser.add_argument("function", nargs="*", metavar="MODULE:FUNCTION", help="measure these instead")
     parser.add_argument(
-        "--stmt", "-n", action="append", default=[], help="measure a statement, as timeit does; may be repeated"
+        "--stmt",
+        "-n",
+        action="append",
+        default=[],
+        help="measure a statement, as timeit does; may be repeated",
     )
     parser.add_argument("--setup", "-s", action="append", default=[], help="run once before --stmt")
-    parser.add_argument("--only", action="append", default=[], metavar="TEXT", help="cases whose name has TEXT")
+    parser.add_argument(
+        "--only", action="append", default=[], metavar="TEXT", help="cases whose name has TEXT"
+    )
     parser.add_argument("--list", action="store_true", help="list the cases and what they need, and end")
     parser.add_argument("--json", action="store_true", help="print a list of rows as JSON, and nothing else")
     parser.add_argument("--seconds", type=float, default=0.3, help="how long each is sampled (0.3)")
@@ -81,7 +87,9 @@ def find_subjects(arguments: argparse.Namespace) -> list[Subject]:
     return [(case.name, _opener(case)) for case in cases if not case.missing]
 
 
-def measure_all(subjects: list[Subject], seconds: float, emit: Callable[[str], None] | None) -> list[CensusRow]:
+def measure_all(
+    subjects: list[Subject], seconds: float, emit: Callable[[str], None] | None
+) -> list[CensusRow]:
     """Measure one after the other, with each row printed as it is found."""
     width = max(len(name) for name, _ in subjects)
     what, step = reference_step()

@@ -109,7 +109,11 @@ def _get_array(ray: Any) -> Call:
 @contextmanager
 def _vllm(multiprocessing: str, make: Any) -> Iterator[Call]:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = multiprocessing
-    for name, value in (("VLLM_NO_USAGE_STATS", "1"), ("VLLM_LOGGING_LEVEL", "ERROR"), ("HF_HUB_OFFLINE", "1")):
+    for name, value in (
+        ("VLLM_NO_USAGE_STATS", "1"),
+        ("VLLM_LOGGING_LEVEL", "ERROR"),
+        ("HF_HUB_OFFLINE", "1"),
+    ):
         os.environ.setdefault(name, value)
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     from vllm import LLM

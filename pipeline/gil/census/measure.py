@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -238,17 +239,17 @@ def statement_many(statement: str, setup: str) -> RunMany:
     Raises:
         SyntaxError: If either does not compile.
     """
-    import timeit
-
     compile(setup, "<setup>", "exec")
     compile(statement, "<stmt>", "exec")
+    setup_lines = textwrap.indent(setup or "pass", 4 * " ")
+    statement_lines = textwrap.indent(statement, 12 * " ")
     source = (
         "def _statements():\n"
-        f"    {timeit.reindent(setup, 4)}\n"
+        f"{setup_lines}\n"
         "    _count = yield\n"
         "    while True:\n"
         "        for _ in range(_count):\n"
-        f"            {timeit.reindent(statement, 12)}\n"
+        f"{statement_lines}\n"
         "        _count = yield\n"
     )
     namespace: dict[str, Any] = {}
@@ -275,7 +276,8 @@ def table_head(width: int) -> str:
     return (
         f"{'':{width}} {'':9} {'held, 95 % interval':>20} {'time/call':>12} {'hand-offs':>9} {'slows a':>9} "
         f"{'slowed by':>9}\n"
-        f"{'callable':{width}} {'verdict':9} {'':>20} {'us':>12} {'per call':>9} {'step x':>9} {'Python x':>9}"
+        f"{'callable':{width}} {'verdict':9} {'':>20} {'us':>12} {'per call':>9} {'step x':>9} "
+        f"{'Python x':>9}"
     )
 
 

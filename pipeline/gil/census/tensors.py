@@ -24,7 +24,9 @@ def cases() -> list[Case]:
         Case("torch: DataLoader.__next__, no workers", TORCH, plain(lambda: _data_loader(0))),
         Case("torch: model(x)", TORCH, plain(_forward)),
         Case("torch: loss.backward()", TORCH, plain(lambda: _backward(None))),
-        Case("torch: loss.backward(), autograd.Function", TORCH, plain(lambda: _backward(_python_function()))),
+        Case(
+            "torch: loss.backward(), autograd.Function", TORCH, plain(lambda: _backward(_python_function()))
+        ),
         Case("torch: AdamW.step(), for-loop", TORCH, plain(lambda: _optimizer(foreach=False))),
         Case("torch: AdamW.step(), foreach", TORCH, plain(lambda: _optimizer(foreach=True))),
         Case("torch: AdamW.step(), fused", TORCH, plain(lambda: _optimizer(fused=True))),
@@ -119,7 +121,7 @@ def _backward(activation: Any) -> Call:
 
     def call() -> None:
         model.zero_grad()
-        loss.backward(retain_graph=True)
+        loss.backward(retain_graph=True)  # type: ignore[no-untyped-call]
 
     return call
 
