@@ -36,12 +36,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     census.add_arguments(commands.add_parser("census", help="measure callables: do they release the GIL?"))
     script.add_arguments(commands.add_parser("run", help="run a script, unchanged, and report on its GIL"))
     commands.add_parser("check", help="say whether and how the GIL can be sampled here")
-    arguments = parser.parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    rest: list[str] = []
+    if given[:1] == ["run"]:
+        options, rest = script.split_arguments(given[1:])
+        given = ["run", *options]
+    arguments = parser.parse_args(given)
     try:
         if arguments.command == "census":
             return census.run(arguments)
         if arguments.command == "run":
-            return script.run(arguments)
+            return script.run(arguments, rest)
         return check()
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -8,6 +8,7 @@ import math
 import platform
 import sys
 import threading
+from collections import Counter
 from typing import Any
 
 from pipeline.gil import marks
@@ -17,6 +18,7 @@ from pipeline.gil.signals import StageTime
 NUM_FUNCTIONS = 10
 MIN_SHOWN_RATIO = 0.005  # of the window: shorter stages are left out of the text
 MIN_BLAMED_RATIO = 0.01
+IDLE_RATIO = 0.995  # blocked for more than this: named in one line
 
 
 def make_report(answer: dict[str, Any], backend: str) -> GilReport:
@@ -84,7 +86,19 @@ def thread_names(answer: dict[str, Any]) -> dict[int, str]:
     names = {tid: comm or f"thread {tid}" for tid, comm, _, _ in answer["threads"]}
     names |= {tid: name for tid, name in marks.thread_names.items() if name and tid in names}
     alive = {thread.native_id: thread.name for thread in threading.enumerate() if thread.native_id}
-    return names | {tid: name for tid, name in alive.items() if tid in names}
+    names |= {tid: name for tid, name in alive.items() if tid in names}
+    return _distinct(names)
+
+
+def _distinct(names: dict[int, str]) -> dict[int, str]:
+    """Number the names that several threads have."""
+    turns: Counter[str] = Counter()
+    distinct = {}
+    for tid in sorted(names):
+        turns[names[tid]] += 1
+        turn = turns[names[tid]]
+        distinct[tid] = names[tid] if turn == 1 else f"{names[tid]} #{turn}"
+    return distinct
 
 
 def _functions(answer: dict[str, Any], names: dict[int, str], period_s: float) -> list[HoldingFunction]:
@@ -114,6 +128,7 @@ def to_text(report: GilReport) -> str:
     lines = [
         f"GIL account of {report.wall_s:.1f} s, Python {report.python}, back end '{report.backend}'",
         *(_sampled_lines(report) if report.num_samples else []),
+        *_verdict_lines(report),
         *(f"doubt: {doubt}" for doubt in report.doubts),
     ]
     tables = [_stage_lines(report), _time_lines(report), _function_lines(report)]
@@ -130,13 +145,34 @@ def _sampled_lines(report: GilReport) -> list[str]:
     ]
 
 
+def _verdict_lines(report: GilReport) -> list[str]:
+    """Say what waiting for the GIL cost the main thread, and who held it."""
+    stages = [share for share in report.stages if share.thread == threading.main_thread().name]
+    waited = {share.name: share.waiting_ratio * share.time_s for share in stages}
+    waited_s = sum(waited.values())
+    if waited_s < MIN_BLAMED_RATIO * report.wall_s:
+        return ["the main thread did not wait for the GIL"] if stages else []
+    blamed: Counter[str] = Counter()
+    for share in stages:
+        for name, part in share.blame.items():
+            blamed[name] += part * waited[share.name]  # type: ignore[assignment]
+    top = ", ".join(f"{name} {seconds / waited_s:.0%}" for name, seconds in blamed.most_common(3))
+    return [
+        f"the main thread waited {waited_s:.2f} s for the GIL, {waited_s / report.wall_s:.0%} of the time; "
+        f"it was held by {top}"
+    ]
+
+
 def _stage_lines(report: GilReport) -> list[str]:
-    shown = [share for share in report.stages if share.time_s >= MIN_SHOWN_RATIO * report.wall_s]
+    long_enough = [share for share in report.stages if share.time_s >= MIN_SHOWN_RATIO * report.wall_s]
+    idle = [share.name for share in long_enough if share.blocked_ratio > IDLE_RATIO]
+    shown = [share for share in long_enough if share.blocked_ratio <= IDLE_RATIO]
     if not shown:
         return []
+    idle_line = [f"blocked all the time: {', '.join(idle)}"] if idle else []
     width = min(max(len(share.name) for share in shown), 44)
     head = f"{'thread/stage':{width}} {'time s':>8} {'held':>6} {'waits':>6} {'native':>6} {'blocked':>7}"
-    return [f"{head}  waits for", *(_stage_line(share, width) for share in shown)]
+    return [f"{head}  waits for", *(_stage_line(share, width) for share in shown), *idle_line]
 
 
 def _stage_line(share: StageShare, width: int) -> str:
@@ -163,8 +199,9 @@ def _time_lines(report: GilReport) -> list[str]:
 def _function_lines(report: GilReport) -> list[str]:
     if not report.functions:
         return []
-    lines = [f"{'holds the GIL: function':58} {'thread':18} {'held s':>7} {'main waits s':>12}"]
+    lines = [f"{'holds the GIL: function':62} {'thread':18} {'held s':>7} {'main waits s':>12}"]
     for each in report.functions[:NUM_FUNCTIONS]:
-        where = f"{each.function} ({'/'.join(each.file.split('/')[-2:])}:{each.line})"
-        lines.append(f"{where[-58:]:58} {each.thread[:18]:18} {each.held_s:7.2f} {each.main_waits_s:12.2f}")
+        file = "/".join(each.file.split("/")[-2:])
+        where = f"{each.function[-30:]} ({file[-24:]}:{each.line})"
+        lines.append(f"{where[:62]:62} {each.thread[:18]:18} {each.held_s:7.2f} {each.main_waits_s:12.2f}")
     return lines

@@ -8,7 +8,7 @@ import runpy
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -28,17 +28,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--trace", metavar="FILE", help="write a trace for Perfetto or Chrome, too")
     parser.add_argument("--period-ms", type=float, default=1e3 * PERIOD_S, help="between two samples (1)")
     parser.add_argument("-m", dest="module", metavar="MODULE", help="run a module instead of a file")
-    parser.add_argument("rest", nargs=argparse.REMAINDER, metavar="script.py [arguments]")
+    parser.add_argument("script", nargs="?", metavar="script.py", help="with its arguments behind it")
 
 
-def run(arguments: argparse.Namespace) -> int:
+def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Part the options of ``run`` from the script's own: those behind it, whatever they look like."""
+    takes_value = ("--json", "--trace", "--period-ms")
+    at = 0
+    while at < len(argv) and argv[at].startswith("-"):
+        if argv[at] == "-m":
+            return list(argv[: at + 2]), list(argv[at + 2 :])
+        at += 2 if argv[at] in takes_value else 1
+    return list(argv[: at + 1]), list(argv[at + 1 :])
+
+
+def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     """Run the script, report to standard error, and return the script's exit code.
 
     Raises:
         ConfigError: If there is no such script.
         SystemExit: As the script raised it.
     """
-    start = _find_start(arguments)
+    start = _find_start(arguments, rest)
     if arguments.period_ms <= 0:
         raise ConfigError(f"--period-ms must be above 0, got {arguments.period_ms:g}.")
     own_pid = os.getpid()
@@ -74,18 +85,18 @@ def named_threads() -> Iterator[None]:
         threading.setprofile(before)
 
 
-def _find_start(arguments: argparse.Namespace) -> Callable[[], object]:
+def _find_start(arguments: argparse.Namespace, rest: list[str]) -> Callable[[], object]:
     """Set the arguments and the path as Python does, and return what runs the script."""
     if arguments.module is not None:
-        sys.argv = [arguments.module, *arguments.rest]
+        sys.argv = [arguments.module, *rest]
         sys.path[0] = os.getcwd()
         return lambda: runpy.run_module(arguments.module, run_name="__main__", alter_sys=True)
-    if not arguments.rest:
+    if arguments.script is None:
         raise ConfigError("there is no script to run. Type: python -m pipeline.gil run script.py …")
-    script = Path(arguments.rest[0])
+    script = Path(arguments.script)
     if not script.is_file():
         raise ConfigError(f"{script} is no file.")
-    sys.argv = arguments.rest
+    sys.argv = [arguments.script, *rest]
     sys.path[0] = str(script.resolve().parent)
     return lambda: runpy.run_path(str(script), run_name="__main__")
 

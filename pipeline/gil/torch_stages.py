@@ -20,7 +20,8 @@ from typing import Any
 
 from pipeline.gil.marks import stage
 
-DATALOADER, FORWARD, BACKWARD, OPTIMIZER = map(stage, ("dataloader", "forward", "backward", "optimizer"))
+NAMES = ("import torch", "dataloader", "forward", "backward", "optimizer")
+IMPORT, DATALOADER, FORWARD, BACKWARD, OPTIMIZER = map(stage, NAMES)
 
 
 @contextmanager
@@ -63,8 +64,9 @@ class _AfterImport(importlib.abc.MetaPathFinder):
         execute = spec.loader.exec_module
 
         def execute_then(module: ModuleType) -> None:
-            execute(module)
-            self._then(module)
+            with IMPORT:
+                execute(module)
+                self._then(module)
 
         spec.loader.exec_module = execute_then  # type: ignore[method-assign]
         return spec
