@@ -17,8 +17,11 @@ settings.register_profile("ci", deadline=None, max_examples=25, print_blob=True,
 settings.load_profile("ci")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skip what needs a GPU where there is none."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skip what needs a GPU where there is none, and what needs an idle machine unless asked for."""
+    for item in items:
+        if "quiet" in item.keywords and "quiet" not in config.getoption("-m"):
+            item.add_marker(pytest.mark.skip(reason="needs an idle machine: pytest -m quiet"))
     if torch.cuda.is_available():
         return
     for item in items:

@@ -166,7 +166,7 @@ def stage_shares(
         cells[tid, stage][KIND_OF_STATE.get(state, "unknown")] += weighted
         if KIND_OF_STATE.get(state) == "waiting":
             name = thread_names.get(holder, "another thread") if holder else "nobody"
-            name += f"/{stage_names[holder_stage]}" if holder_stage else ""
+            name += f"/{stage_names.get(holder_stage, holder_stage)}" if holder_stage else ""
             blame[tid, stage][name] += weighted
     period_s = answer["wall_s"] / max(answer["num_samples"], 1)
     shares = []
@@ -236,6 +236,8 @@ def doubts_about(answer: dict[str, Any], backend: str) -> list[str]:
     unknown = answer["num_unknown_holder"] / max(answer["num_locked"], 1)
     if unknown > 0.02:
         doubts.append(f"{unknown:.0%} of the time the GIL was held by a thread that could not be named")
+    if backend == "no-gil":
+        doubts.append("the GIL is off: there is no held and no waiting, only running and blocked")
     if backend == "held":
         doubts.append("who waits for the GIL cannot be seen here: waiting counts as blocked")
     if backend == "counts":

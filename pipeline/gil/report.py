@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import platform
 import sys
 import threading
@@ -86,6 +87,7 @@ def thread_names(answer: dict[str, Any]) -> dict[int, str]:
     names = {tid: comm or f"thread {tid}" for tid, comm, _, _ in answer["threads"]}
     names |= {tid: name for tid, name in marks.thread_names.items() if name and tid in names}
     alive = {thread.native_id: thread.name for thread in threading.enumerate() if thread.native_id}
+    alive[os.getpid()] = threading.main_thread().name  # after a fork `threading` has its old id
     names |= {tid: name for tid, name in alive.items() if tid in names}
     return _distinct(names)
 

@@ -22,7 +22,7 @@ from pipeline.gil.memory import Memory
 
 PERIOD_S = 0.001
 MAX_EVENTS = 400_000  # of a trace; the oldest go first
-REPLY_TIMEOUT_S = 10.0
+REPLY_TIMEOUT_S, END_TIMEOUT_S = 10.0, 2.0
 TEST_PERIOD_S, TEST_SAMPLES, TEST_TRIES = 0.0002, 20, 4
 TEST_US = 15_000
 PR_SET_PTRACER = 0x59616D61
@@ -35,6 +35,7 @@ BACKENDS = {
 }
 _ROOT = Path(__file__).resolve().parents[2]
 _START = "import sys; sys.path.append({root!r}); from pipeline.gil.child.main import main; main()"
+hold, release = ctypes.PyDLL(None).usleep, ctypes.CDLL(None).usleep  # with the GIL, without it
 _starting = threading.Lock()
 _user_pid = 0  # the process that has a sampler; another value than ours is of a process we were forked from
 
@@ -167,7 +168,7 @@ class Sampler:
         with contextlib.suppress(OSError):
             self._stdin.close()  # it ends when its input does
         try:
-            self._process.wait(timeout=2)
+            self._process.wait(timeout=END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
@@ -230,7 +231,6 @@ class Sampler:
         """Return the held share of a call that holds, of one that releases, and a waiter's share."""
         cell, us = marks.stage_cell(), ctypes.c_uint(sleep_us)
         before = cell[0]
-        hold, release = ctypes.PyDLL(None).usleep, ctypes.CDLL(None).usleep
         with calibrate.parked(1) as (waiter,):
             self.ask("reset")  # now, so that the list of threads has this one
             cell[0] = marks.stage_id("self-test: released")
