@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,9 +29,9 @@ class StageShare:
     """What a thread did in one of its stages.
 
     Args:
-        thread: The thread's name.
+        thread: The thread's name. Threads of one name are taken together.
         stage: The stage's name; empty outside of any.
-        time_s: Seconds that it spent there.
+        time_s: Seconds spent there, of all threads of that name.
         num_samples: Samples that say so.
         held_ratio: Share of them with the GIL.
         waiting_ratio: Share of them waiting for the GIL.
@@ -143,7 +143,7 @@ def wilson_interval(share: float, count: float) -> tuple[float, float]:
     z = 1.96
     middle = (share + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return max(0.0, middle - half), min(1.0, middle + half)
+    return max(0.0, min(middle - half, share)), min(1.0, max(middle + half, share))  # but for rounding
 
 
 def stage_shares(
@@ -157,22 +157,20 @@ def stage_shares(
         stage_names: By number.
     """
     weights = _weights(answer)
-    cells: dict[tuple[int, int], dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    blame: dict[tuple[int, int], dict[str, float]] = defaultdict(lambda: defaultdict(float))
-    raw: dict[tuple[int, int], int] = defaultdict(int)
+    cells: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    blame: dict[tuple[str, str], dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    raw: Counter[tuple[str, str]] = Counter()
     for tid, stage, state, holder, holder_stage, count in answer["counts"]:
-        raw[tid, stage] += count
+        where, kind = (thread_names[tid], stage_names.get(stage, "")), KIND_OF_STATE.get(state, "unknown")
+        raw[where] += count
         weighted = count * weights[tid][state in _RUNNABLE]
-        cells[tid, stage][KIND_OF_STATE.get(state, "unknown")] += weighted
-        if KIND_OF_STATE.get(state) == "waiting":
+        cells[where][kind] += weighted
+        if kind == "waiting":
             name = thread_names.get(holder, "another thread") if holder else "nobody"
             name += f"/{stage_names.get(holder_stage, holder_stage)}" if holder_stage else ""
-            blame[tid, stage][name] += weighted
+            blame[where][name] += weighted
     period_s = answer["wall_s"] / max(answer["num_samples"], 1)
-    shares = []
-    for (tid, stage), found in cells.items():
-        where = (thread_names[tid], stage_names.get(stage, ""))
-        shares.append(_share(where, found, raw[tid, stage], period_s, blame[tid, stage]))
+    shares = [_share(where, found, raw[where], period_s, blame[where]) for where, found in cells.items()]
     return sorted(shares, key=lambda share: -share.time_s)
 
 

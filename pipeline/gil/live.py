@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,6 +96,7 @@ class SampledAccount:
     def __init__(self, sampler: Sampler, *, has_trace: bool) -> None:
         self._sampler, self._has_trace = sampler, has_trace
         self._is_open = True
+        self._error: GilAccountError | None = None
         self._last: dict[str, Any] = {}
         self._last_trace: dict[str, Any] = {}
 
@@ -115,16 +116,18 @@ class SampledAccount:
 
     def close(self) -> None:
         """Keep the last report and trace; the sampler is about to end."""
-        with suppress(GilAccountError):  # it has died: then `report` says so
+        try:
             self._last = self._ask("report")
             self._last_trace = self._ask("trace") if self._has_trace else {}
+        except GilAccountError as error:
+            self._error = error  # it has died: `report` says so
         self._is_open = False
 
     def _ask(self, command: str) -> dict[str, Any]:
         if self._is_open:
             return self._sampler.ask(command)
-        if not self._last:
-            raise GilAccountError("the sampler's process died before the account ended")
+        if self._error is not None:
+            raise self._error
         return self._last_trace if command == "trace" else self._last
 
 

@@ -88,19 +88,7 @@ def thread_names(answer: dict[str, Any]) -> dict[int, str]:
     names |= {tid: name for tid, name in marks.thread_names.items() if name and tid in names}
     alive = {thread.native_id: thread.name for thread in threading.enumerate() if thread.native_id}
     alive[os.getpid()] = threading.main_thread().name  # after a fork `threading` has its old id
-    names |= {tid: name for tid, name in alive.items() if tid in names}
-    return _distinct(names)
-
-
-def _distinct(names: dict[int, str]) -> dict[int, str]:
-    """Number the names that several threads have."""
-    turns: Counter[str] = Counter()
-    distinct = {}
-    for tid in sorted(names):
-        turns[names[tid]] += 1
-        turn = turns[names[tid]]
-        distinct[tid] = names[tid] if turn == 1 else f"{names[tid]} #{turn}"
-    return distinct
+    return names | {tid: name for tid, name in alive.items() if tid in names}
 
 
 def _functions(answer: dict[str, Any], names: dict[int, str], period_s: float) -> list[HoldingFunction]:

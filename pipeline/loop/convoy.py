@@ -23,6 +23,7 @@ from pipeline.loop.clock import COMPUTE_STAGES, STAGES, StepClock
 CHECK_NS = 2_000_000_000
 WINDOW_NS = 1_000_000_000
 MAX_WINDOWS = 3
+MIN_SAMPLES = 200
 CONVOY_RATIO = 0.1  # of the loop's time lost to the GIL: worth a warning
 ADVICE = {
     "prefetch": "Batches are made by Python code on the prefetch thread: set schedule='textbook', or pass a "
@@ -57,7 +58,7 @@ def describe_convoy(report: GilReport, thread: str, num_steps: int) -> str | Non
     """
     stages = [share for share in report.stages if share.thread == thread and share.stage in STAGES]
     waited = {share.stage: share.waiting_ratio * share.time_s for share in stages}
-    if not waited or sum(waited.values()) < CONVOY_RATIO * report.wall_s:
+    if report.num_samples < MIN_SAMPLES or sum(waited.values()) < CONVOY_RATIO * report.wall_s:
         return None
     blamed: dict[str, float] = defaultdict(float)
     for share in stages:

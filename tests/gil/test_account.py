@@ -109,12 +109,11 @@ def test_functions_have_the_time_that_main_waited():
     assert (function.held_s, function.main_waits_s) == pytest.approx((0.4, 0.3))
 
 
-def test_threads_of_one_name_are_told_apart():
-    """The second is numbered."""
-    threads = [[7, "python", 0.0, 0.0], [8, "python", 0.0, 0.0]]
-    counts = [[7, 0, "H", 0, 0, 1], [8, 0, "B", 0, 0, 1]]
-    report = make_report(answer(threads=threads, counts=counts), "waiters")
-    assert {share.thread for share in report.stages} == {"python", "python #2"}
+def test_threads_of_one_name_are_taken_together():
+    """A prefetch thread of each epoch is one line."""
+    counts = [[7, 1, "H", 0, 0, 30], [8, 1, "B", 0, 0, 10]]
+    (share,) = stage_shares(answer(counts=counts), {7: "prefetch", 8: "prefetch"}, STAGES)
+    assert (share.thread, share.num_samples, share.held_ratio) == ("prefetch", 40, 0.75)
 
 
 def test_text_and_json_have_what_was_found():

@@ -186,7 +186,7 @@ def test_a_sampler_that_is_killed_is_a_clear_line():
         os.kill(sampler_pid(account), signal.SIGKILL)
         with pytest.raises(GilAccountError, match="has ended with -9"):
             account.report()
-    with pytest.raises(GilAccountError, match="died before"):
+    with pytest.raises(GilAccountError, match="has ended with -9"):
         account.report()
     with gil_account() as account:
         assert account.report().backend in sampler.BACKENDS

@@ -124,7 +124,8 @@ def clean_output(is_json: bool) -> Iterator[Callable[[str], None]]:
     kept = os.dup(1)
     os.dup2(2, 1)  # the descriptor, so that C code and child processes are caught too
     try:
-        yield lambda text: _write_all(kept, text + "\n")
+        with contextlib.redirect_stdout(sys.stderr):
+            yield lambda text: _write_all(kept, text + "\n")
     finally:
         sys.stdout.flush()
         os.dup2(kept, 1)
