@@ -16,6 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from pipeline.errors import ConfigError
+from pipeline.gil import to_text
 from pipeline.protocols import Datasets
 from pipeline.result import FitResult
 from pipeline.settings import setting_names, type_problems
@@ -88,6 +89,8 @@ def train_from_config(config: DictConfig, run_dir: Path) -> tuple[FitResult, flo
         callbacks=_build(config, "callbacks"),
     )
     print(_summary(result, is_images=len(data.input_shape) == 3))
+    if result.gil is not None:
+        print(to_text(result.gil), file=sys.stderr)
     return result, result.metrics[values["objective"]]
 
 

@@ -10,6 +10,7 @@ debuggers name it too.
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 import struct
@@ -97,20 +98,25 @@ def handoff_counter() -> Callable[[], int] | None:
     Runs on:
         Any thread; a read takes some 0.05 µs.
     """
-    if not is_gil_enabled():
+    address = _gil_address() if is_gil_enabled() else None
+    if address is None:
         return None
+    count = ctypes.c_ulong.from_address(address + SWITCHES_OFFSET)
+    return lambda: count.value
+
+
+@functools.cache
+def _gil_address() -> int | None:
     try:
         fd = os.open("/proc/self/mem", os.O_RDONLY)
     except OSError:
         return None
     try:
-        address = find_gil(Memory(fd)).address + SWITCHES_OFFSET
+        return find_gil(Memory(fd)).address
     except GilAccountError:
         return None
     finally:
         os.close(fd)
-    count = ctypes.c_ulong.from_address(address)
-    return lambda: count.value
 
 
 def _api(name: str, result: type) -> Callable[[], int]:

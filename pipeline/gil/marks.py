@@ -136,3 +136,6 @@ class stage(ContextDecorator):  # noqa: N801  (it is called like a function)
 
     def _recreate_cm(self) -> Any:
         return self
+
+    def __reduce__(self) -> tuple[type[stage], tuple[str]]:
+        return stage, (self.name,)  # another process numbers its stages anew

@@ -111,6 +111,8 @@ class Sampler:
     # ---- its process
 
     def _start(self) -> subprocess.Popen[bytes]:
+        if not sys.executable:
+            raise GilAccountError("sys.executable is empty: there is no Python to run the sampler with")
         marks.forget_forked_threads()
         try:
             memory_fd = os.open("/proc/self/mem", os.O_RDONLY)

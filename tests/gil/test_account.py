@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import threading
 
 import pytest
@@ -173,6 +174,12 @@ def test_stages_nest_and_come_back():
             raise ValueError("x")
         assert cell[0] == stage_id("outer")
     assert cell[0] == before
+
+
+def test_a_stage_goes_to_another_process_by_name():
+    """Where its number is another."""
+    copied = pickle.loads(pickle.dumps(stage("travels")))
+    assert (copied.name, copied._id) == ("travels", stage_id("travels"))
 
 
 def test_a_stage_decorates_a_function():

@@ -6,8 +6,11 @@ import _thread
 import ctypes
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
@@ -202,6 +205,29 @@ def test_a_sampler_that_hangs_is_given_up_and_ended(monkeypatch):
             account.report()
 
 
+def test_a_sampler_ends_with_its_parent():
+    """Even if that is killed and can tell it nothing."""
+    code = (
+        "import sys, time\n"
+        "from pipeline.gil import gil_account\n"
+        "with gil_account() as account:\n"
+        "    print(account._sampler._process.pid, flush=True)\n"
+        "    time.sleep(60)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    parent = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment
+    )
+    pid = int(parent.stdout.readline())
+    parent.kill()
+    parent.communicate()
+    folder = Path(f"/proc/{pid}")
+    until_s = time.monotonic() + 30
+    while folder.exists() and "Z" not in folder.joinpath("stat").read_text().split()[2]:
+        assert time.monotonic() < until_s
+        release(1_000)
+
+
 def test_ctrl_c_of_the_terminal_does_not_reach_the_sampler():
     """It is in a process group of its own, and ignores SIGINT."""
     with gil_account() as account:
@@ -236,6 +262,7 @@ def test_without_proc_the_cheap_signals_are_left(monkeypatch):
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(os, "open", refuse)
+    monkeypatch.setattr(interpreter, "_gil_address", interpreter._gil_address.__wrapped__)
     with gil_account() as account:
         pass
     assert "/proc/self/mem cannot be opened: Permission denied" in account.report().doubts[0]
@@ -278,8 +305,6 @@ def test_a_gil_that_is_not_the_published_one_is_in_doubt(monkeypatch, memory):
 
 def test_finding_the_gil_restores_the_switch_interval(memory):
     """The search changes it twice."""
-    import sys
-
     before = sys.getswitchinterval()
     find_gil(memory)
     assert sys.getswitchinterval() == before
