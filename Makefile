@@ -23,6 +23,7 @@ lint: .venv/installed-dev
 bench: .venv/installed-dev
 	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.overlap
+	$(BIN)/python -m benchmarks.gil_truth
 
 .venv/bin/python:
 	$(PYTHON) -m venv .venv

@@ -4,10 +4,11 @@ Truth: loops of two C calls of known length, one through ``ctypes.PyDLL``, which
 through ``ctypes.CDLL``, which does not. What a loop takes beyond their sum, it waited for the GIL.
 Unit: points, that is hundredths of a thread's time; the cost is the ratio of a train step's time with
 the tool on to its time without. Beside ``py-spy record --gil`` and ``gilknocker`` where they are
-installed (the extra ``bench``): py-spy counts samples that hold the GIL, gilknocker gives one number,
-the share of its knocks' time that it waited. Neither has waiting by thread.
+installed (the extra ``bench``). py-spy counts samples that hold the GIL; its count while a loop holds
+it all the time is taken for 100 %. gilknocker gives one number, the share of its knocks' time that it
+waited. Neither has waiting by thread.
 
-    python -m benchmarks.gil_truth [--seconds 3] [--rounds 12]
+    python -m benchmarks.gil_truth [--seconds 3] [--rounds 30]
 
 The account needs a core that is free; the last case takes it away, and shows what is left.
 """
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import ctypes
+import functools
 import os
 import shutil
 import statistics
@@ -36,6 +38,7 @@ import torch
 from benchmarks.measure import describe_machine, interleave, median_interval
 from pipeline.gil import gil_account, stage
 
+PY_SPY_HZ = 250
 hold, release = ctypes.PyDLL(None).usleep, ctypes.CDLL(None).usleep
 
 
@@ -152,11 +155,7 @@ def measure_others(case: Case, seconds: float) -> str:
     """Return what py-spy and gilknocker say of the share held by all threads together."""
     said = []
     if shutil.which("py-spy"):
-        with tempfile.TemporaryDirectory() as folder:
-            with py_spy(Path(folder) / "out.txt", seconds):
-                run_case(case, seconds + 1)
-            held = count_py_spy(Path(folder) / "out.txt", seconds)
-        said.append(f"py-spy {held:6.1%}")
+        said.append(f"py-spy {count_py_spy(case, seconds) / full_count_py_spy(seconds):6.1%}")
     if knocker := start_gilknocker():
         run_case(case, seconds)
         said.append(f"gilknocker {knocker.contention_metric:6.1%}")
@@ -166,9 +165,9 @@ def measure_others(case: Case, seconds: float) -> str:
 
 
 @contextlib.contextmanager
-def py_spy(out: Path, seconds: float, rate: int = 1000) -> Iterator[None]:
+def py_spy(out: Path, seconds: float, rate: int = PY_SPY_HZ) -> Iterator[None]:
     """Have py-spy record this process's holders of the GIL meanwhile."""
-    command = ["py-spy", "record", "--gil", "--format", "raw", "--rate", str(rate), "--nonblocking"]
+    command = ["py-spy", "record", "--gil", "--format", "raw", "--rate", str(rate)]
     process = subprocess.Popen(
         [*command, "--duration", str(max(1, int(seconds))), "--output", str(out), "--pid", str(os.getpid())],
         stdout=subprocess.DEVNULL,
@@ -181,10 +180,20 @@ def py_spy(out: Path, seconds: float, rate: int = 1000) -> Iterator[None]:
         process.wait()
 
 
-def count_py_spy(out: Path, seconds: float, rate: int = 1000) -> float:
-    """Return the share of py-spy's samples in which some thread held the GIL."""
-    lines = out.read_text().splitlines() if out.exists() else []
-    return sum(int(line.rsplit(" ", 1)[1]) for line in lines) / (rate * max(1, int(seconds)))
+def count_py_spy(case: Case, seconds: float) -> int:
+    """Return in how many of py-spy's samples of a case some thread held the GIL."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out.txt"
+        with py_spy(out, seconds):
+            run_case(case, seconds + 1)
+        lines = out.read_text().splitlines() if out.exists() else []
+    return sum(int(line.rsplit(" ", 1)[1]) for line in lines)
+
+
+@functools.cache
+def full_count_py_spy(seconds: float) -> int:
+    """Return its count where the GIL is held all the time; it does not say how many samples it took."""
+    return max(1, count_py_spy(Case("spin", [], num_spinners=1), seconds))
 
 
 def start_gilknocker() -> Any:
@@ -239,7 +248,7 @@ def train_with_gilknocker(num_steps: int) -> float:
     return found
 
 
-def show_cost(num_rounds: int, num_steps: int = 200) -> None:
+def show_cost(num_rounds: int, num_steps: int = 100) -> None:
     """Print what each tool costs a train step."""
     seconds = num_steps * train_steps(num_steps)
     variants: dict[str, Callable[[], float]] = {
@@ -249,7 +258,7 @@ def show_cost(num_rounds: int, num_steps: int = 200) -> None:
         "account, 0.25 ms": partial(train_with_account, 0.00025, num_steps),
     }
     if shutil.which("py-spy"):
-        variants["py-spy --nonblocking, 1 kHz"] = partial(train_with_py_spy, num_steps, seconds + 2)
+        variants[f"py-spy --gil, {PY_SPY_HZ} Hz"] = partial(train_with_py_spy, num_steps, seconds + 2)
     if start_gilknocker():
         variants["gilknocker, 1 ms"] = partial(train_with_gilknocker, num_steps)
     found = interleave(variants, num_rounds)
@@ -265,12 +274,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--seconds", type=float, default=3.0, help="length of a case")
-    parser.add_argument("--rounds", type=int, default=12, help="of the table of costs; 0 leaves it out")
+    parser.add_argument("--seconds", type=float, default=3.0, help="length of a case; 0 leaves the cases out")
+    parser.add_argument("--rounds", type=int, default=30, help="of the table of costs; 0 leaves it out")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     print(describe_machine())
-    for case in cases():
+    for case in cases() if arguments.seconds else []:
         print(f"{case.name:36}{measure_account(case, arguments.seconds)}")
         print(measure_others(case, arguments.seconds), flush=True)
     if arguments.rounds:

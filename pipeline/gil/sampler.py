@@ -67,7 +67,7 @@ class Sampler:
     ) -> None:
         self._period_s, self._has_trace, self._has_functions = period_s, has_trace, has_functions
         self._asking = threading.Lock()
-        self._received = b""
+        self._received, self._failure = b"", ""
         self.backend = ""
 
     def __enter__(self) -> Sampler:
@@ -101,11 +101,14 @@ class Sampler:
         if os.getpid() != self._owner_pid:
             raise GilAccountError("the account belongs to the process that this one was forked from")
         with self._asking:
+            if self._failure:  # an answer that came too late must not be taken for the next one's
+                raise GilAccountError(self._failure)
             try:
                 self._stdin.write(command.encode() + b"\n")
                 answer = json.loads(self._read_line())
             except (BrokenPipeError, ValueError) as error:
-                raise GilAccountError(self._describe_death()) from error
+                self._failure = self._describe_death()
+                raise GilAccountError(self._failure) from error
         return dict(answer)
 
     # ---- its process
