@@ -7,6 +7,7 @@ whether an account runs or not.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
@@ -64,6 +65,8 @@ def _register(tid: int, tstate: int) -> int:
             if other == tid or table[ROW_WORDS * row] == tstate:  # of a thread that has ended
                 table[ROW_WORDS * row] = 0
                 del _rows[other]
+        if len(_rows) == MAX_MARKED_THREADS:
+            _forget_ended_threads()
         free = set(range(MAX_MARKED_THREADS)) - set(_rows.values())
         if not free:
             return MAX_MARKED_THREADS  # its marks go nowhere: the account has it without stages
@@ -73,6 +76,13 @@ def _register(tid: int, tstate: int) -> int:
         table[ROW_WORDS * row] = tstate  # last but one: it makes the row count
         table[VERSION_AT] += 1
         return row
+
+
+def _forget_ended_threads() -> None:
+    with contextlib.suppress(OSError):  # no /proc: then there is no sampler either
+        alive = set(map(int, os.listdir("/proc/self/task")))
+        for tid in _rows.keys() - alive:
+            table[ROW_WORDS * _rows.pop(tid)] = 0
 
 
 class _Marks(threading.local):
