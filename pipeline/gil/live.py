@@ -59,7 +59,7 @@ def gil_account(
 
     Args:
         period_s: Mean time between two samples, in seconds.
-        trace: Keep the last 400,000 changes of state for `write_trace`.
+        trace: Keep the last 200,000 changes of state for `write_trace`.
         functions: Name the Python functions that hold the GIL.
 
     Raises:
@@ -97,38 +97,39 @@ class SampledAccount:
         self._sampler, self._has_trace = sampler, has_trace
         self._is_open = True
         self._error: GilAccountError | None = None
-        self._last: dict[str, Any] = {}
-        self._last_trace: dict[str, Any] = {}
+        self._last: tuple[GilReport, dict[str, Any]] | None = None
 
     def report(self) -> GilReport:
-        return make_report(self._ask("report"), self._sampler.backend)
+        if self._is_open:
+            return make_report(self._sampler.ask("report"), self._sampler.backend)
+        return self._kept()[0]
 
     def restart(self) -> GilReport:
         report = self.report()
-        self._ask("reset")
+        self._sampler.ask("reset")
         return report
 
     def write_trace(self, path: str | Path) -> None:
         if not self._has_trace:
             raise GilAccountError("no trace was kept. Use gil_account(trace=True).")
-        names = thread_names(self._ask("report"))
-        write_trace(Path(path), chrome_trace(self._ask("trace"), names, marks.stage_names))
+        write_trace(Path(path), self._trace() if self._is_open else self._kept()[1])
 
     def close(self) -> None:
-        """Keep the last report and trace; the sampler is about to end."""
+        """Keep the last report and trace, while threads can still be named; the sampler is about to end."""
         try:
-            self._last = self._ask("report")
-            self._last_trace = self._ask("trace") if self._has_trace else {}
+            self._last = self.report(), self._trace() if self._has_trace else {}
         except GilAccountError as error:
             self._error = error  # it has died: `report` says so
         self._is_open = False
 
-    def _ask(self, command: str) -> dict[str, Any]:
-        if self._is_open:
-            return self._sampler.ask(command)
-        if self._error is not None:
-            raise self._error
-        return self._last_trace if command == "trace" else self._last
+    def _trace(self) -> dict[str, Any]:
+        names = thread_names(self._sampler.ask("report"))
+        return chrome_trace(self._sampler.ask("trace"), names, marks.stage_names)
+
+    def _kept(self) -> tuple[GilReport, dict[str, Any]]:
+        if self._last is None:
+            raise self._error or GilAccountError("the account has ended without a report")
+        return self._last
 
 
 class SignalsAccount:

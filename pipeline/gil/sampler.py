@@ -21,7 +21,7 @@ from pipeline.gil.interpreter import find_gil, is_gil_enabled
 from pipeline.gil.memory import Memory
 
 PERIOD_S = 0.001
-MAX_EVENTS = 400_000  # of a trace; the oldest go first
+MAX_EVENTS = 200_000  # of a trace; the oldest go first
 REPLY_TIMEOUT_S, END_TIMEOUT_S = 10.0, 2.0
 TEST_PERIOD_S, TEST_SAMPLES, TEST_TRIES = 0.0002, 20, 4
 TEST_US = 15_000

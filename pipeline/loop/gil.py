@@ -60,7 +60,7 @@ class GilWatch:
         elif self._handoffs is not None:
             self._convoy = ConvoyWatch(self._clock, self._handoffs)
             self._stack.callback(self._convoy.close)
-        self._next_ns = self._clock.since_ns if self._convoy else self._clock.since_ns + LOG_NS
+        self._next_ns = self._convoy.next_ns if self._convoy else self._clock.since_ns + LOG_NS
         return self
 
     def __exit__(

@@ -79,6 +79,7 @@ class Sampler:
         late = sorted(self._late_s) or [0.0]
         for thread in self._threads.by_tstate.values():
             thread.refresh()
+            thread.refresh_name()
         everyone = [*self._threads.ended, *self._threads.by_tstate.values()]
         return {
             "num_samples": self._num_samples,

@@ -24,7 +24,8 @@ class Thread:
     def __init__(self, pid: int, tid: int, tstate: int) -> None:
         self.tid, self.tstate, self.slot = tid, tstate, -1
         self.folder = f"/proc/{pid}/task/{tid}"
-        self.comm = self._read("comm").decode("utf-8", "replace").strip()
+        self.comm = ""
+        self.refresh_name()
         self._state_fd = -1
         self.first_s = self.last_s = time.perf_counter()
         self.first_runnable_ns = self.last_runnable_ns = self._runnable_ns()
@@ -47,6 +48,10 @@ class Thread:
         """Note how long it has been on a core or waited for one."""
         if runnable_ns := self._runnable_ns():
             self.last_runnable_ns, self.last_s = runnable_ns, time.perf_counter()
+
+    def refresh_name(self) -> None:
+        """Read its name again: threads get theirs after they have begun."""
+        self.comm = self._read("comm").decode("utf-8", "replace").strip() or self.comm
 
     def close(self) -> None:
         """Close its files."""
