@@ -223,6 +223,17 @@ def test_a_false_alarm_is_looked_into_three_times_at_most(monkeypatch):
     assert watched.windows == convoy.MAX_WINDOWS
 
 
+def test_a_short_run_is_not_looked_into(monkeypatch):
+    """The first look comes after two seconds, however bad the signs are."""
+
+    def never():
+        raise AssertionError("a window was opened")
+
+    monkeypatch.setattr(convoy, "lost_ratio", lambda *_: 1.0)
+    monkeypatch.setattr(convoy, "gil_account", never)
+    fit(max_epochs=1)
+
+
 def test_a_look_that_fails_says_nothing(monkeypatch):
     """A sampler that dies is no reason to warn of a convoy."""
     watched = Watched(monkeypatch, GilAccountError("killed"))
