@@ -6,7 +6,7 @@ import dataclasses
 import sys
 from abc import ABC
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from lightning_utilities.core.apply_func import apply_to_collection
@@ -30,6 +30,25 @@ class Row(NamedTuple):
     step: int
     epoch: int
     values: dict[str, float]
+
+
+class Media(NamedTuple):
+    """An image, a histogram or a text for the loggers that keep such things.
+
+    Args:
+        step: Optimizer steps finished.
+        epoch: The epoch it belongs to, counted from 0.
+        name: Such as ``val/samples``.
+        kind: What it is.
+        data: For an ``image`` a tensor ``[C, H, W]``, uint8 or float from 0 to 1; for a ``histogram``
+            the tensor of its values; for a ``text`` a string. On the host, and nobody else's.
+    """
+
+    step: int
+    epoch: int
+    name: str
+    kind: Literal["image", "histogram", "text"]
+    data: torch.Tensor | str
 
 
 class _FrozenDataclass(ABC):  # noqa: B024  (it is made for isinstance alone)

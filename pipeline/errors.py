@@ -135,8 +135,13 @@ def noting_on(error: BaseException) -> Iterator[None]:
     try:
         yield
     except Exception as further:
-        if further is not error:
-            _add_note(error, f"while this error was handled: {type(further).__name__}: {further}")
+        note_further(error, further)
+
+
+def note_further(error: BaseException, further: BaseException) -> None:
+    """Write on an error that is on its way what else went wrong meanwhile."""
+    if further is not error:
+        _add_note(error, f"while this error was handled: {type(further).__name__}: {further}")
 
 
 def _add_note(error: BaseException, note: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -42,8 +43,24 @@ class Scheduler(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True)
+class RunInfo:
+    """What a logger may want to know of a run before its first row.
+
+    Args:
+        run_dir: The folder with the run's files, or None if nothing is written.
+        hparams: What describes the run: `fit`'s ``hparams``, and the Trainer's settings under ``trainer``.
+    """
+
+    run_dir: Path | None
+    hparams: dict[str, Any]
+
+
 class Logger(Protocol):
     """Writes rows somewhere.
+
+    Two further methods are called where a logger has them: ``open(info)`` with a `RunInfo`, before
+    anything else, and ``log_media(media)`` with each `Media`.
 
     Runs on:
         The writer thread in ``overlap``, the loop thread in ``textbook``; never two at once.

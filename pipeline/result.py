@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 
 from pipeline.batch import Row
+from pipeline.report import OutboundReport
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class FitResult:
         last_checkpoint: The checkpoint of the last epoch, if one was written.
         best_checkpoint: The checkpoint with the best `monitor`, if one was written.
         ema_model: The averaged model, if one was kept.
+        outbound: What logging cost, how far it was behind, and which lines made the loop wait.
     """
 
     metrics: dict[str, float]
@@ -45,3 +47,4 @@ class FitResult:
     last_checkpoint: Path | None
     best_checkpoint: Path | None
     ema_model: torch.nn.Module | None = field(repr=False)
+    outbound: OutboundReport = field(repr=False)

@@ -43,6 +43,14 @@ class Settings:
         precision: ``32-true``, or autocast to ``bf16-mixed`` or ``16-mixed`` (with a GradScaler).
         log_every_n_steps: Give the loggers a row every so many steps. Every step's loss is in
             `FitResult.losses` regardless.
+        max_log_lag: Steps that the loggers may be behind the loop in ``overlap``. The numbers of a
+            step are with them some 50 ms after it, if they keep up.
+        log_overflow: What happens beyond it: the loop has to ``wait``; or loggers are not told of the
+            oldest steps (``drop``), which are counted; or memory may ``grow``. A slow logger holds up
+            the loop in the first case alone; none of them loses a loss of `FitResult.losses`.
+        detect_host_reads: Find the lines that make the loop wait for the device, such as an
+            ``.item()`` in a step, and name them in `FitResult.outbound`. Free on CUDA; elsewhere each
+            operation takes some 10 µs longer, so it is for looking.
         check_val_every_n_epoch: Validate every so many epochs; None leaves it to `val_check_interval`.
         val_check_interval: Validate every so many optimizer steps as well.
         limit_train_batches: Use at most this many batches an epoch, or this share (a float).
@@ -82,6 +90,9 @@ class Settings:
     gradient_clip_algorithm: Literal["norm", "value"] = "norm"
     precision: Precision = "32-true"
     log_every_n_steps: int = 1
+    max_log_lag: int = 2048
+    log_overflow: Literal["wait", "drop", "grow"] = "wait"
+    detect_host_reads: bool = False
     check_val_every_n_epoch: int | None = 1
     val_check_interval: int | None = None
     limit_train_batches: int | float | None = None
@@ -158,6 +169,7 @@ _LEAST: dict[str, float] = {
     "max_steps": 1,
     "accumulate_grad_batches": 1,
     "log_every_n_steps": 1,
+    "max_log_lag": 1,
     "check_val_every_n_epoch": 1,
     "val_check_interval": 1,
     "num_workers": 0,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +15,7 @@ from pipeline.checkpoint import load_model
 from pipeline.concurrency import Scope
 from pipeline.data import EVALUATION_EPOCH, Source, as_source
 from pipeline.device import select_backend
+from pipeline.loggers import LoggerGroup
 from pipeline.loop.callback import Callback, CallbackList
 from pipeline.loop.check import (
     check_choice,
@@ -26,16 +27,16 @@ from pipeline.loop.check import (
 )
 from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
 from pipeline.loop.fit import Run, fit, make_result
+from pipeline.loop.journal import Journal
 from pipeline.loop.objective import Objective
-from pipeline.loop.outbound import Journal
 from pipeline.loop.schedule import Belts
 from pipeline.loop.setup import (
     at_most,
-    closing_all,
     compile_model,
     deterministic_algorithms,
     make_autocast,
     make_checkpoints,
+    make_detector,
     make_ema,
     make_loggers,
     make_objective,
@@ -43,9 +44,11 @@ from pipeline.loop.setup import (
     make_scaler,
     place,
     to_channels_last,
+    watch_batches,
 )
 from pipeline.loop.step import TrainStep
-from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
+from pipeline.loop.summary import make_outbound_report
+from pipeline.protocols import Logger, LossFn, Metrics, RunInfo, Scheduler, Step
 from pipeline.result import FitResult
 from pipeline.settings import Settings
 from pipeline.state import TrainState
@@ -141,14 +144,16 @@ class Trainer(Settings):
             stack.enter_context(deterministic_algorithms(self.deterministic))
             num_batches = at_most(source.num_batches, max_batches)
             all_loggers = [*loggers, *make_loggers(self, run_dir, num_batches)]
-            stack.enter_context(closing_all(all_loggers))
-            journal = Journal(self, all_loggers, last_step=lambda: state.step)
+            group = LoggerGroup(all_loggers, RunInfo(run_dir, {}), is_off_loop=belts.schedule == "overlap")
+            stack.enter_context(group.closing())
+            journal = Journal(self, group, last_step=lambda: state.step)
+            detector = make_detector(self, belts.backend, state)
             scope = stack.enter_context(Scope())
             run = Run(
                 settings=self,
                 state=state,
                 step=TrainStep(state, called_model, objective, self, belts.device, scheduler_interval),
-                inbound=partial(belts.inbound, source),
+                inbound=watch_batches(partial(belts.inbound, source), detector),
                 outbound=belts.outbound(scope, journal),
                 journal=journal,
                 limiter=belts.limiter(self.max_steps_in_flight),
@@ -159,9 +164,11 @@ class Trainer(Settings):
                 else partial(evaluation, ema.module if ema else called_model),
                 max_batches=max_batches,
                 scheduler_interval=scheduler_interval,
+                detector=detector,
             )
-            fit(run, run_dir)
-        return make_result(run, belts.schedule, run_dir)
+            with nullcontext() if detector is None else detector.installed():
+                fit(run, run_dir)
+        return make_result(run, belts.schedule, run_dir, make_outbound_report(run))
 
     def evaluate(
         self,

@@ -1,6 +1,7 @@
 """Streams, events and pinned memory: nothing else in the project touches them."""
 
 from pipeline.device.backend import Backend, EagerBackend, StreamBackend, select_backend
+from pipeline.device.host_reads import HostRead, ReadDetector
 from pipeline.device.readback import Pending, Readback, StepLimiter
 from pipeline.device.simulated import SimulatedBackend
 from pipeline.device.transfer import Transfer, make_transfer
@@ -8,7 +9,9 @@ from pipeline.device.transfer import Transfer, make_transfer
 __all__ = [
     "Backend",
     "EagerBackend",
+    "HostRead",
     "Pending",
+    "ReadDetector",
     "Readback",
     "SimulatedBackend",
     "StepLimiter",

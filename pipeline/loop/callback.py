@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from time import perf_counter
 from typing import Literal
 
 from pipeline.batch import Scalars
@@ -112,18 +113,29 @@ class CallbackList:
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._callbacks = tuple(callbacks)
+        self._spent_s = [0.0] * len(self._callbacks)
         self.has_step_listeners = any(
             type(each).on_step_finished is not Callback.on_step_finished for each in callbacks
         )
 
     def tell(self, event: Event) -> None:
         """Call each callback's method for this event."""
-        for callback in self._callbacks:
+        for place, callback in enumerate(self._callbacks):
+            began_s = perf_counter()
             try:
                 getattr(callback, _METHOD[type(event)])(event)
             except Exception as error:
                 add_stage_note(error, f"callback ({type(callback).__name__})", step=event.state.step)
                 raise
+            self._spent_s[place] += perf_counter() - began_s
+
+    def times(self) -> dict[str, float]:
+        """Return the seconds that the loop thread spent in each callback, by its class."""
+        spent_s: dict[str, float] = {}
+        for callback, each_s in zip(self._callbacks, self._spent_s, strict=True):
+            name = type(callback).__name__
+            spent_s[name] = spent_s.get(name, 0.0) + each_s
+        return spent_s
 
 
 class EarlyStopping(Callback):

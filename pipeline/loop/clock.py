@@ -9,6 +9,7 @@ class StepClock:
     """Times steps from one end to the next, and within them the waits for batches.
 
     Attributes:
+        began_s: When the step under way began, by `time.perf_counter`.
         train_s: All time so far that was training: without validations and checkpoints.
 
     Runs on:
@@ -21,7 +22,7 @@ class StepClock:
 
     def restart(self) -> None:
         """Begin a step now: what came before was no training."""
-        self._began_s = self._asked_s = perf_counter()
+        self.began_s = self._asked_s = perf_counter()
         self._waited_s = 0.0
 
     def ask_for_batch(self) -> None:
@@ -35,7 +36,7 @@ class StepClock:
     def step_ended(self) -> tuple[float, float]:
         """End a step and begin the next; return its time and its data wait, in seconds."""
         now_s = perf_counter()
-        step_s, waited_s = now_s - self._began_s, self._waited_s
-        self._began_s, self._waited_s = now_s, 0.0
+        step_s, waited_s = now_s - self.began_s, self._waited_s
+        self.began_s, self._waited_s = now_s, 0.0
         self.train_s += step_s
         return step_s, waited_s

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from pipeline.batch import Batch, Row, Scalars, num_samples
 from pipeline.checkpoint import CheckpointFolder
-from pipeline.device import StepLimiter
+from pipeline.device import ReadDetector, StepLimiter
 from pipeline.errors import NonFiniteError, StageError, add_stage_note, noting_on
 from pipeline.loop.callback import (
     CallbackList,
@@ -26,8 +26,10 @@ from pipeline.loop.callback import (
     monitored,
 )
 from pipeline.loop.clock import StepClock
-from pipeline.loop.outbound import Journal, Outbound, StepDone
+from pipeline.loop.journal import Journal, StepDone
+from pipeline.loop.outbound import Outbound
 from pipeline.loop.step import TrainStep
+from pipeline.report import OutboundReport
 from pipeline.result import FitResult
 from pipeline.settings import Settings
 from pipeline.state import TrainState
@@ -40,6 +42,7 @@ class Run:
     Args:
         inbound: The inbound belt: an epoch's batches on the device, at most so many.
         validate: Returns the validation metrics without their prefix; None without validation data.
+        detector: Finds the lines that wait for the device; None where nobody asked.
     """
 
     settings: Settings
@@ -54,6 +57,7 @@ class Run:
     validate: Callable[[], dict[str, float]] | None
     max_batches: int | None
     scheduler_interval: Literal["step", "epoch"]
+    detector: ReadDetector | None
     history: list[Row] = field(default_factory=list)
     stop_reason: str = ""
     validated_step: int = -1
@@ -105,7 +109,12 @@ def _train(run: Run) -> None:
             raise
 
 
-def make_result(run: Run, schedule: Literal["overlap", "textbook"], run_dir: Path | None) -> FitResult:
+def make_result(
+    run: Run,
+    schedule: Literal["overlap", "textbook"],
+    run_dir: Path | None,
+    outbound: OutboundReport,
+) -> FitResult:
     """Sum up a run that has ended."""
     checkpoints, metrics = run.checkpoints, dict(run.journal.last_values)
     for row in run.history:
@@ -124,6 +133,7 @@ def make_result(run: Run, schedule: Literal["overlap", "textbook"], run_dir: Pat
         last_checkpoint=None if checkpoints is None else checkpoints.last,
         best_checkpoint=None if checkpoints is None else checkpoints.best,
         ema_model=None if run.state.ema is None else run.state.ema.module,
+        outbound=outbound,
     )
 
 
@@ -146,7 +156,7 @@ def _train_epoch(run: Run, batches: Iterator[Batch]) -> None:
 def _finish_step(run: Run) -> None:
     scalars = run.step.update()
     step_s, data_wait_s = run.clock.step_ended()
-    done = StepDone(run.state.step, run.state.epoch, step_s, data_wait_s)
+    done = StepDone(run.state.step, run.state.epoch, step_s, data_wait_s, run.clock.began_s)
     run.outbound.put_step(done, scalars)  # never waits for the device in `overlap`
     if run.limiter is not None:
         run.limiter.step_queued()  # waits for the step `max_steps_in_flight` ago
@@ -167,7 +177,8 @@ def _after_step(run: Run, scalars: Scalars) -> bool:
         run.stop("max_steps")
     every_n = settings.val_check_interval
     if every_n is not None and state.step % every_n == 0:
-        _validate(run, {})
+        with nullcontext() if run.detector is None else run.detector.reads.paused():
+            _validate(run, {})
         return True
     return False
 

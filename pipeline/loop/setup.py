@@ -6,19 +6,22 @@ import contextlib
 import datetime
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline.batch import Batch
 from pipeline.checkpoint import CheckpointFolder
-from pipeline.errors import ConfigError, noting_on
+from pipeline.device import Backend, ReadDetector
+from pipeline.errors import ConfigError
 from pipeline.loggers import JsonlLogger, ProgressBar
 from pipeline.loop.objective import Objective, from_loss_fn, from_step
 from pipeline.protocols import Logger, LossFn, Metrics, Step
 from pipeline.settings import AUTO_RUN_DIR, AUTOCAST_DTYPE, Precision, Settings
+from pipeline.state import TrainState
 
 
 def make_objective(loss_fn: LossFn | None, step: Step | None) -> Objective:
@@ -93,19 +96,21 @@ def make_checkpoints(settings: Settings, run_dir: Path | None) -> CheckpointFold
     return CheckpointFolder(run_dir / "checkpoints", settings.monitor_mode)
 
 
-@contextlib.contextmanager
-def closing_all(loggers: Sequence[Logger]) -> Iterator[None]:
-    """Close every logger after the block; an error of the block is not lost to one of theirs."""
-    try:
-        yield
-    except BaseException as error:
-        for logger in loggers:
-            with noting_on(error):
-                logger.close()
-        raise
-    with contextlib.ExitStack() as stack:
-        for logger in loggers:
-            stack.callback(logger.close)
+def make_detector(settings: Settings, backend: Backend, state: TrainState) -> ReadDetector | None:
+    """Return what finds the lines that wait for the device, or None if nobody asked."""
+    if not settings.detect_host_reads:
+        return None
+    on_device = torch.nn.ModuleList([state.model] if state.ema is None else [state.model, state.ema.module])
+    return ReadDetector(backend, on_device, step=lambda: state.step)
+
+
+def watch_batches(
+    inbound: Callable[[int, int | None], Generator[Batch]], detector: ReadDetector | None
+) -> Callable[[int, int | None], Generator[Batch]]:
+    """Return the inbound belt, what is done with each of its batches watched by a detector, if any."""
+    if detector is None:
+        return inbound
+    return lambda epoch, limit: detector.watch(inbound(epoch, limit))
 
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | None:
