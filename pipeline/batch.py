@@ -18,6 +18,9 @@ Scalars: TypeAlias = dict[str, torch.Tensor | float]
 """The numbers of one step: 0-dimensional tensors still on their device, or floats of the host."""
 
 
+MediaKind: TypeAlias = Literal["image", "histogram", "text"]
+
+
 class Row(NamedTuple):
     """What the loggers are told about one moment of a run.
 
@@ -47,7 +50,7 @@ class Media(NamedTuple):
     step: int
     epoch: int
     name: str
-    kind: Literal["image", "histogram", "text"]
+    kind: MediaKind
     data: torch.Tensor | str
 
 

@@ -3,6 +3,7 @@
 PipelineError
 ├── ConfigError (ValueError)   a wrong setting; every problem at once, each with its key
 ├── StageError                 a stage failed without an exception of the user's own
+│   └── WorkerDiedError        a process that belongs to the run has gone
 ├── NonFiniteError             the loss became NaN or infinite
 └── CheckpointError            unreadable, incomplete, or from another model
 
@@ -51,6 +52,10 @@ class StageError(PipelineError):
 
     def __str__(self) -> str:
         return f"{describe_stage(self.stage, step=self.step, index=self.index)}: {self.message}"
+
+
+class WorkerDiedError(StageError):
+    """A process that belongs to the run has gone without saying why."""
 
 
 class NonFiniteError(PipelineError):

@@ -55,12 +55,17 @@ class RunInfo:
     run_dir: Path | None
     hparams: dict[str, Any]
 
+    def flat_hparams(self) -> dict[str, bool | int | float | str]:
+        """Return them under names with dots, such as ``trainer.max_epochs``; what is no scalar as text."""
+        return _flat(self.hparams, "")
+
 
 class Logger(Protocol):
     """Writes rows somewhere.
 
-    Two further methods are called where a logger has them: ``open(info)`` with a `RunInfo`, before
-    anything else, and ``log_media(media)`` with each `Media`.
+    Further methods are called where a logger has them: ``open(info)`` with a `RunInfo`, before anything
+    else; ``log_media(media)`` with each `Media`; ``mark_failed()`` before `close`, if an exception ends
+    the run.
 
     Runs on:
         The writer thread in ``overlap``, the loop thread in ``textbook``; never two at once.
@@ -91,3 +96,13 @@ class Datasets:
     val: Any
     input_shape: tuple[int, ...]
     num_classes: int
+
+
+def _flat(hparams: Mapping[str, Any], prefix: str) -> dict[str, bool | int | float | str]:
+    found: dict[str, bool | int | float | str] = {}
+    for name, value in hparams.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing, nullcontext
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,7 @@ from pipeline.loop.setup import (
     make_loggers,
     make_objective,
     make_run_dir,
+    make_run_info,
     make_scaler,
     place,
     to_channels_last,
@@ -48,7 +49,7 @@ from pipeline.loop.setup import (
 )
 from pipeline.loop.step import TrainStep
 from pipeline.loop.summary import make_outbound_report
-from pipeline.protocols import Logger, LossFn, Metrics, RunInfo, Scheduler, Step
+from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
 from pipeline.result import FitResult
 from pipeline.settings import Settings
 from pipeline.state import TrainState
@@ -79,6 +80,7 @@ class Trainer(Settings):
         metrics: Metrics | None = None,
         callbacks: Sequence[Callback] = (),
         loggers: Sequence[Logger] = (),
+        hparams: Mapping[str, Any] | None = None,
     ) -> FitResult:
         """Train the model in place.
 
@@ -106,6 +108,7 @@ class Trainer(Settings):
             callbacks: Told of events on the loop thread.
             loggers: Told of each `Row`, besides the run folder's ``metrics.jsonl`` and the bar; they
                 are closed when the run ends.
+            hparams: What describes the run besides the settings, for the loggers that keep it.
 
         Raises:
             ConfigError: For settings that do not fit each other or the data, before the first step.
@@ -143,8 +146,9 @@ class Trainer(Settings):
         with ExitStack() as stack:
             stack.enter_context(deterministic_algorithms(self.deterministic))
             num_batches = at_most(source.num_batches, max_batches)
+            info = make_run_info(self, run_dir, hparams or {})
             all_loggers = [*loggers, *make_loggers(self, run_dir, num_batches)]
-            group = LoggerGroup(all_loggers, RunInfo(run_dir, {}), is_off_loop=belts.schedule == "overlap")
+            group = LoggerGroup(all_loggers, info, is_off_loop=belts.schedule == "overlap")
             stack.enter_context(group.closing())
             journal = Journal(self, group, last_step=lambda: state.step)
             detector = make_detector(self, belts.backend, state)

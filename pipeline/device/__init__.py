@@ -2,7 +2,7 @@
 
 from pipeline.device.backend import Backend, EagerBackend, StreamBackend, select_backend
 from pipeline.device.host_reads import HostRead, ReadDetector
-from pipeline.device.readback import Pending, Readback, StepLimiter
+from pipeline.device.readback import Pending, PendingTensor, Readback, StepLimiter
 from pipeline.device.simulated import SimulatedBackend
 from pipeline.device.transfer import Transfer, make_transfer
 
@@ -11,6 +11,7 @@ __all__ = [
     "EagerBackend",
     "HostRead",
     "Pending",
+    "PendingTensor",
     "ReadDetector",
     "Readback",
     "SimulatedBackend",

@@ -19,7 +19,7 @@ class LoggerTime:
     """What one logger cost.
 
     Args:
-        name: Its class, with a number behind it where there are several.
+        name: Its class, or its ``name`` if it has one; with a number behind it where there are several.
         num_rows: Rows it was told.
         wall_s: Time inside its calls.
         cpu_s: Processor time of its calls, on a thread of their own: the most that they can have held
@@ -42,6 +42,8 @@ class LoggerGroup:
 
     Attributes:
         times: What each one cost so far.
+        has_failed: Set before the end of a run that an exception ends; those with a ``mark_failed``
+            method are told.
 
     Runs on:
         The writer thread in ``overlap``, the loop thread in ``textbook``.
@@ -52,6 +54,7 @@ class LoggerGroup:
         self.times = [LoggerTime(name) for name in _names(loggers)]
         self._timed = list(zip(self._loggers, self.times, strict=True))
         self._is_open = self._is_closed = False
+        self.has_failed = False
         self._close_errors: list[Exception] = []
 
     def log(self, rows: Sequence[Row]) -> None:
@@ -90,11 +93,19 @@ class LoggerGroup:
         if self._is_closed:
             return
         self._is_closed = True
+        if self.has_failed and self._is_open:
+            self._close_each("mark_failed")
+        self._close_each("close")
+
+    def _close_each(self, method: str) -> None:
         for logger, spent in self._timed:
+            bound = getattr(logger, method, None)
+            if bound is None:
+                continue
             try:
-                self._timed_call(logger.close, spent)
+                self._timed_call(bound, spent)
             except Exception as error:
-                add_stage_note(error, f"close ({spent.name})")
+                add_stage_note(error, f"{method} ({spent.name})")
                 self._close_errors.append(error)
 
     @contextmanager
@@ -152,7 +163,7 @@ def _raise_first(errors: Sequence[Exception]) -> None:
 
 
 def _names(loggers: Sequence[Logger]) -> list[str]:
-    names = [type(logger).__name__ for logger in loggers]
+    names = [getattr(logger, "name", None) or type(logger).__name__ for logger in loggers]
     seen: Counter[str] = Counter()
     numbered = []
     for name in names:

@@ -9,7 +9,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Literal
 
-from pipeline.batch import Scalars
+import torch
+
+from pipeline.batch import MediaKind, Scalars
 from pipeline.errors import ConfigError, add_stage_note
 from pipeline.state import TrainState
 
@@ -22,10 +24,24 @@ class Event:
         state: Model, optimizer, epoch and step, live.
         stop: Call it with a reason to end the run after this step; the reason becomes
             `FitResult.stop_reason`.
+        log_media: What `log_image`, `log_histogram` and `log_text` are made of.
     """
 
     state: TrainState
     stop: Callable[[str], None]
+    log_media: Callable[[MediaKind, str, torch.Tensor | str], None]
+
+    def log_image(self, name: str, image: torch.Tensor) -> None:
+        """Give an image ``[C, H, W]``, uint8 or float from 0 to 1, to the loggers that keep images."""
+        self.log_media("image", name, image)
+
+    def log_histogram(self, name: str, values: torch.Tensor) -> None:
+        """Give the distribution of a tensor's values to the loggers that keep histograms."""
+        self.log_media("histogram", name, values)
+
+    def log_text(self, name: str, text: str) -> None:
+        """Give a text to the loggers that keep texts."""
+        self.log_media("text", name, text)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,18 +6,19 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pipeline.batch import Batch, Row, Scalars, num_samples
+from pipeline.batch import Batch, Media, MediaKind, Row, Scalars, num_samples
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.device import ReadDetector, StepLimiter
 from pipeline.errors import NonFiniteError, StageError, add_stage_note, noting_on
 from pipeline.loop.callback import (
     CallbackList,
     EpochFinished,
+    Event,
     FitFailed,
     FitFinished,
     FitStarted,
@@ -68,18 +69,27 @@ class Run:
         """End the run after the step under way; the first reason counts."""
         self.stop_reason = self.stop_reason or reason
 
+    def tell(self, event: type[Event], *values: Any) -> None:
+        """Tell the callbacks of an event."""
+        self.callbacks.tell(event(self.state, self.stop, self.log_media, *values))
+
+    def log_media(self, kind: MediaKind, name: str, data: torch.Tensor | str) -> None:
+        """Send an image, a histogram or a text to the loggers."""
+        self.outbound.put_media(Media(self.state.step, self.state.epoch, name, kind, data))
+
 
 def fit(run: Run, run_dir: Path | None) -> None:
     """Train, and tell the callbacks how it began and how it ended."""
     try:
-        run.callbacks.tell(FitStarted(run.state, run.stop, run_dir))
+        run.tell(FitStarted, run_dir)
         _train(run)
-        run.callbacks.tell(FitFinished(run.state, run.stop, run.stop_reason))
+        run.tell(FitFinished, run.stop_reason)
         run.outbound.flush()
     except BaseException as error:
+        run.journal.loggers.has_failed = True
         cause = _earlier_cause(run, error)
         with noting_on(cause):
-            run.callbacks.tell(FitFailed(run.state, run.stop, cause))
+            run.tell(FitFailed, cause)
         if cause is not error:
             raise cause from error
         raise
@@ -172,7 +182,7 @@ def _after_step(run: Run, scalars: Scalars) -> bool:
             name: value.detach() if isinstance(value, torch.Tensor) else value
             for name, value in scalars.items()
         }
-        run.callbacks.tell(StepFinished(state, run.stop, plain))
+        run.tell(StepFinished, plain)
     if settings.max_steps is not None and state.step >= settings.max_steps:
         run.stop("max_steps")
     every_n = settings.val_check_interval
@@ -187,7 +197,7 @@ def _finish_epoch(run: Run, first_step: int) -> None:
     state, settings = run.state, run.settings
     run.outbound.flush()
     run.clock.step_ended()  # what the device was still busy with is training time too
-    run.callbacks.tell(EpochFinished(state, run.stop))
+    run.tell(EpochFinished)
     losses = run.journal.losses[first_step : state.step]
     means = {"train/epoch_loss": sum(losses) / len(losses)}
     if settings.epoch_limit is not None and state.epoch + 1 >= settings.epoch_limit:
@@ -224,7 +234,7 @@ def _validate(run: Run, means: dict[str, float]) -> None:
         run.state.scheduler.step(value)
     if run.checkpoints is not None:
         run.checkpoints.save_if_best(run.state, value)
-    run.callbacks.tell(Validated(run.state, run.stop, metrics))
+    run.tell(Validated, metrics)
     return None
 
 

@@ -7,13 +7,13 @@ a read and goes on; the writer thread waits for the numbers and writes them, in 
 from __future__ import annotations
 
 import time
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
-from pipeline.batch import Row, Scalars
+from pipeline.batch import Media, Row, Scalars
 from pipeline.concurrency import Scope, Writer
-from pipeline.device import Backend, Pending, Readback
+from pipeline.device import Backend, Pending, PendingTensor, Readback
 from pipeline.loop.journal import Journal, StepDone
 from pipeline.settings import Settings
 
@@ -38,6 +38,9 @@ class Outbound(Protocol):
 
     def put_row(self, row: Row) -> None:
         """Take a row of the host's."""
+
+    def put_media(self, media: Media) -> None:
+        """Take an image, a histogram or a text; a tensor on its device."""
 
     def flush(self) -> None:
         """Return when everything put so far is in the journal and with the loggers."""
@@ -65,11 +68,20 @@ class DirectOutbound:
         self._journal.note_row(row)
         self._journal.deliver()
 
+    def put_media(self, media: Media) -> None:
+        data = media.data
+        self._journal.note_media(media if isinstance(data, str) else media._replace(data=data.detach().cpu()))
+
     def flush(self) -> None:
         self._journal.flush()
 
 
-_Item: TypeAlias = "tuple[StepDone, Pending] | Row"
+class _PendingMedia(NamedTuple):
+    media: Media
+    tensor: PendingTensor
+
+
+_Item: TypeAlias = "tuple[StepDone, Pending] | Row | Media | _PendingMedia"
 
 
 class BeltOutbound:
@@ -101,6 +113,13 @@ class BeltOutbound:
     def put_row(self, row: Row) -> None:
         self._writer.put(row)
 
+    def put_media(self, media: Media) -> None:
+        data = media.data
+        if isinstance(data, str):
+            self._writer.put(media)
+        else:
+            self._writer.put(_PendingMedia(media, self._readback.start_tensor(data)))
+
     def flush(self) -> None:
         self._writer.flush()
 
@@ -116,6 +135,10 @@ class BeltOutbound:
         for item in items:
             if isinstance(item, Row):
                 self._journal.note_row(item)
+            elif isinstance(item, Media):
+                self._journal.note_media(item)
+            elif isinstance(item, _PendingMedia):
+                self._journal.note_media(item.media._replace(data=item.tensor.resolve()))
             else:
                 oldest = oldest or item[0]
                 self._journal.note_step(item[0], item[1].resolve())

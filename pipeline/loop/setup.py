@@ -19,7 +19,7 @@ from pipeline.device import Backend, ReadDetector
 from pipeline.errors import ConfigError
 from pipeline.loggers import JsonlLogger, ProgressBar
 from pipeline.loop.objective import Objective, from_loss_fn, from_step
-from pipeline.protocols import Logger, LossFn, Metrics, Step
+from pipeline.protocols import Logger, LossFn, Metrics, RunInfo, Step
 from pipeline.settings import AUTO_RUN_DIR, AUTOCAST_DTYPE, Precision, Settings
 from pipeline.state import TrainState
 
@@ -94,6 +94,15 @@ def make_checkpoints(settings: Settings, run_dir: Path | None) -> CheckpointFold
     if run_dir is None or not settings.enable_checkpointing:
         return None
     return CheckpointFolder(run_dir / "checkpoints", settings.monitor_mode)
+
+
+def make_run_info(settings: Settings, run_dir: Path | None, hparams: Mapping[str, Any]) -> RunInfo:
+    """Return what loggers are told of a run: what the user says of it, and the settings."""
+    plain = (bool, int, float, str, dict, type(None))
+    trainer = {
+        name: value if isinstance(value, plain) else str(value) for name, value in vars(settings).items()
+    }
+    return RunInfo(run_dir, {**hparams, "trainer": trainer})
 
 
 def make_detector(settings: Settings, backend: Backend, state: TrainState) -> ReadDetector | None:
