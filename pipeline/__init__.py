@@ -13,6 +13,7 @@ from pipeline.errors import (
     PipelineError,
     StageError,
 )
+from pipeline.every import Every
 from pipeline.loop.callback import (
     Callback,
     EarlyStopping,
@@ -39,6 +40,7 @@ __all__ = [
     "DeferredReads",
     "EarlyStopping",
     "EpochFinished",
+    "Every",
     "FitFailed",
     "FitFinished",
     "FitResult",

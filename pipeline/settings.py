@@ -43,6 +43,9 @@ class Settings:
         precision: ``32-true``, or autocast to ``bf16-mixed`` or ``16-mixed`` (with a GradScaler).
         log_every_n_steps: Give the loggers a row every so many steps. Every step's loss is in
             `FitResult.losses` regardless.
+        log_grad_norm: Log ``train/grad_norm`` at each step, as clipping by norm does anyway.
+        peak_tflops: What the device does at best in this precision, in TFLOP/s: with it, rows have
+            ``rate/mfu_ratio``, from the FLOPs of the first micro-batch, forward and backward.
         max_log_lag: Steps that the loggers may be behind the loop in ``overlap``. The numbers of a
             step are with them some 50 ms after it, if they keep up.
         log_overflow: What happens beyond it: the loop has to ``wait``; or loggers are not told of the
@@ -90,6 +93,8 @@ class Settings:
     gradient_clip_algorithm: Literal["norm", "value"] = "norm"
     precision: Precision = "32-true"
     log_every_n_steps: int = 1
+    log_grad_norm: bool = False
+    peak_tflops: float | None = None
     max_log_lag: int = 2048
     log_overflow: Literal["wait", "drop", "grow"] = "wait"
     detect_host_reads: bool = False
@@ -152,6 +157,9 @@ def _range_problems(found: dict[str, Any]) -> list[str]:
     clip, decay = found.get("gradient_clip_val"), found.get("ema_decay")
     if clip is not None and not clip > 0:
         problems.append(f"gradient_clip_val must be above 0, got {clip}. Use null (None) not to clip.")
+    peak = found.get("peak_tflops")
+    if peak is not None and not peak > 0:
+        problems.append(f"peak_tflops must be above 0, got {peak}. Use null (None) to leave it out.")
     if decay is not None and not 0 < decay < 1:
         problems.append(f"ema_decay must be between 0 and 1, got {decay}.")
     for name in ("limit_train_batches", "limit_val_batches"):

@@ -26,7 +26,7 @@ from pipeline.loop.check import (
     split_batching,
 )
 from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
-from pipeline.loop.fit import Run, fit, make_result
+from pipeline.loop.fit import Run, fit
 from pipeline.loop.journal import Journal
 from pipeline.loop.objective import Objective
 from pipeline.loop.schedule import Belts
@@ -47,8 +47,8 @@ from pipeline.loop.setup import (
     to_channels_last,
     watch_batches,
 )
-from pipeline.loop.step import TrainStep
-from pipeline.loop.summary import make_outbound_report
+from pipeline.loop.summary import make_result
+from pipeline.loop.wiring import make_rates, make_step
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
 from pipeline.result import FitResult
 from pipeline.settings import Settings
@@ -78,6 +78,8 @@ class Trainer(Settings):
         scheduler: Scheduler | None = None,
         scheduler_interval: Literal["step", "epoch"] = "epoch",
         metrics: Metrics | None = None,
+        train_metrics: Metrics | None = None,
+        count_tokens: Callable[[Batch], int] | None = None,
         callbacks: Sequence[Callback] = (),
         loggers: Sequence[Logger] = (),
         hparams: Mapping[str, Any] | None = None,
@@ -105,6 +107,10 @@ class Trainer(Settings):
                 `pipeline.metrics.accuracy`, or one for the batch; with `step`, a function of the one
                 thing that it returned, which may hold tensors of any shape. Or an object with
                 update, compute and reset.
+            train_metrics: The same of the training batches: functions as ``train/<name>`` in every row,
+                and all of them as ``train/epoch_<name>``.
+            count_tokens: Returns the tokens in a batch, from its shape alone: a value of the batch would
+                have to be waited for. With it, rows have ``rate/tokens_per_s``.
             callbacks: Told of events on the loop thread.
             loggers: Told of each `Row`, besides the run folder's ``metrics.jsonl`` and the bar; they
                 are closed when the run ends.
@@ -123,7 +129,7 @@ class Trainer(Settings):
         """
         objective = make_objective(loss_fn, step)
         check_model(model, optimizer, scheduler, val_data)
-        check_listeners(callbacks, loggers, metrics or {}, val_data)
+        check_listeners(callbacks, loggers, {**(train_metrics or {}), **(metrics or {})}, val_data)
         check_monitor(self.monitor, loss_fn, val_data, metrics or {})
         check_choice("scheduler_interval", scheduler_interval, ("step", "epoch"))
         make_source = partial(as_source, seed=self.seed)
@@ -135,8 +141,8 @@ class Trainer(Settings):
             val_source = make_source(
                 val_data, name="val_data", shuffle=False, drop_last=False, **val_batching
             )
-            evaluation = self._evaluation(belts, objective, val_source, metrics)
-        place(self, belts.device, model, loss_fn, metrics or {})
+            evaluation = self._evaluation(belts, objective, val_source, metrics, merges_ranks=True)
+        place(self, belts.device, model, loss_fn, *(metrics or {}).values(), *(train_metrics or {}).values())
         if not model.training:
             model.train()  # a model that was evaluated; single modules put in eval mode stay so
         called_model = compile_model(model, self.compile)
@@ -147,16 +153,23 @@ class Trainer(Settings):
             stack.enter_context(deterministic_algorithms(self.deterministic))
             num_batches = at_most(source.num_batches, max_batches)
             info = make_run_info(self, run_dir, hparams or {})
-            all_loggers = [*loggers, *make_loggers(self, run_dir, num_batches)]
-            group = LoggerGroup(all_loggers, info, is_off_loop=belts.schedule == "overlap")
+            group = LoggerGroup(
+                make_loggers(self, loggers, run_dir, num_batches),
+                info,
+                is_off_loop=belts.schedule == "overlap",
+            )
             stack.enter_context(group.closing())
-            journal = Journal(self, group, last_step=lambda: state.step)
+            train_step = make_step(
+                self, state, called_model, objective, belts.device, scheduler_interval, train_metrics or {}
+            )
+            rates = make_rates(self, belts.device, train_step)
+            journal = Journal(self, group, rates, last_step=lambda: state.step)
             detector = make_detector(self, belts.backend, state)
             scope = stack.enter_context(Scope())
             run = Run(
                 settings=self,
                 state=state,
-                step=TrainStep(state, called_model, objective, self, belts.device, scheduler_interval),
+                step=train_step,
                 inbound=watch_batches(partial(belts.inbound, source), detector),
                 outbound=belts.outbound(scope, journal),
                 journal=journal,
@@ -169,10 +182,11 @@ class Trainer(Settings):
                 max_batches=max_batches,
                 scheduler_interval=scheduler_interval,
                 detector=detector,
+                count_tokens=count_tokens,
             )
             with nullcontext() if detector is None else detector.installed():
                 fit(run, run_dir)
-        return make_result(run, belts.schedule, run_dir, make_outbound_report(run))
+        return make_result(run, belts.schedule, run_dir)
 
     def evaluate(
         self,
@@ -208,7 +222,7 @@ class Trainer(Settings):
         evaluation = self._evaluation(belts, make_objective(loss_fn, step), source, metrics)
         if checkpoint is not None:
             load_model(checkpoint, model)
-        place(self, belts.device, model, loss_fn, metrics or {})
+        place(self, belts.device, model, loss_fn, *(metrics or {}).values())
         return evaluation(model)
 
     def predict(
@@ -239,7 +253,7 @@ class Trainer(Settings):
         belts = self._belts()
         if checkpoint is not None:
             load_model(checkpoint, model)
-        place(self, belts.device, model, None, {})
+        place(self, belts.device, model)
         limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
         with closing(belts.inbound(source, EVALUATION_EPOCH, limit)) as batches:
             outputs = predict_batches(model, forward, batches, make_autocast(self.precision, belts.device))
@@ -264,7 +278,13 @@ class Trainer(Settings):
         )
 
     def _evaluation(
-        self, belts: Belts, objective: Objective, source: Source, metrics: Metrics | None
+        self,
+        belts: Belts,
+        objective: Objective,
+        source: Source,
+        metrics: Metrics | None,
+        *,
+        merges_ranks: bool = False,
     ) -> Evaluation:
         limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
         return Evaluation(
@@ -272,4 +292,5 @@ class Trainer(Settings):
             open_batches=partial(belts.inbound, source, EVALUATION_EPOCH, limit),
             metrics=metrics or {},
             autocast=make_autocast(self.precision, belts.device),
+            merges_ranks=merges_ranks,
         )

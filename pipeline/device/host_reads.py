@@ -8,6 +8,7 @@ shows what would wait on an accelerator.
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import warnings
@@ -23,15 +24,15 @@ import torch
 from pipeline.batch import Batch
 from pipeline.device.backend import Backend
 
-_PACKAGE = str(Path(__file__).resolve().parents[1])
-_LOOP = str(Path(_PACKAGE) / "loop")
-_TORCH = str(Path(torch.__file__).resolve().parent)
+_PACKAGE = str(Path(__file__).resolve().parents[1]) + os.sep  # or a neighbour `pipeline_x` would be ours
+_LOOP = _PACKAGE + "loop" + os.sep
+_TORCH = str(Path(torch.__file__).resolve().parent) + os.sep
 _LIBRARIES = (_PACKAGE, _TORCH, "<")
 # Frames between a read and the detector that was told of it: they made no read.
 _DETECTORS = (
     __file__,
     str(Path(__file__).with_name("taint.py")),
-    *(str(Path(_TORCH, name)) for name in ("_dynamo", "_compile.py", "utils", "overrides.py")),
+    *(_TORCH + name for name in ("_dynamo" + os.sep, "_compile.py", "utils" + os.sep, "overrides.py")),
     warnings.__file__,
 )
 _SYNC_WARNING = "called a synchronizing CUDA operation"

@@ -12,7 +12,7 @@ import torch
 from pipeline.batch import Batch, map_tensors, num_samples
 from pipeline.errors import StageError
 from pipeline.loop.objective import Objective
-from pipeline.metrics import Mean, MetricSet
+from pipeline.metrics import Mean, MetricSet, merge_over_ranks
 from pipeline.protocols import Metrics
 
 
@@ -25,6 +25,7 @@ class Evaluation:
         open_batches: Returns the batches, on the device.
         metrics: By name.
         autocast: Makes the context in which the model runs.
+        merges_ranks: Whether every rank evaluates, and the numbers are over the samples of all.
 
     Runs on:
         Loop thread; reads from the device once, after the last batch.
@@ -34,6 +35,7 @@ class Evaluation:
     open_batches: Callable[[], Generator[Batch]]
     metrics: Metrics
     autocast: Callable[[], Any]
+    merges_ranks: bool = False
 
     def __call__(self, model: torch.nn.Module) -> dict[str, float]:
         means: dict[str, Mean] = {"loss": Mean()}
@@ -43,17 +45,19 @@ class Evaluation:
                 with self.autocast():
                     computed = self.objective(model, batch)
                 count = num_samples(batch)
-                means["loss"].add(computed.loss, count)
-                for name, value in computed.scalars.items():
-                    means.setdefault(name, Mean()).add(value, count)
+                for name, value in {**computed.scalars, "loss": computed.loss}.items():
+                    means[name] = means.get(name, Mean()).merge(Mean.of(value, count))
                 further.update(*computed.metric_args, num_samples=count)
-        if not means["loss"].has_samples:
+        if not means["loss"].count:
             raise StageError(
                 "the data gave no batch. An iterator can be read only once: pass a DataLoader, a list, or "
                 "an object whose __iter__ starts anew.",
                 stage="validate",
             )
-        return {name: mean.compute() for name, mean in means.items()} | further.compute()
+        if self.merges_ranks:
+            means = merge_over_ranks(means)
+        values = {name: mean.compute() for name, mean in means.items()}
+        return values | further.compute(merges_ranks=self.merges_ranks)
 
 
 def predict_batches(

@@ -30,8 +30,6 @@ from pipeline.loop.clock import StepClock
 from pipeline.loop.journal import Journal, StepDone
 from pipeline.loop.outbound import Outbound
 from pipeline.loop.step import TrainStep
-from pipeline.report import OutboundReport
-from pipeline.result import FitResult
 from pipeline.settings import Settings
 from pipeline.state import TrainState
 
@@ -43,6 +41,7 @@ class Run:
     Args:
         inbound: The inbound belt: an epoch's batches on the device, at most so many.
         validate: Returns the validation metrics without their prefix; None without validation data.
+        count_tokens: Returns the tokens in a batch; None where nobody counts them.
         detector: Finds the lines that wait for the device; None where nobody asked.
     """
 
@@ -59,10 +58,12 @@ class Run:
     max_batches: int | None
     scheduler_interval: Literal["step", "epoch"]
     detector: ReadDetector | None
+    count_tokens: Callable[[Batch], int] | None
     history: list[Row] = field(default_factory=list)
     stop_reason: str = ""
     validated_step: int = -1
     num_samples: int = 0
+    num_tokens: int = 0
     clock: StepClock = field(default_factory=StepClock)
 
     def stop(self, reason: str) -> None:
@@ -119,34 +120,6 @@ def _train(run: Run) -> None:
             raise
 
 
-def make_result(
-    run: Run,
-    schedule: Literal["overlap", "textbook"],
-    run_dir: Path | None,
-    outbound: OutboundReport,
-) -> FitResult:
-    """Sum up a run that has ended."""
-    checkpoints, metrics = run.checkpoints, dict(run.journal.last_values)
-    for row in run.history:
-        metrics |= row.values
-    return FitResult(
-        metrics=metrics,
-        history=run.history,
-        losses=run.journal.losses,
-        num_steps=run.state.step,
-        num_epochs=run.state.epoch,
-        schedule=schedule,
-        samples_per_s=run.num_samples / run.clock.train_s if run.clock.train_s else 0.0,
-        train_s=run.clock.train_s,
-        stop_reason=run.stop_reason,
-        run_dir=run_dir,
-        last_checkpoint=None if checkpoints is None else checkpoints.last,
-        best_checkpoint=None if checkpoints is None else checkpoints.best,
-        ema_model=None if run.state.ema is None else run.state.ema.module,
-        outbound=outbound,
-    )
-
-
 def _train_epoch(run: Run, batches: Iterator[Batch]) -> None:
     step, clock = run.step, run.clock
     clock.restart()
@@ -154,6 +127,8 @@ def _train_epoch(run: Run, batches: Iterator[Batch]) -> None:
         clock.batch_arrived()
         step.micro_batch(batch)
         run.num_samples += num_samples(batch)
+        if run.count_tokens is not None:
+            run.num_tokens += run.count_tokens(batch)
         if step.is_due:
             _finish_step(run)
             if run.stop_reason:
@@ -166,7 +141,15 @@ def _train_epoch(run: Run, batches: Iterator[Batch]) -> None:
 def _finish_step(run: Run) -> None:
     scalars = run.step.update()
     step_s, data_wait_s = run.clock.step_ended()
-    done = StepDone(run.state.step, run.state.epoch, step_s, data_wait_s, run.clock.began_s)
+    done = StepDone(
+        run.state.step,
+        run.state.epoch,
+        step_s,
+        data_wait_s,
+        run.clock.began_s,
+        run.num_samples,
+        run.num_tokens,
+    )
     run.outbound.put_step(done, scalars)  # never waits for the device in `overlap`
     if run.limiter is not None:
         run.limiter.step_queued()  # waits for the step `max_steps_in_flight` ago
@@ -200,6 +183,8 @@ def _finish_epoch(run: Run, first_step: int) -> None:
     run.tell(EpochFinished)
     losses = run.journal.losses[first_step : state.step]
     means = {"train/epoch_loss": sum(losses) / len(losses)}
+    if run.step.metrics is not None:
+        means |= run.step.metrics.finish_epoch()
     if settings.epoch_limit is not None and state.epoch + 1 >= settings.epoch_limit:
         run.stop("max_epochs")
     every_n = settings.check_val_every_n_epoch

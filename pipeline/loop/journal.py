@@ -10,6 +10,7 @@ from typing import NamedTuple
 from pipeline.batch import Media, Row
 from pipeline.errors import NonFiniteError
 from pipeline.loggers import LoggerGroup
+from pipeline.loop.rates import Rates
 from pipeline.settings import Settings
 
 
@@ -22,6 +23,8 @@ class StepDone(NamedTuple):
         step_s: Time since the step before it was queued, in seconds.
         data_wait_s: How much of that was spent waiting for batches.
         ended_s: When it had been queued, by `time.perf_counter`.
+        num_samples: Samples of the run so far.
+        num_tokens: Tokens of the run so far; 0 where nobody counts them.
     """
 
     step: int
@@ -29,6 +32,8 @@ class StepDone(NamedTuple):
     step_s: float
     data_wait_s: float
     ended_s: float
+    num_samples: int
+    num_tokens: int
 
 
 class Journal:
@@ -38,6 +43,7 @@ class Journal:
         settings: How often a step makes a row, what happens to rows that come too late, and whether a
             loss that is not finite ends the run.
         loggers: Told of the rows.
+        rates: Adds samples per second and the like to a row.
         last_step: Returns the step that the loop has reached.
 
     Attributes:
@@ -50,8 +56,14 @@ class Journal:
         The writer thread in ``overlap``, the loop thread in ``textbook``.
     """
 
-    def __init__(self, settings: Settings, loggers: LoggerGroup, last_step: Callable[[], int]) -> None:
-        self.loggers, self._every_n = loggers, settings.log_every_n_steps
+    def __init__(
+        self,
+        settings: Settings,
+        loggers: LoggerGroup,
+        rates: Rates,
+        last_step: Callable[[], int],
+    ) -> None:
+        self.loggers, self._rates, self._every_n = loggers, rates, settings.log_every_n_steps
         self._max_lag = settings.max_log_lag if settings.log_overflow == "drop" else None
         self._stops_on_nonfinite = settings.on_nonfinite == "stop"
         self.last_step = last_step
@@ -75,6 +87,7 @@ class Journal:
             else:
                 values["time/step_ms"] = done.step_s * 1e3
                 values["time/data_wait_ms"] = done.data_wait_s * 1e3
+                self._rates.add_to(values, done.step_s, done.num_samples, done.num_tokens)
                 self._rows.append(Row(done.step, done.epoch, values))
         if self._stops_on_nonfinite and not isfinite(loss):
             raise NonFiniteError(done.step - 1, self.last_step() - 1, loss)

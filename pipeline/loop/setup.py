@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import itertools
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from pipeline.device import Backend, ReadDetector
 from pipeline.errors import ConfigError
 from pipeline.loggers import JsonlLogger, ProgressBar
 from pipeline.loop.objective import Objective, from_loss_fn, from_step
-from pipeline.protocols import Logger, LossFn, Metrics, RunInfo, Step
+from pipeline.protocols import Logger, LossFn, RunInfo, Step
 from pipeline.settings import AUTO_RUN_DIR, AUTOCAST_DTYPE, Precision, Settings
 from pipeline.state import TrainState
 
@@ -50,14 +50,13 @@ def place(
     settings: Settings,
     device: torch.device,
     model: torch.nn.Module,
-    loss_fn: LossFn | None,
-    metrics: Metrics,
+    *parts: Any,
 ) -> None:
     """Put the model, and a loss and metrics that have tensors of their own, on the device."""
     model.to(device)
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
-    for part in (loss_fn, *metrics.values()):
+    for part in parts:
         if isinstance(part, torch.nn.Module):
             part.to(device)
 
@@ -76,9 +75,13 @@ def make_autocast(precision: Precision, device: torch.device) -> Callable[[], An
     return contextlib.nullcontext if dtype is None else partial(torch.autocast, device.type, dtype)
 
 
-def make_loggers(settings: Settings, run_dir: Path | None, num_batches: int | None) -> list[Logger]:
-    """Return the loggers that every run has: ``metrics.jsonl`` and the bar."""
-    loggers: list[Logger] = []
+def make_loggers(
+    settings: Settings, loggers: Sequence[Logger], run_dir: Path | None, num_batches: int | None
+) -> list[Logger]:
+    """Return the user's loggers and those that every run has, ``metrics.jsonl`` and the bar; rank zero's."""
+    if not is_rank_zero():
+        return []
+    loggers = list(loggers)
     if run_dir is not None:
         loggers.append(JsonlLogger(run_dir / "metrics.jsonl"))
     if settings.enable_progress_bar:
@@ -130,13 +133,22 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | 
     return torch.amp.GradScaler(device.type) if precision == "16-mixed" else None
 
 
+def is_rank_zero() -> bool:
+    """Say whether this process is the one that writes, among those that train together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def make_run_dir(run_dir: str | Path | None) -> Path | None:
     """Make the folder for a run's files: ``runs/<time>`` for ``auto``, none for None.
+
+    Ranks other than zero write nothing.
 
     Raises:
         ConfigError: If it holds a run already.
     """
-    if run_dir is None:
+    if run_dir is None or not is_rank_zero():
         return None
     if run_dir != AUTO_RUN_DIR:
         if (Path(run_dir) / "metrics.jsonl").exists():

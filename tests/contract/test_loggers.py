@@ -27,6 +27,9 @@ from pipeline.testing import InMemoryLogger
 from tests.contract import backends
 from tests.textbook import build_model
 
+# MLflow's mappers use an option of SQLAlchemy that is on its way out.
+pytestmark = pytest.mark.filterwarnings("ignore:.*noload.*:DeprecationWarning")
+
 IMAGE = (torch.arange(3 * 4 * 5) % 256).to(torch.uint8).reshape(3, 4, 5)
 VALUES = torch.tensor([0.0, 1.0, 1.0, 4.0])
 
