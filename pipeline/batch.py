@@ -54,6 +54,22 @@ class Media(NamedTuple):
     data: torch.Tensor | str
 
 
+class Progress(NamedTuple):
+    """How far something is that makes no rows while it runs, such as a validation.
+
+    Args:
+        stage: What it is.
+        done: Batches done.
+        total: Batches to do, or None where nobody knows.
+        is_last: Whether it is over.
+    """
+
+    stage: str
+    done: int
+    total: int | None
+    is_last: bool
+
+
 class _FrozenDataclass(ABC):  # noqa: B024  (it is made for isinstance alone)
     """Every frozen dataclass, for ``isinstance``; `apply_to_collection` can only mutate the others."""
 

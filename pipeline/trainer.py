@@ -293,4 +293,5 @@ class Trainer(Settings):
             metrics=metrics or {},
             autocast=make_autocast(self.precision, belts.device),
             merges_ranks=merges_ranks,
+            num_batches=at_most(source.num_batches, limit),
         )

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.batch import Media, Row
+from pipeline.batch import Media, Progress, Row
 from pipeline.errors import add_stage_note, note_further
 from pipeline.protocols import Logger, RunInfo
 
@@ -82,6 +82,11 @@ class LoggerGroup:
         """Tell those loggers that keep media."""
         self._open()
         self._call("log_media", media, step=media.step)
+
+    def log_progress(self, progress: Progress) -> None:
+        """Tell those loggers that show how far things are."""
+        self._open()
+        self._call("log_progress", progress)
 
     def flush(self) -> None:
         """Make what was written readable by others."""

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pipeline.batch import Batch, Media, MediaKind, Row, Scalars, num_samples
+from pipeline.batch import Batch, Media, MediaKind, Progress, Row, Scalars, num_samples
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.device import ReadDetector, StepLimiter
 from pipeline.errors import NonFiniteError, StageError, add_stage_note, noting_on
@@ -40,7 +40,8 @@ class Run:
 
     Args:
         inbound: The inbound belt: an epoch's batches on the device, at most so many.
-        validate: Returns the validation metrics without their prefix; None without validation data.
+        validate: Given whom to tell how far it is, returns the validation metrics without their prefix;
+            None without validation data.
         count_tokens: Returns the tokens in a batch; None where nobody counts them.
         detector: Finds the lines that wait for the device; None where nobody asked.
     """
@@ -54,7 +55,7 @@ class Run:
     limiter: StepLimiter | None
     callbacks: CallbackList
     checkpoints: CheckpointFolder | None
-    validate: Callable[[], dict[str, float]] | None
+    validate: Callable[[Callable[[Progress], None]], dict[str, float]] | None
     max_batches: int | None
     scheduler_interval: Literal["step", "epoch"]
     detector: ReadDetector | None
@@ -208,7 +209,7 @@ def _validate(run: Run, means: dict[str, float]) -> None:
     run.outbound.flush()
     run.validated_step = run.state.step
     try:
-        found = run.validate()
+        found = run.validate(run.outbound.put_progress)
     except Exception as error:
         add_stage_note(error, "validate", step=run.state.step)
         raise

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
-from pipeline.batch import Media, Row, Scalars
+from pipeline.batch import Media, Progress, Row, Scalars
 from pipeline.concurrency import Scope, Writer
 from pipeline.device import Backend, Pending, PendingTensor, Readback
 from pipeline.loop.journal import Journal, StepDone
@@ -41,6 +41,9 @@ class Outbound(Protocol):
 
     def put_media(self, media: Media) -> None:
         """Take an image, a histogram or a text; a tensor on its device."""
+
+    def put_progress(self, progress: Progress) -> None:
+        """Take how far a validation is."""
 
     def flush(self) -> None:
         """Return when everything put so far is in the journal and with the loggers."""
@@ -72,6 +75,9 @@ class DirectOutbound:
         data = media.data
         self._journal.note_media(media if isinstance(data, str) else media._replace(data=data.detach().cpu()))
 
+    def put_progress(self, progress: Progress) -> None:
+        self._journal.loggers.log_progress(progress)
+
     def flush(self) -> None:
         self._journal.flush()
 
@@ -81,7 +87,7 @@ class _PendingMedia(NamedTuple):
     tensor: PendingTensor
 
 
-_Item: TypeAlias = "tuple[StepDone, Pending] | Row | Media | _PendingMedia"
+_Item: TypeAlias = "tuple[StepDone, Pending] | Row | Progress | Media | _PendingMedia"
 
 
 class BeltOutbound:
@@ -120,6 +126,9 @@ class BeltOutbound:
         else:
             self._writer.put(_PendingMedia(media, self._readback.start_tensor(data)))
 
+    def put_progress(self, progress: Progress) -> None:
+        self._writer.put(progress)
+
     def flush(self) -> None:
         self._writer.flush()
 
@@ -135,6 +144,8 @@ class BeltOutbound:
         for item in items:
             if isinstance(item, Row):
                 self._journal.note_row(item)
+            elif isinstance(item, Progress):
+                self._journal.loggers.log_progress(item)
             elif isinstance(item, Media):
                 self._journal.note_media(item)
             elif isinstance(item, _PendingMedia):
