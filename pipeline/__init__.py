@@ -4,7 +4,7 @@ sampler → fetch → collate → pin + H2D  ⇒  step → metrics → deferred 
        (prefetch thread)                       (loop thread)                  (writer thread)
 """
 
-from pipeline.batch import Row
+from pipeline.batch import Media, Row
 from pipeline.device import SimulatedBackend
 from pipeline.errors import (
     CheckpointError,
@@ -12,6 +12,7 @@ from pipeline.errors import (
     NonFiniteError,
     PipelineError,
     StageError,
+    WorkerDiedError,
 )
 from pipeline.every import Every
 from pipeline.loop.callback import (
@@ -22,9 +23,11 @@ from pipeline.loop.callback import (
     FitFinished,
     FitStarted,
     StepFinished,
+    StepRead,
     Validated,
 )
 from pipeline.loop.prefetch import prefetch
+from pipeline.loop.profiler import ProfilerWindow
 from pipeline.loop.reads import DeferredReads
 from pipeline.protocols import Datasets, Logger
 from pipeline.result import FitResult
@@ -46,13 +49,17 @@ __all__ = [
     "FitResult",
     "FitStarted",
     "Logger",
+    "Media",
     "NonFiniteError",
     "PipelineError",
+    "ProfilerWindow",
     "Row",
     "SimulatedBackend",
     "StageError",
     "StepFinished",
+    "StepRead",
     "Trainer",
     "Validated",
+    "WorkerDiedError",
     "prefetch",
 ]

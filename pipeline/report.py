@@ -10,6 +10,52 @@ from pipeline.loggers import LoggerTime
 
 
 @dataclass(frozen=True)
+class GcPauses:
+    """Pauses of the garbage collector, which stop every thread.
+
+    Args:
+        num_collections: How many.
+        total_s: All of them together.
+        longest_s: The longest one.
+        num_steps: Optimizer steps in which they fell.
+    """
+
+    num_collections: int
+    total_s: float
+    longest_s: float
+    num_steps: int
+
+    def __str__(self) -> str:
+        each = self.total_s / self.num_steps * 1e6 if self.num_steps else 0.0
+        return (
+            f"{self.num_collections} pauses in {self.num_steps} steps, {each:.1f} µs a step, "
+            f"the longest {self.longest_s * 1e3:.1f} ms"
+        )
+
+
+@dataclass(frozen=True)
+class GcReport:
+    """What a policy of the garbage collector did.
+
+    Args:
+        policy: ``freeze`` or ``every_n_steps``.
+        before: Pauses of the steps of warm-up, while the collector was left to itself, and after a
+            fallback.
+        after: Pauses under the policy, those at points where the loop waits anyway included.
+        has_fallen_back: Whether so much garbage gathered that the collector was left to itself again.
+    """
+
+    policy: str
+    before: GcPauses
+    after: GcPauses
+    has_fallen_back: bool
+
+    def __str__(self) -> str:
+        fallen = "; too much garbage gathered, so it was left to itself again" if self.has_fallen_back else ""
+        return f"garbage collector, by default: {self.before}; gc={self.policy}: {self.after}{fallen}"
+
+
+@dataclass(frozen=True)
 class OutboundReport:
     """How the numbers left the loop; ``print(result.outbound)`` says it in words.
 
@@ -24,6 +70,7 @@ class OutboundReport:
             in ``textbook``, which has none.
         host_reads: Lines that made the loop thread wait for the device; None if nobody looked, see
             `Settings.detect_host_reads`.
+        gc: Pauses of the garbage collector; None with ``gc='default'``, where nobody measures.
     """
 
     train_s: float
@@ -34,6 +81,7 @@ class OutboundReport:
     num_dropped: int
     writer_cpu_s: float | None
     host_reads: tuple[HostRead, ...] | None
+    gc: GcReport | None = None
 
     @property
     def gil_bound_loggers(self) -> tuple[LoggerTime, ...]:
@@ -41,7 +89,8 @@ class OutboundReport:
         return tuple(each for each in self.loggers if each.cpu_s and each.cpu_s > 0.1 * self.train_s)
 
     def __str__(self) -> str:
-        return "\n".join([*self._lag_lines(), *self._logger_lines(), *self._read_lines()])
+        collector = [] if self.gc is None else [str(self.gc)]
+        return "\n".join([*self._lag_lines(), *self._logger_lines(), *self._read_lines(), *collector])
 
     def _lag_lines(self) -> list[str]:
         if self.writer_cpu_s is None:

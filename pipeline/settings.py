@@ -54,6 +54,11 @@ class Settings:
         detect_host_reads: Find the lines that make the loop wait for the device, such as an
             ``.item()`` in a step, and name them in `FitResult.outbound`. Free on CUDA; elsewhere each
             operation takes some 10 µs longer, so it is for looking.
+        gc: What Python's garbage collector may do: ``default`` leaves it alone; ``freeze`` takes what
+            lives after some steps out of its walks; ``every_n_steps`` also turns it off between steps of
+            your choice, and collects at the end of an epoch, with a guard that turns it on again if
+            much garbage gathers. Everything is put back after the run.
+        gc_every_n_steps: How often with ``every_n_steps``.
         check_val_every_n_epoch: Validate every so many epochs; None leaves it to `val_check_interval`.
         val_check_interval: Validate every so many optimizer steps as well.
         limit_train_batches: Use at most this many batches an epoch, or this share (a float).
@@ -98,6 +103,8 @@ class Settings:
     max_log_lag: int = 2048
     log_overflow: Literal["wait", "drop", "grow"] = "wait"
     detect_host_reads: bool = False
+    gc: Literal["default", "freeze", "every_n_steps"] = "default"
+    gc_every_n_steps: int = 50
     check_val_every_n_epoch: int | None = 1
     val_check_interval: int | None = None
     limit_train_batches: int | float | None = None
@@ -178,6 +185,7 @@ _LEAST: dict[str, float] = {
     "accumulate_grad_batches": 1,
     "log_every_n_steps": 1,
     "max_log_lag": 1,
+    "gc_every_n_steps": 1,
     "check_val_every_n_epoch": 1,
     "val_check_interval": 1,
     "num_workers": 0,

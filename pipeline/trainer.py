@@ -16,7 +16,8 @@ from pipeline.concurrency import Scope
 from pipeline.data import EVALUATION_EPOCH, Source, as_source
 from pipeline.device import select_backend
 from pipeline.loggers import LoggerGroup
-from pipeline.loop.callback import Callback, CallbackList
+from pipeline.loop.callback import Callback
+from pipeline.loop.callback_list import CallbackList
 from pipeline.loop.check import (
     check_choice,
     check_listeners,
@@ -48,7 +49,7 @@ from pipeline.loop.setup import (
     watch_batches,
 )
 from pipeline.loop.summary import make_result
-from pipeline.loop.wiring import make_rates, make_step
+from pipeline.loop.wiring import make_collector, make_rates, make_step
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
 from pipeline.result import FitResult
 from pipeline.settings import Settings
@@ -111,7 +112,7 @@ class Trainer(Settings):
                 and all of them as ``train/epoch_<name>``.
             count_tokens: Returns the tokens in a batch, from its shape alone: a value of the batch would
                 have to be waited for. With it, rows have ``rate/tokens_per_s``.
-            callbacks: Told of events on the loop thread.
+            callbacks: Told of events, each on the thread that its method names.
             loggers: Told of each `Row`, besides the run folder's ``metrics.jsonl`` and the bar; they
                 are closed when the run ends.
             hparams: What describes the run besides the settings, for the loggers that keep it.
@@ -165,6 +166,8 @@ class Trainer(Settings):
             rates = make_rates(self, belts.device, train_step)
             journal = Journal(self, group, rates, last_step=lambda: state.step)
             detector = make_detector(self, belts.backend, state)
+            collector = make_collector(self)
+            stack.enter_context(nullcontext() if collector is None else collector.installed())
             scope = stack.enter_context(Scope())
             run = Run(
                 settings=self,
@@ -182,6 +185,7 @@ class Trainer(Settings):
                 max_batches=max_batches,
                 scheduler_interval=scheduler_interval,
                 detector=detector,
+                collector=collector,
                 count_tokens=count_tokens,
             )
             with nullcontext() if detector is None else detector.installed():

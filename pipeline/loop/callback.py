@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from time import perf_counter
 from typing import Literal
 
 import torch
 
 from pipeline.batch import MediaKind, Scalars
-from pipeline.errors import ConfigError, add_stage_note
+from pipeline.errors import ConfigError
+from pipeline.every import Every
 from pipeline.state import TrainState
 
 
@@ -84,17 +84,44 @@ class FitFailed(Event):
     error: BaseException
 
 
-class Callback:
-    """Override what you need; every method runs on the loop thread and is waited for.
+@dataclass(frozen=True, slots=True)
+class StepRead:
+    """After a step's numbers have reached the host, some steps later: there is no live state any more.
 
-    Every event has ``event.state`` (model, optimizer, epoch, step) and ``event.stop(reason)``.
+    Args:
+        step: Optimizer steps finished with this one.
+        epoch: Its epoch.
+        values: Its numbers by name, such as ``train/loss``.
+        stop: As for the other events; the run ends after the step that is under way by now.
     """
+
+    step: int
+    epoch: int
+    values: Mapping[str, float]
+    stop: Callable[[str], None]
+
+
+class Callback:
+    """Override what you need; which method you take says on which thread it runs.
+
+    `on_step_read` gets the host's numbers, late, in order, on the thread of the loggers. All others get
+    the live state (``event.state``: model, optimizer, epoch, step), run on the loop thread, which waits
+    for them, and are timed in `FitResult.outbound`. Each event has ``event.stop(reason)``.
+
+    Attributes:
+        every: How often the two methods of a step are called; at each step if None.
+    """
+
+    every: Every | None = None
 
     def on_fit_started(self, event: FitStarted) -> None:
         """Before the first batch: ``event.run_dir``."""
 
     def on_step_finished(self, event: StepFinished) -> None:
         """After each optimizer step: ``event.state.step``, ``event.scalars`` on the device."""
+
+    def on_step_read(self, event: StepRead) -> None:
+        """After each step's numbers were read: ``event.step``, ``event.values`` on the host."""
 
     def on_epoch_finished(self, event: EpochFinished) -> None:
         """After an epoch's last step: ``event.state.epoch``."""
@@ -107,51 +134,6 @@ class Callback:
 
     def on_fit_failed(self, event: FitFailed) -> None:
         """When an exception ends the run: ``event.error``."""
-
-
-_METHOD: dict[type[Event], str] = {
-    FitStarted: "on_fit_started",
-    StepFinished: "on_step_finished",
-    EpochFinished: "on_epoch_finished",
-    Validated: "on_validated",
-    FitFinished: "on_fit_finished",
-    FitFailed: "on_fit_failed",
-}
-
-
-class CallbackList:
-    """Tells callbacks of events, in the order in which they were given.
-
-    Attributes:
-        has_step_listeners: Whether any callback wants to hear of each step; most runs have none,
-            and their steps pay nothing.
-    """
-
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self._callbacks = tuple(callbacks)
-        self._spent_s = [0.0] * len(self._callbacks)
-        self.has_step_listeners = any(
-            type(each).on_step_finished is not Callback.on_step_finished for each in callbacks
-        )
-
-    def tell(self, event: Event) -> None:
-        """Call each callback's method for this event."""
-        for place, callback in enumerate(self._callbacks):
-            began_s = perf_counter()
-            try:
-                getattr(callback, _METHOD[type(event)])(event)
-            except Exception as error:
-                add_stage_note(error, f"callback ({type(callback).__name__})", step=event.state.step)
-                raise
-            self._spent_s[place] += perf_counter() - began_s
-
-    def times(self) -> dict[str, float]:
-        """Return the seconds that the loop thread spent in each callback, by its class."""
-        spent_s: dict[str, float] = {}
-        for callback, each_s in zip(self._callbacks, self._spent_s, strict=True):
-            name = type(callback).__name__
-            spent_s[name] = spent_s.get(name, 0.0) + each_s
-        return spent_s
 
 
 class EarlyStopping(Callback):

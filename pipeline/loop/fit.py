@@ -16,17 +16,19 @@ from pipeline.checkpoint import CheckpointFolder
 from pipeline.device import ReadDetector, StepLimiter
 from pipeline.errors import NonFiniteError, StageError, add_stage_note, noting_on
 from pipeline.loop.callback import (
-    CallbackList,
     EpochFinished,
     Event,
     FitFailed,
     FitFinished,
     FitStarted,
     StepFinished,
+    StepRead,
     Validated,
     monitored,
 )
+from pipeline.loop.callback_list import CallbackList
 from pipeline.loop.clock import StepClock
+from pipeline.loop.collector import Collector
 from pipeline.loop.journal import Journal, StepDone
 from pipeline.loop.outbound import Outbound
 from pipeline.loop.step import TrainStep
@@ -43,6 +45,7 @@ class Run:
         validate: Given whom to tell how far it is, returns the validation metrics without their prefix;
             None without validation data.
         count_tokens: Returns the tokens in a batch; None where nobody counts them.
+        collector: Decides when garbage is collected; None leaves it to Python.
         detector: Finds the lines that wait for the device; None where nobody asked.
     """
 
@@ -59,6 +62,7 @@ class Run:
     max_batches: int | None
     scheduler_interval: Literal["step", "epoch"]
     detector: ReadDetector | None
+    collector: Collector | None
     count_tokens: Callable[[Batch], int] | None
     history: list[Row] = field(default_factory=list)
     stop_reason: str = ""
@@ -75,6 +79,10 @@ class Run:
         """Tell the callbacks of an event."""
         self.callbacks.tell(event(self.state, self.stop, self.log_media, *values))
 
+    def tell_read(self, done: StepDone, values: dict[str, float]) -> None:
+        """Tell the callbacks of a step's numbers; the thread of the loggers."""
+        self.callbacks.tell_read(StepRead(done.step, done.epoch, values, self.stop))
+
     def log_media(self, kind: MediaKind, name: str, data: torch.Tensor | str) -> None:
         """Send an image, a histogram or a text to the loggers."""
         self.outbound.put_media(Media(self.state.step, self.state.epoch, name, kind, data))
@@ -82,6 +90,8 @@ class Run:
 
 def fit(run: Run, run_dir: Path | None) -> None:
     """Train, and tell the callbacks how it began and how it ended."""
+    if run.callbacks.has_read_listeners:
+        run.journal.on_step = run.tell_read
     try:
         run.tell(FitStarted, run_dir)
         _train(run)
@@ -154,6 +164,8 @@ def _finish_step(run: Run) -> None:
     run.outbound.put_step(done, scalars)  # never waits for the device in `overlap`
     if run.limiter is not None:
         run.limiter.step_queued()  # waits for the step `max_steps_in_flight` ago
+    if run.collector is not None:
+        run.collector.step_done(run.state.step)
     if _after_step(run, scalars):
         run.clock.restart()  # a validation is no training time
 
@@ -180,6 +192,8 @@ def _after_step(run: Run, scalars: Scalars) -> bool:
 def _finish_epoch(run: Run, first_step: int) -> None:
     state, settings = run.state, run.settings
     run.outbound.flush()
+    if run.collector is not None:
+        run.collector.idle()
     run.clock.step_ended()  # what the device was still busy with is training time too
     run.tell(EpochFinished)
     losses = run.journal.losses[first_step : state.step]

@@ -47,6 +47,7 @@ class Journal:
         last_step: Returns the step that the loop has reached.
 
     Attributes:
+        on_step: Told of every step's numbers, in order, a row or not; None for nobody.
         losses: Of every step, whatever becomes of its row.
         last_values: The numbers of the last step.
         num_undelivered: Rows that the loggers have not been told yet.
@@ -67,6 +68,7 @@ class Journal:
         self._max_lag = settings.max_log_lag if settings.log_overflow == "drop" else None
         self._stops_on_nonfinite = settings.on_nonfinite == "stop"
         self.last_step = last_step
+        self.on_step: Callable[[StepDone, dict[str, float]], None] | None = None
         self._rows: list[Row] = []
         self.losses = array("d")
         self.last_values: dict[str, float] = {}
@@ -81,6 +83,8 @@ class Journal:
         loss = values["train/loss"]
         self.losses.append(loss)
         self.last_values = values
+        if self.on_step is not None:
+            self.on_step(done, values)
         if done.step % self._every_n == 0:
             if self._max_lag is not None and self.last_step() - done.step > self._max_lag:
                 self.num_dropped += 1

@@ -47,4 +47,5 @@ def _outbound_report(run: Run) -> OutboundReport:
         num_dropped=run.journal.num_dropped,
         writer_cpu_s=run.outbound.writer_cpu_s,
         host_reads=None if run.detector is None else run.detector.reads.found(),
+        gc=None if run.collector is None else run.collector.report(),
     )

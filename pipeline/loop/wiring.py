@@ -6,6 +6,7 @@ from typing import Literal
 
 import torch
 
+from pipeline.loop.collector import Collector
 from pipeline.loop.objective import Objective
 from pipeline.loop.rates import CountingStep, Rates
 from pipeline.loop.step import TrainStep
@@ -28,6 +29,11 @@ def make_step(
     kind = TrainStep if settings.peak_tflops is None else CountingStep
     of_batches = TrainMetrics(metrics) if metrics else None
     return kind(state, called_model, objective, settings, device, scheduler_interval, of_batches)
+
+
+def make_collector(settings: Settings) -> Collector | None:
+    """Return what decides when garbage is collected; None leaves it to Python."""
+    return None if settings.gc == "default" else Collector(settings.gc, settings.gc_every_n_steps)
 
 
 def make_rates(settings: Settings, device: torch.device, step: TrainStep) -> Rates:
