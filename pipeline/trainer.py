@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -15,7 +15,7 @@ from pipeline.checkpoint import load_model
 from pipeline.concurrency import Scope
 from pipeline.data import EVALUATION_EPOCH, Source, as_source
 from pipeline.device import select_backend
-from pipeline.loggers import LoggerGroup
+from pipeline.loop import setup, wiring
 from pipeline.loop.callback import Callback
 from pipeline.loop.callback_list import CallbackList
 from pipeline.loop.check import (
@@ -28,28 +28,9 @@ from pipeline.loop.check import (
 )
 from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
 from pipeline.loop.fit import Run, fit
-from pipeline.loop.journal import Journal
 from pipeline.loop.objective import Objective
 from pipeline.loop.schedule import Belts
-from pipeline.loop.setup import (
-    at_most,
-    compile_model,
-    deterministic_algorithms,
-    make_autocast,
-    make_checkpoints,
-    make_detector,
-    make_ema,
-    make_loggers,
-    make_objective,
-    make_run_dir,
-    make_run_info,
-    make_scaler,
-    place,
-    to_channels_last,
-    watch_batches,
-)
 from pipeline.loop.summary import make_result
-from pipeline.loop.wiring import make_collector, make_rates, make_step
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
 from pipeline.result import FitResult
 from pipeline.settings import Settings
@@ -128,10 +109,12 @@ class Trainer(Settings):
             The calling thread is the loop thread. When this returns or raises, every thread that it
             started has ended.
         """
-        objective = make_objective(loss_fn, step)
+        objective = setup.make_objective(loss_fn, step)
         check_model(model, optimizer, scheduler, val_data)
-        check_listeners(callbacks, loggers, {**(train_metrics or {}), **(metrics or {})}, val_data)
-        check_monitor(self.monitor, loss_fn, val_data, metrics or {})
+        metrics, train_metrics = metrics or {}, train_metrics or {}
+        for each in (metrics, train_metrics):
+            check_listeners(callbacks, loggers, each, val_data)
+        check_monitor(self.monitor, loss_fn, val_data, metrics)
         check_choice("scheduler_interval", scheduler_interval, ("step", "epoch"))
         make_source = partial(as_source, seed=self.seed)
         batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn)
@@ -143,42 +126,38 @@ class Trainer(Settings):
                 val_data, name="val_data", shuffle=False, drop_last=False, **val_batching
             )
             evaluation = self._evaluation(belts, objective, val_source, metrics, merges_ranks=True)
-        place(self, belts.device, model, loss_fn, *(metrics or {}).values(), *(train_metrics or {}).values())
+        setup.place(self, belts.device, model, loss_fn, *metrics.values(), *train_metrics.values())
         if not model.training:
             model.train()  # a model that was evaluated; single modules put in eval mode stay so
-        called_model = compile_model(model, self.compile)
-        scaler, ema = make_scaler(self.precision, belts.device), make_ema(model, self.ema_decay)
+        called_model = setup.compile_model(model, self.compile)
+        scaler, ema = setup.make_scaler(self.precision, belts.device), setup.make_ema(model, self.ema_decay)
         state = TrainState(model, optimizer, scheduler, scaler, ema)
-        run_dir = make_run_dir(self.run_dir)
+        run_dir = setup.make_run_dir(self.run_dir)
         with ExitStack() as stack:
-            stack.enter_context(deterministic_algorithms(self.deterministic))
-            num_batches = at_most(source.num_batches, max_batches)
-            info = make_run_info(self, run_dir, hparams or {})
-            group = LoggerGroup(
-                make_loggers(self, loggers, run_dir, num_batches),
-                info,
-                is_off_loop=belts.schedule == "overlap",
+            stack.enter_context(setup.deterministic_algorithms(self.deterministic))
+            num_batches = setup.at_most(source.num_batches, max_batches)
+            group = wiring.make_logger_group(
+                self, loggers, run_dir, num_batches, hparams or {}, belts.schedule
             )
             stack.enter_context(group.closing())
-            train_step = make_step(
-                self, state, called_model, objective, belts.device, scheduler_interval, train_metrics or {}
+            train_step = wiring.make_step(
+                self, state, called_model, objective, belts.device, scheduler_interval, train_metrics
             )
-            rates = make_rates(self, belts.device, train_step)
-            journal = Journal(self, group, rates, last_step=lambda: state.step)
-            detector = make_detector(self, belts.backend, state)
-            collector = make_collector(self)
-            stack.enter_context(nullcontext() if collector is None else collector.installed())
+            journal = wiring.make_journal(self, state, group, belts.device, train_step)
+            detector = wiring.make_detector(self, belts.backend, state)
+            collector = wiring.make_collector(self)
+            stack.enter_context(wiring.installed(collector))
             scope = stack.enter_context(Scope())
             run = Run(
                 settings=self,
                 state=state,
                 step=train_step,
-                inbound=watch_batches(partial(belts.inbound, source), detector),
+                inbound=wiring.watch_batches(partial(belts.inbound, source), detector),
                 outbound=belts.outbound(scope, journal),
                 journal=journal,
                 limiter=belts.limiter(self.max_steps_in_flight),
                 callbacks=CallbackList(callbacks),
-                checkpoints=make_checkpoints(self, run_dir),
+                checkpoints=setup.make_checkpoints(self, run_dir),
                 validate=None
                 if evaluation is None
                 else partial(evaluation, ema.module if ema else called_model),
@@ -188,8 +167,8 @@ class Trainer(Settings):
                 collector=collector,
                 count_tokens=count_tokens,
             )
-            with nullcontext() if detector is None else detector.installed():
-                fit(run, run_dir)
+            stack.enter_context(wiring.installed(detector))
+            fit(run, run_dir)
         return make_result(run, belts.schedule, run_dir)
 
     def evaluate(
@@ -223,10 +202,10 @@ class Trainer(Settings):
         """
         source = self._evaluation_source(data, batch_size, collate_fn)
         belts = self._belts()
-        evaluation = self._evaluation(belts, make_objective(loss_fn, step), source, metrics)
+        evaluation = self._evaluation(belts, setup.make_objective(loss_fn, step), source, metrics)
         if checkpoint is not None:
             load_model(checkpoint, model)
-        place(self, belts.device, model, loss_fn, *(metrics or {}).values())
+        setup.place(self, belts.device, model, loss_fn, *(metrics or {}).values())
         return evaluation(model)
 
     def predict(
@@ -257,15 +236,17 @@ class Trainer(Settings):
         belts = self._belts()
         if checkpoint is not None:
             load_model(checkpoint, model)
-        place(self, belts.device, model)
+        setup.place(self, belts.device, model)
         limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
         with closing(belts.inbound(source, EVALUATION_EPOCH, limit)) as batches:
-            outputs = predict_batches(model, forward, batches, make_autocast(self.precision, belts.device))
+            outputs = predict_batches(
+                model, forward, batches, setup.make_autocast(self.precision, belts.device)
+            )
         is_tensors = all(isinstance(each, torch.Tensor) and each.ndim for each in outputs)
         return torch.cat(outputs) if outputs and is_tensors else outputs
 
     def _belts(self) -> Belts:
-        prepare = to_channels_last if self.channels_last else None
+        prepare = setup.to_channels_last if self.channels_last else None
         return Belts(self, select_backend(self.device), prepare)
 
     def _evaluation_source(
@@ -295,7 +276,7 @@ class Trainer(Settings):
             objective=objective,
             open_batches=partial(belts.inbound, source, EVALUATION_EPOCH, limit),
             metrics=metrics or {},
-            autocast=make_autocast(self.precision, belts.device),
+            autocast=setup.make_autocast(self.precision, belts.device),
             merges_ranks=merges_ranks,
-            num_batches=at_most(source.num_batches, limit),
+            num_batches=setup.at_most(source.num_batches, limit),
         )

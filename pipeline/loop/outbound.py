@@ -87,7 +87,8 @@ class _PendingMedia(NamedTuple):
     tensor: PendingTensor
 
 
-_Item: TypeAlias = "tuple[StepDone, Pending] | Row | Progress | Media | _PendingMedia"
+_Other: TypeAlias = "Row | Progress | Media | _PendingMedia"
+_Item: TypeAlias = "tuple[StepDone, Pending] | _Other"
 
 
 class BeltOutbound:
@@ -142,14 +143,8 @@ class BeltOutbound:
     def _write_chunk(self, items: list[_Item]) -> None:
         oldest: StepDone | None = None
         for item in items:
-            if isinstance(item, Row):
-                self._journal.note_row(item)
-            elif isinstance(item, Progress):
-                self._journal.loggers.log_progress(item)
-            elif isinstance(item, Media):
-                self._journal.note_media(item)
-            elif isinstance(item, _PendingMedia):
-                self._journal.note_media(item.media._replace(data=item.tensor.resolve()))
+            if isinstance(item, (Row, Progress, Media, _PendingMedia)):
+                self._write_other(item)
             else:
                 oldest = oldest or item[0]
                 self._journal.note_step(item[0], item[1].resolve())
@@ -157,6 +152,16 @@ class BeltOutbound:
         if oldest is not None:
             self.max_lag_s = max(self.max_lag_s, time.perf_counter() - oldest.ended_s)
             self.max_lag_steps = max(self.max_lag_steps, self._journal.last_step() - oldest.step)
+
+    def _write_other(self, item: _Other) -> None:
+        if isinstance(item, Row):
+            self._journal.note_row(item)
+        elif isinstance(item, Progress):
+            self._journal.loggers.log_progress(item)
+        elif isinstance(item, Media):
+            self._journal.note_media(item)
+        else:
+            self._journal.note_media(item.media._replace(data=item.tensor.resolve()))
 
     def _finish(self) -> None:
         self._journal.loggers.close()

@@ -6,22 +6,18 @@ import contextlib
 import datetime
 import itertools
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from pipeline.batch import Batch
 from pipeline.checkpoint import CheckpointFolder
-from pipeline.device import Backend, ReadDetector
 from pipeline.errors import ConfigError
-from pipeline.loggers import JsonlLogger, ProgressBar
 from pipeline.loop.objective import Objective, from_loss_fn, from_step
-from pipeline.protocols import Logger, LossFn, RunInfo, Step
+from pipeline.protocols import LossFn, Step
 from pipeline.settings import AUTO_RUN_DIR, AUTOCAST_DTYPE, Precision, Settings
-from pipeline.state import TrainState
 
 
 def make_objective(loss_fn: LossFn | None, step: Step | None) -> Objective:
@@ -75,54 +71,11 @@ def make_autocast(precision: Precision, device: torch.device) -> Callable[[], An
     return contextlib.nullcontext if dtype is None else partial(torch.autocast, device.type, dtype)
 
 
-def make_loggers(
-    settings: Settings, loggers: Sequence[Logger], run_dir: Path | None, num_batches: int | None
-) -> list[Logger]:
-    """Return the user's loggers and those that every run has, ``metrics.jsonl`` and the bar; rank zero's."""
-    if not is_rank_zero():
-        return []
-    loggers = list(loggers)
-    if run_dir is not None:
-        loggers.append(JsonlLogger(run_dir / "metrics.jsonl"))
-    if settings.enable_progress_bar:
-        num_steps = settings.max_steps
-        if settings.epoch_limit is not None and num_batches is not None:
-            num_steps = settings.epoch_limit * -(-num_batches // settings.accumulate_grad_batches)
-        loggers.append(ProgressBar(num_steps))
-    return loggers
-
-
 def make_checkpoints(settings: Settings, run_dir: Path | None) -> CheckpointFolder | None:
     """Return where checkpoints go, or None if there are to be none."""
     if run_dir is None or not settings.enable_checkpointing:
         return None
     return CheckpointFolder(run_dir / "checkpoints", settings.monitor_mode)
-
-
-def make_run_info(settings: Settings, run_dir: Path | None, hparams: Mapping[str, Any]) -> RunInfo:
-    """Return what loggers are told of a run: what the user says of it, and the settings."""
-    plain = (bool, int, float, str, dict, type(None))
-    trainer = {
-        name: value if isinstance(value, plain) else str(value) for name, value in vars(settings).items()
-    }
-    return RunInfo(run_dir, {**hparams, "trainer": trainer})
-
-
-def make_detector(settings: Settings, backend: Backend, state: TrainState) -> ReadDetector | None:
-    """Return what finds the lines that wait for the device, or None if nobody asked."""
-    if not settings.detect_host_reads:
-        return None
-    on_device = torch.nn.ModuleList([state.model] if state.ema is None else [state.model, state.ema.module])
-    return ReadDetector(backend, on_device, step=lambda: state.step)
-
-
-def watch_batches(
-    inbound: Callable[[int, int | None], Generator[Batch]], detector: ReadDetector | None
-) -> Callable[[int, int | None], Generator[Batch]]:
-    """Return the inbound belt, what is done with each of its batches watched by a detector, if any."""
-    if detector is None:
-        return inbound
-    return lambda epoch, limit: detector.watch(inbound(epoch, limit))
 
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | None:
