@@ -86,7 +86,7 @@ class OutboundReport:
     @property
     def gil_bound_loggers(self) -> tuple[LoggerTime, ...]:
         """The loggers whose processor time is more than a tenth of the training time."""
-        return tuple(each for each in self.loggers if each.cpu_s and each.cpu_s > 0.1 * self.train_s)
+        return tuple(each for each in self.loggers if each.cpu_s > 0.1 * self.train_s)
 
     def __str__(self) -> str:
         collector = [] if self.gc is None else [str(self.gc)]
@@ -104,7 +104,7 @@ class OutboundReport:
     def _logger_lines(self) -> list[str]:
         lines = [
             f"{each.name}: {each.num_rows} rows in {self._share(each.wall_s)}"
-            + ("" if each.cpu_s is None else f", at most {self._share(each.cpu_s)} of it with the GIL")
+            + (f", at most {self._share(each.cpu_s)} of it with the GIL" if each.cpu_s else "")
             for each in self.loggers
         ]
         lines += [f"callback {name}: {self._share(spent_s)}" for name, spent_s in self.callbacks.items()]

@@ -29,8 +29,9 @@ from pipeline.loop.callback import (
 from pipeline.loop.callback_list import CallbackList
 from pipeline.loop.clock import StepClock
 from pipeline.loop.collector import Collector
-from pipeline.loop.journal import Journal, StepDone
+from pipeline.loop.journal import Journal
 from pipeline.loop.outbound import Outbound
+from pipeline.loop.rates import StepDone
 from pipeline.loop.step import TrainStep
 from pipeline.settings import Settings
 from pipeline.state import TrainState
@@ -69,6 +70,8 @@ class Run:
     validated_step: int = -1
     num_samples: int = 0
     num_tokens: int = 0
+    num_samples_before: int = 0  # the step under way
+    num_tokens_before: int = 0
     clock: StepClock = field(default_factory=StepClock)
 
     def stop(self, reason: str) -> None:
@@ -158,9 +161,10 @@ def _finish_step(run: Run) -> None:
         step_s,
         data_wait_s,
         run.clock.began_s,
-        run.num_samples,
-        run.num_tokens,
+        run.num_samples - run.num_samples_before,
+        run.num_tokens - run.num_tokens_before,
     )
+    run.num_samples_before, run.num_tokens_before = run.num_samples, run.num_tokens
     run.outbound.put_step(done, scalars)  # never waits for the device in `overlap`
     if run.limiter is not None:
         run.limiter.step_queued()  # waits for the step `max_steps_in_flight` ago

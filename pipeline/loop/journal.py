@@ -5,35 +5,12 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable
 from math import isfinite
-from typing import NamedTuple
 
 from pipeline.batch import Media, Row
 from pipeline.errors import NonFiniteError
 from pipeline.loggers import LoggerGroup
-from pipeline.loop.rates import Rates
+from pipeline.loop.rates import Rates, StepDone
 from pipeline.settings import Settings
-
-
-class StepDone(NamedTuple):
-    """What the loop knows of a step that it has queued, its device scalars apart.
-
-    Args:
-        step: Optimizer steps finished with this one.
-        epoch: Its epoch.
-        step_s: Time since the step before it was queued, in seconds.
-        data_wait_s: How much of that was spent waiting for batches.
-        ended_s: When it had been queued, by `time.perf_counter`.
-        num_samples: Samples of the run so far.
-        num_tokens: Tokens of the run so far; 0 where nobody counts them.
-    """
-
-    step: int
-    epoch: int
-    step_s: float
-    data_wait_s: float
-    ended_s: float
-    num_samples: int
-    num_tokens: int
 
 
 class Journal:
@@ -89,9 +66,7 @@ class Journal:
             if self._max_lag is not None and self.last_step() - done.step > self._max_lag:
                 self.num_dropped += 1
             else:
-                values["time/step_ms"] = done.step_s * 1e3
-                values["time/data_wait_ms"] = done.data_wait_s * 1e3
-                self._rates.add_to(values, done.step_s, done.num_samples, done.num_tokens)
+                self._rates.add_to(values, done)
                 self._rows.append(Row(done.step, done.epoch, values))
         if self._stops_on_nonfinite and not isfinite(loss):
             raise NonFiniteError(done.step - 1, self.last_step() - 1, loss)

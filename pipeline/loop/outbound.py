@@ -14,7 +14,8 @@ import torch
 from pipeline.batch import Media, Progress, Row, Scalars
 from pipeline.concurrency import Scope, Writer
 from pipeline.device import Backend, Pending, PendingTensor, Readback
-from pipeline.loop.journal import Journal, StepDone
+from pipeline.loop.journal import Journal
+from pipeline.loop.rates import StepDone
 from pipeline.settings import Settings
 
 _CHUNK = 32  # steps between two looks at how far behind the loggers are

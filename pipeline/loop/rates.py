@@ -6,15 +6,37 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from pipeline.batch import Batch, num_samples
-from pipeline.every import Every
 from pipeline.loop.step import TrainStep
 
 _MEMORY_EVERY_S = 1.0
+
+
+class StepDone(NamedTuple):
+    """What the loop knows of a step that it has queued, its device scalars apart.
+
+    Args:
+        step: Optimizer steps finished with this one.
+        epoch: Its epoch.
+        step_s: Time since the step before it was queued, in seconds.
+        data_wait_s: How much of that was spent waiting for batches.
+        ended_s: When it had been queued, by `time.perf_counter`.
+        num_samples: Its samples.
+        num_tokens: Its tokens; 0 where nobody counts them.
+    """
+
+    step: int
+    epoch: int
+    step_s: float
+    data_wait_s: float
+    ended_s: float
+    num_samples: int
+    num_tokens: int
 
 
 class Rates:
@@ -37,30 +59,27 @@ class Rates:
     ) -> None:
         self._device, self._flops_per_sample = device, flops_per_sample
         self._peak_flops = None if peak_tflops is None else peak_tflops * 1e12
-        self._num_samples = self._num_tokens = 0
-        self._is_first = True
-        self._memory_is_due = Every(seconds=_MEMORY_EVERY_S)
+        self._memory_due_s = 0.0
 
-    def add_to(self, values: dict[str, float], step_s: float, num_samples: int, num_tokens: int) -> None:
-        """Put a step's rates among its numbers.
+    def add_to(self, values: dict[str, float], done: StepDone) -> None:
+        """Put a step's times and rates among its numbers.
 
         Args:
             values: Written to.
-            step_s: The step's time.
-            num_samples: Samples of the run so far, this step's included.
-            num_tokens: Tokens of the run so far; 0 where nobody counts them.
+            done: The step.
         """
-        samples, self._num_samples = num_samples - self._num_samples, num_samples
+        step_s, samples = done.step_s, done.num_samples
+        values["time/step_ms"] = step_s * 1e3
+        values["time/data_wait_ms"] = done.data_wait_s * 1e3
         if step_s <= 0:
             return  # a clock that did not move
         values["rate/samples_per_s"] = samples / step_s
-        if num_tokens:
-            values["rate/tokens_per_s"] = (num_tokens - self._num_tokens) / step_s
-            self._num_tokens = num_tokens
+        if done.num_tokens:
+            values["rate/tokens_per_s"] = done.num_tokens / step_s
         if self._peak_flops is not None and (each := self._flops_per_sample()) is not None:
             values["rate/mfu_ratio"] = each * samples / step_s / self._peak_flops
-        if self._is_first or self._memory_is_due.is_due(0):
-            self._is_first = False
+        if done.ended_s >= self._memory_due_s:
+            self._memory_due_s = done.ended_s + _MEMORY_EVERY_S
             values |= memory_in_use(self._device)
 
 

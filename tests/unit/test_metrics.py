@@ -15,7 +15,7 @@ import torchmetrics
 from torch.utils.data import DataLoader, TensorDataset
 
 from pipeline import ConfigError, Every, SimulatedBackend, StageError, Trainer
-from pipeline.loop.rates import Rates, memory_in_use
+from pipeline.loop.rates import Rates, StepDone, memory_in_use
 from pipeline.metrics import Mean, MetricSet, accuracy, merge_over_ranks, top_k_accuracy
 from pipeline.testing import InMemoryLogger
 from tests.textbook import build_model
@@ -164,20 +164,20 @@ def test_utilisation_is_flops_over_the_peak(settings):
 def test_rates_survive_a_clock_that_stands_still():
     """No time, no rate."""
     values, rates = {}, Rates(torch.device("cpu"), None, lambda: None)
-    rates.add_to(values, 0.0, 8, 0)
-    assert values == {}
-    rates.add_to(values, 2.0, 24, 0)
+    rates.add_to(values, StepDone(1, 0, 0.0, 0.0, 1.0, 8, 0))
+    assert values.keys() == {"time/step_ms", "time/data_wait_ms"}
+    rates.add_to(values, StepDone(2, 0, 2.0, 0.0, 3.0, 16, 0))
     assert values["rate/samples_per_s"] == 8.0
 
 
 def test_memory_is_told_now_and_then():
     """In the first row, and then once a second: reading it takes as long as ten rows."""
     rates, found = Rates(torch.device("cpu"), None, lambda: None), []
-    for _ in range(3):
+    for ended_s in (10.0, 10.4, 10.9, 11.0, 11.5):
         values = {}
-        rates.add_to(values, 1.0, 1, 0)
+        rates.add_to(values, StepDone(1, 0, 1.0, 0.0, ended_s, 1, 0))
         found.append("memory/host_bytes" in values)
-    assert found == [True, False, False]
+    assert found == [True, False, False, True, False]
 
 
 def test_memory_of_this_process_is_known():

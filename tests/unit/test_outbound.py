@@ -229,7 +229,7 @@ def test_times_are_told_by_name():
     assert all(each.wall_s > 0 and each.cpu_s > 0 for each in result.outbound.loggers)
     assert result.outbound.writer_cpu_s > 0
     textbook = fit(loggers=[InMemoryLogger()], schedule="textbook").outbound
-    assert (textbook.writer_cpu_s, textbook.loggers[0].cpu_s, textbook.max_lag_steps) == (None, None, 0)
+    assert (textbook.writer_cpu_s, textbook.loggers[0].cpu_s, textbook.max_lag_steps) == (None, 0, 0)
     assert "on the loop thread (textbook)" in str(textbook)
 
 
