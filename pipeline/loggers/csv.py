@@ -38,8 +38,9 @@ class CsvLogger:
         assert self._file is not None
         if not row.values.keys() <= self._names.keys():
             self._widen(row)
-        cells = [row.values.get(name, "") for name in self._names]
-        csv.writer(self._file, lineterminator="\n").writerow([row.step, row.epoch, *cells])
+        values = row.values
+        cells = [repr(float(values[name])) if name in values else "" for name in self._names]
+        self._file.write(f"{row.step},{row.epoch},{','.join(cells)}\n")  # numbers need no quotes
 
     def flush(self) -> None:
         if self._file is not None:

@@ -80,12 +80,11 @@ class TrainStep:
             if self._state.scaler is not None:
                 loss = self._state.scaler.scale(loss)
             loss.backward()  # type: ignore[no-untyped-call]
-            if self.metrics is not None:
-                computed = self.metrics.add(computed, batch)
+            of_metrics = {} if self.metrics is None else self.metrics.add(computed, batch)
         except Exception as error:
             add_stage_note(error, "step", step=self._state.step)
             raise
-        self._note_scalars(computed)
+        self._note_scalars(computed, of_metrics)
         self.num_pending += 1
 
     def update(self) -> Scalars:
@@ -141,15 +140,19 @@ class TrainStep:
             self._is_unscaled = True  # once an update, or it raises
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def _note_scalars(self, computed: Computed) -> None:
+    def _note_scalars(self, computed: Computed, of_metrics: Scalars) -> None:
         if not computed.scalars and self._num_accumulated == 1:
-            self._scalars = {"train/loss": computed.loss}  # its graph is freed; a detach costs 4 µs
+            self._scalars = {
+                "train/loss": computed.loss,
+                **of_metrics,
+            }  # its graph is freed; a detach costs 4 µs
             return
         found: Scalars = {}
         for name, value in computed.scalars.items():
             # A snapshot: what the user returned may be a live buffer, or a weight about to change.
             snapshot = value.detach().clone() if isinstance(value, torch.Tensor) else float(value)
             found[name if "/" in name else f"train/{name}"] = snapshot
+        found |= of_metrics
         found["train/loss"] = computed.loss.detach()
         for name, value in found.items():
             self._counts[name] = self._counts.get(name, 0) + 1
