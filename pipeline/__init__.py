@@ -8,7 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.batch import Row
+    from pipeline.batch import Media, Row
     from pipeline.device import SimulatedBackend
     from pipeline.errors import (
         CheckpointError,
@@ -17,7 +17,9 @@ if TYPE_CHECKING:
         NonFiniteError,
         PipelineError,
         StageError,
+        WorkerDiedError,
     )
+    from pipeline.every import Every
     from pipeline.gil import GilReport, gil_account, stage
     from pipeline.loop.callback import (
         Callback,
@@ -27,9 +29,11 @@ if TYPE_CHECKING:
         FitFinished,
         FitStarted,
         StepFinished,
+        StepRead,
         Validated,
     )
     from pipeline.loop.prefetch import prefetch
+    from pipeline.loop.profiler import ProfilerWindow
     from pipeline.loop.reads import DeferredReads
     from pipeline.protocols import Datasets, Logger
     from pipeline.result import FitResult
@@ -45,6 +49,7 @@ __all__ = [
     "DeferredReads",
     "EarlyStopping",
     "EpochFinished",
+    "Every",
     "FitFailed",
     "FitFinished",
     "FitResult",
@@ -52,14 +57,18 @@ __all__ = [
     "GilAccountError",
     "GilReport",
     "Logger",
+    "Media",
     "NonFiniteError",
     "PipelineError",
+    "ProfilerWindow",
     "Row",
     "SimulatedBackend",
     "StageError",
     "StepFinished",
+    "StepRead",
     "Trainer",
     "Validated",
+    "WorkerDiedError",
     "gil_account",
     "prefetch",
     "stage",
@@ -68,7 +77,7 @@ __all__ = [
 # Where each name lives. It is imported when it is asked for: `pipeline.gil` runs scripts that have
 # not imported torch yet, and its sampler's process never does.
 _HOMES = {
-    "batch": ["Row"],
+    "batch": ["Media", "Row"],
     "device": ["SimulatedBackend"],
     "errors": [
         "CheckpointError",
@@ -77,7 +86,9 @@ _HOMES = {
         "NonFiniteError",
         "PipelineError",
         "StageError",
+        "WorkerDiedError",
     ],
+    "every": ["Every"],
     "gil": ["GilReport", "gil_account", "stage"],
     "loop.callback": [
         "Callback",
@@ -87,9 +98,11 @@ _HOMES = {
         "FitFinished",
         "FitStarted",
         "StepFinished",
+        "StepRead",
         "Validated",
     ],
     "loop.prefetch": ["prefetch"],
+    "loop.profiler": ["ProfilerWindow"],
     "loop.reads": ["DeferredReads"],
     "protocols": ["Datasets", "Logger"],
     "result": ["FitResult"],

@@ -3,6 +3,7 @@
 PipelineError
 ├── ConfigError (ValueError)   a wrong setting; every problem at once, each with its key
 ├── StageError                 a stage failed without an exception of the user's own
+│   └── WorkerDiedError        a process that belongs to the run has gone
 ├── NonFiniteError             the loss became NaN or infinite
 ├── GilAccountError            the GIL cannot be sampled here, or no longer
 └── CheckpointError            unreadable, incomplete, or from another model
@@ -56,6 +57,10 @@ class StageError(PipelineError):
 
 class GilAccountError(PipelineError):
     """The GIL cannot be sampled here, or no longer; the message says why. What is measured goes on."""
+
+
+class WorkerDiedError(StageError):
+    """A process that belongs to the run has gone without saying why."""
 
 
 class NonFiniteError(PipelineError):
@@ -140,8 +145,13 @@ def noting_on(error: BaseException) -> Iterator[None]:
     try:
         yield
     except Exception as further:
-        if further is not error:
-            _add_note(error, f"while this error was handled: {type(further).__name__}: {further}")
+        note_further(error, further)
+
+
+def note_further(error: BaseException, further: BaseException) -> None:
+    """Write on an error that is on its way what else went wrong meanwhile."""
+    if further is not error:
+        _add_note(error, f"while this error was handled: {type(further).__name__}: {further}")
 
 
 def _add_note(error: BaseException, note: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
@@ -42,8 +43,29 @@ class Scheduler(Protocol):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None: ...
 
 
+@dataclass(frozen=True)
+class RunInfo:
+    """What a logger may want to know of a run before its first row.
+
+    Args:
+        run_dir: The folder with the run's files, or None if nothing is written.
+        hparams: What describes the run: `fit`'s ``hparams``, and the Trainer's settings under ``trainer``.
+    """
+
+    run_dir: Path | None
+    hparams: dict[str, Any]
+
+    def flat_hparams(self) -> dict[str, bool | int | float | str]:
+        """Return them under names with dots, such as ``trainer.max_epochs``; what is no scalar as text."""
+        return _flat(self.hparams, "")
+
+
 class Logger(Protocol):
     """Writes rows somewhere.
+
+    Further methods are called where a logger has them: ``open(info)`` with a `RunInfo`, before anything
+    else; ``log_media(media)`` with each `Media`; ``mark_failed()`` before `close`, if an exception ends
+    the run.
 
     Runs on:
         The writer thread in ``overlap``, the loop thread in ``textbook``; never two at once.
@@ -74,3 +96,13 @@ class Datasets:
     val: Any
     input_shape: tuple[int, ...]
     num_classes: int
+
+
+def _flat(hparams: Mapping[str, Any], prefix: str) -> dict[str, bool | int | float | str]:
+    found: dict[str, bool | int | float | str] = {}
+    for name, value in hparams.items():
+        if isinstance(value, Mapping):
+            found |= _flat(value, f"{prefix}{name}.")
+        else:
+            found[f"{prefix}{name}"] = value if isinstance(value, (bool, int, float, str)) else str(value)
+    return found

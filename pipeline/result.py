@@ -11,6 +11,7 @@ import torch
 
 from pipeline.batch import Row
 from pipeline.gil import GilReport, StageTime
+from pipeline.report import OutboundReport
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class FitResult:
         handoffs_per_step: How often the GIL went to another thread; None where it cannot be read.
         gil: The GIL account, with ``gil='account'``.
         ema_model: The averaged model, if one was kept.
+        outbound: What logging cost, how far it was behind, and which lines made the loop wait.
     """
 
     metrics: dict[str, float]
@@ -52,3 +54,4 @@ class FitResult:
     handoffs_per_step: float | None
     gil: GilReport | None = field(repr=False)
     ema_model: torch.nn.Module | None = field(repr=False)
+    outbound: OutboundReport = field(repr=False)

@@ -44,6 +44,22 @@ class Settings:
         precision: ``32-true``, or autocast to ``bf16-mixed`` or ``16-mixed`` (with a GradScaler).
         log_every_n_steps: Give the loggers a row every so many steps. Every step's loss is in
             `FitResult.losses` regardless.
+        log_grad_norm: Log ``train/grad_norm`` at each step, as clipping by norm does anyway.
+        peak_tflops: What the device does at best in this precision, in TFLOP/s: with it, rows have
+            ``rate/mfu_ratio``, from the FLOPs of the first micro-batch, forward and backward.
+        max_log_lag: Steps that the loggers may be behind the loop in ``overlap``. The numbers of a
+            step are with them some 50 ms after it, if they keep up.
+        log_overflow: What happens beyond it: the loop has to ``wait``; or loggers are not told of the
+            oldest steps (``drop``), which are counted; or memory may ``grow``. A slow logger holds up
+            the loop in the first case alone; none of them loses a loss of `FitResult.losses`.
+        detect_host_reads: Find the lines that make the loop wait for the device, such as an
+            ``.item()`` in a step, and name them in `FitResult.outbound`. Free on CUDA; elsewhere each
+            operation takes some 10 µs longer, so it is for looking.
+        gc: What Python's garbage collector may do: ``default`` leaves it alone; ``freeze`` takes what
+            lives after some steps out of its walks; ``every_n_steps`` also turns it off between steps of
+            your choice, and collects at the end of an epoch, with a guard that turns it on again if
+            much garbage gathers. Everything is put back after the run.
+        gc_every_n_steps: How often with ``every_n_steps``.
         check_val_every_n_epoch: Validate every so many epochs; None leaves it to `val_check_interval`.
         val_check_interval: Validate every so many optimizer steps as well.
         limit_train_batches: Use at most this many batches an epoch, or this share (a float).
@@ -88,6 +104,13 @@ class Settings:
     gradient_clip_algorithm: Literal["norm", "value"] = "norm"
     precision: Precision = "32-true"
     log_every_n_steps: int = 1
+    log_grad_norm: bool = False
+    peak_tflops: float | None = None
+    max_log_lag: int = 2048
+    log_overflow: Literal["wait", "drop", "grow"] = "wait"
+    detect_host_reads: bool = False
+    gc: Literal["default", "freeze", "every_n_steps"] = "default"
+    gc_every_n_steps: int = 50
     check_val_every_n_epoch: int | None = 1
     val_check_interval: int | None = None
     limit_train_batches: int | float | None = None
@@ -148,6 +171,9 @@ def _range_problems(found: dict[str, Any]) -> list[str]:
     clip, decay = found.get("gradient_clip_val"), found.get("ema_decay")
     if clip is not None and not clip > 0:
         problems.append(f"gradient_clip_val must be above 0, got {clip}. Use null (None) not to clip.")
+    peak = found.get("peak_tflops")
+    if peak is not None and not peak > 0:
+        problems.append(f"peak_tflops must be above 0, got {peak}. Use null (None) to leave it out.")
     if decay is not None and not 0 < decay < 1:
         problems.append(f"ema_decay must be between 0 and 1, got {decay}.")
     for name in ("limit_train_batches", "limit_val_batches"):
@@ -165,6 +191,8 @@ _LEAST: dict[str, float] = {
     "max_steps": 1,
     "accumulate_grad_batches": 1,
     "log_every_n_steps": 1,
+    "max_log_lag": 1,
+    "gc_every_n_steps": 1,
     "check_val_every_n_epoch": 1,
     "val_check_interval": 1,
     "num_workers": 0,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,9 @@ from pipeline.checkpoint import load_model
 from pipeline.concurrency import Scope
 from pipeline.data import EVALUATION_EPOCH, Source, as_source
 from pipeline.device import select_backend
-from pipeline.loop.callback import Callback, CallbackList
+from pipeline.loop import setup, wiring
+from pipeline.loop.callback import Callback
+from pipeline.loop.callback_list import CallbackList
 from pipeline.loop.check import (
     check_choice,
     check_listeners,
@@ -26,27 +28,11 @@ from pipeline.loop.check import (
 )
 from pipeline.loop.clock import StepClock
 from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
-from pipeline.loop.fit import Run, fit, make_result
+from pipeline.loop.fit import Run, fit
 from pipeline.loop.gil import GilWatch
 from pipeline.loop.objective import Objective
-from pipeline.loop.outbound import Journal
 from pipeline.loop.schedule import Belts
-from pipeline.loop.setup import (
-    at_most,
-    closing_all,
-    compile_model,
-    deterministic_algorithms,
-    make_autocast,
-    make_checkpoints,
-    make_ema,
-    make_loggers,
-    make_objective,
-    make_run_dir,
-    make_scaler,
-    place,
-    to_channels_last,
-)
-from pipeline.loop.step import TrainStep
+from pipeline.loop.summary import make_result
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
 from pipeline.result import FitResult
 from pipeline.settings import Settings
@@ -76,8 +62,11 @@ class Trainer(Settings):
         scheduler: Scheduler | None = None,
         scheduler_interval: Literal["step", "epoch"] = "epoch",
         metrics: Metrics | None = None,
+        train_metrics: Metrics | None = None,
+        count_tokens: Callable[[Batch], int] | None = None,
         callbacks: Sequence[Callback] = (),
         loggers: Sequence[Logger] = (),
+        hparams: Mapping[str, Any] | None = None,
     ) -> FitResult:
         """Train the model in place.
 
@@ -102,9 +91,14 @@ class Trainer(Settings):
                 `pipeline.metrics.accuracy`, or one for the batch; with `step`, a function of the one
                 thing that it returned, which may hold tensors of any shape. Or an object with
                 update, compute and reset.
-            callbacks: Told of events on the loop thread.
+            train_metrics: The same of the training batches: functions as ``train/<name>`` in every row,
+                and all of them as ``train/epoch_<name>``.
+            count_tokens: Returns the tokens in a batch, from its shape alone: a value of the batch would
+                have to be waited for. With it, rows have ``rate/tokens_per_s``.
+            callbacks: Told of events, each on the thread that its method names.
             loggers: Told of each `Row`, besides the run folder's ``metrics.jsonl`` and the bar; they
                 are closed when the run ends.
+            hparams: What describes the run besides the settings, for the loggers that keep it.
 
         Raises:
             ConfigError: For settings that do not fit each other or the data, before the first step.
@@ -117,10 +111,12 @@ class Trainer(Settings):
             The calling thread is the loop thread. When this returns or raises, every thread that it
             started has ended.
         """
-        objective = make_objective(loss_fn, step)
+        objective = setup.make_objective(loss_fn, step)
         check_model(model, optimizer, scheduler, val_data)
-        check_listeners(callbacks, loggers, metrics or {}, val_data)
-        check_monitor(self.monitor, loss_fn, val_data, metrics or {})
+        metrics, train_metrics = metrics or {}, train_metrics or {}
+        for each in (metrics, train_metrics):
+            check_listeners(callbacks, loggers, each, val_data)
+        check_monitor(self.monitor, loss_fn, val_data, metrics)
         check_choice("scheduler_interval", scheduler_interval, ("step", "epoch"))
         make_source = partial(as_source, seed=self.seed)
         batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn)
@@ -131,34 +127,42 @@ class Trainer(Settings):
             val_source = make_source(
                 val_data, name="val_data", shuffle=False, drop_last=False, **val_batching
             )
-            evaluation = self._evaluation(belts, objective, val_source, metrics)
-        place(self, belts.device, model, loss_fn, metrics or {})
+            evaluation = self._evaluation(belts, objective, val_source, metrics, merges_ranks=True)
+        setup.place(self, belts.device, model, loss_fn, *metrics.values(), *train_metrics.values())
         if not model.training:
             model.train()  # a model that was evaluated; single modules put in eval mode stay so
-        called_model = compile_model(model, self.compile)
-        scaler, ema = make_scaler(self.precision, belts.device), make_ema(model, self.ema_decay)
+        called_model = setup.compile_model(model, self.compile)
+        scaler, ema = setup.make_scaler(self.precision, belts.device), setup.make_ema(model, self.ema_decay)
         state = TrainState(model, optimizer, scheduler, scaler, ema)
-        run_dir = make_run_dir(self.run_dir)
+        run_dir = setup.make_run_dir(self.run_dir)
         with ExitStack() as stack:
-            stack.enter_context(deterministic_algorithms(self.deterministic))
-            num_batches = at_most(source.num_batches, max_batches)
-            all_loggers = [*loggers, *make_loggers(self, run_dir, num_batches)]
-            stack.enter_context(closing_all(all_loggers))
-            journal = Journal(self, all_loggers, last_step=lambda: state.step)
-            scope = stack.enter_context(Scope())
+            stack.enter_context(setup.deterministic_algorithms(self.deterministic))
+            num_batches = setup.at_most(source.num_batches, max_batches)
+            group = wiring.make_logger_group(
+                self, loggers, run_dir, num_batches, hparams or {}, belts.schedule
+            )
+            stack.enter_context(group.closing())
             stack.callback((clock := StepClock()).leave)
+            train_step = wiring.make_step(
+                self, state, called_model, objective, belts.device, scheduler_interval, clock, train_metrics
+            )
+            journal = wiring.make_journal(self, state, group, belts.device, train_step)
+            detector = wiring.make_detector(self, belts.backend, state)
+            collector = wiring.make_collector(self)
+            stack.enter_context(wiring.installed(collector))
+            scope = stack.enter_context(Scope())
             outbound = belts.outbound(scope, journal)
             watch = stack.enter_context(GilWatch(self.gil, clock, outbound.put_row, run_dir))
             run = Run(
                 settings=self,
                 state=state,
-                step=TrainStep(state, called_model, objective, self, belts.device, scheduler_interval, clock),
-                inbound=partial(belts.inbound, source),
+                step=train_step,
+                inbound=wiring.watch_batches(partial(belts.inbound, source), detector),
                 outbound=outbound,
                 journal=journal,
                 limiter=belts.limiter(self.max_steps_in_flight),
                 callbacks=CallbackList(callbacks),
-                checkpoints=make_checkpoints(self, run_dir),
+                checkpoints=setup.make_checkpoints(self, run_dir),
                 validate=None
                 if evaluation is None
                 else partial(evaluation, ema.module if ema else called_model),
@@ -166,7 +170,11 @@ class Trainer(Settings):
                 scheduler_interval=scheduler_interval,
                 clock=clock,
                 gil=watch,
+                detector=detector,
+                collector=collector,
+                count_tokens=count_tokens,
             )
+            stack.enter_context(wiring.installed(detector))
             fit(run, run_dir)
         return make_result(run, belts.schedule, run_dir)
 
@@ -201,10 +209,10 @@ class Trainer(Settings):
         """
         source = self._evaluation_source(data, batch_size, collate_fn)
         belts = self._belts()
-        evaluation = self._evaluation(belts, make_objective(loss_fn, step), source, metrics)
+        evaluation = self._evaluation(belts, setup.make_objective(loss_fn, step), source, metrics)
         if checkpoint is not None:
             load_model(checkpoint, model)
-        place(self, belts.device, model, loss_fn, metrics or {})
+        setup.place(self, belts.device, model, loss_fn, *(metrics or {}).values())
         return evaluation(model)
 
     def predict(
@@ -235,15 +243,17 @@ class Trainer(Settings):
         belts = self._belts()
         if checkpoint is not None:
             load_model(checkpoint, model)
-        place(self, belts.device, model, None, {})
+        setup.place(self, belts.device, model)
         limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
         with closing(belts.inbound(source, EVALUATION_EPOCH, limit)) as batches:
-            outputs = predict_batches(model, forward, batches, make_autocast(self.precision, belts.device))
+            outputs = predict_batches(
+                model, forward, batches, setup.make_autocast(self.precision, belts.device)
+            )
         is_tensors = all(isinstance(each, torch.Tensor) and each.ndim for each in outputs)
         return torch.cat(outputs) if outputs and is_tensors else outputs
 
     def _belts(self) -> Belts:
-        prepare = to_channels_last if self.channels_last else None
+        prepare = setup.to_channels_last if self.channels_last else None
         return Belts(self, select_backend(self.device), prepare)
 
     def _evaluation_source(
@@ -260,12 +270,20 @@ class Trainer(Settings):
         )
 
     def _evaluation(
-        self, belts: Belts, objective: Objective, source: Source, metrics: Metrics | None
+        self,
+        belts: Belts,
+        objective: Objective,
+        source: Source,
+        metrics: Metrics | None,
+        *,
+        merges_ranks: bool = False,
     ) -> Evaluation:
         limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
         return Evaluation(
             objective=objective,
             open_batches=partial(belts.inbound, source, EVALUATION_EPOCH, limit),
             metrics=metrics or {},
-            autocast=make_autocast(self.precision, belts.device),
+            autocast=setup.make_autocast(self.precision, belts.device),
+            merges_ranks=merges_ranks,
+            num_batches=setup.at_most(source.num_batches, limit),
         )

@@ -1,7 +1,8 @@
-"""Threads and what they hand each other. Standard library only; nothing else starts a thread."""
+"""Threads, processes and what they hand each other. Standard library only; nothing else starts one."""
 
 from pipeline.concurrency.channel import Channel, ChannelClosedError, ChannelStatistics
+from pipeline.concurrency.child import Child, ChildDiedError
 from pipeline.concurrency.scope import Scope
 from pipeline.concurrency.writer import Writer
 
-__all__ = ["Channel", "ChannelClosedError", "ChannelStatistics", "Scope", "Writer"]
+__all__ = ["Channel", "ChannelClosedError", "ChannelStatistics", "Child", "ChildDiedError", "Scope", "Writer"]

@@ -6,6 +6,7 @@ Each wake-up of a thread costs the loop the GIL twice, so the writer lets record
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable
@@ -24,7 +25,10 @@ class Writer(Generic[Item]):
         handle: Called with a batch of items, in order, on the writer thread.
         name: The thread's name.
         gather_s: How long to let items gather after the first, in seconds.
-        max_pending: Items that may wait; a `put` beyond them blocks until half are handled.
+        max_pending: Items that may wait or be in the handler's hands; a `put` beyond them blocks until
+            half are handled. None sets no bound: memory grows while the handler is behind.
+        finish: Called once on the writer thread when all has been handled, or after an error; what it
+            raises is raised by the scope.
 
     The first exception of `handle` ends the work: it is raised by the next `put` or `flush`, and
     what was put after it is dropped.
@@ -37,9 +41,11 @@ class Writer(Generic[Item]):
         *,
         name: str,
         gather_s: float = 0.05,
-        max_pending: int = 1024,
+        max_pending: int | None = 1024,
+        finish: Callable[[], None] | None = None,
     ) -> None:
-        self._handle, self._gather_s, self._max_pending = handle, gather_s, max_pending
+        self._handle, self._gather_s, self._finish = handle, gather_s, finish
+        self._max_pending = sys.maxsize if max_pending is None else max_pending
         self._items: deque[Item] = deque()
         lock = threading.Lock()
         self._lock = lock
@@ -50,7 +56,7 @@ class Writer(Generic[Item]):
         self._is_closed = False
         self._num_handling = 0
         self._error: BaseException | None = None
-        scope.start(self._run, name=name, stop=self._close)
+        scope.start(self._run_and_finish, name=name, stop=self._close)
 
     def put(self, item: Item) -> None:
         """Append an item; block only while `max_pending` items wait.
@@ -69,7 +75,7 @@ class Writer(Generic[Item]):
         if self._is_asleep:
             with self._lock:
                 self._wake.notify()
-        if len(self._items) >= self._max_pending:
+        if len(self._items) + self._num_handling > self._max_pending:
             self._wait_until(self._max_pending // 2)
 
     def flush(self) -> None:
@@ -89,6 +95,13 @@ class Writer(Generic[Item]):
         with self._lock:
             self._is_closed = True
             self._wake.notify()
+
+    def _run_and_finish(self) -> None:
+        try:
+            self._run()
+        finally:
+            if self._finish is not None:
+                self._finish()
 
     def _run(self) -> None:
         while self._wait_for_items():

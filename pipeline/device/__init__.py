@@ -1,14 +1,18 @@
 """Streams, events and pinned memory: nothing else in the project touches them."""
 
 from pipeline.device.backend import Backend, EagerBackend, StreamBackend, select_backend
-from pipeline.device.readback import Pending, Readback, StepLimiter
+from pipeline.device.host_reads import HostRead, ReadDetector
+from pipeline.device.readback import Pending, PendingTensor, Readback, StepLimiter
 from pipeline.device.simulated import SimulatedBackend
 from pipeline.device.transfer import Transfer, make_transfer
 
 __all__ = [
     "Backend",
     "EagerBackend",
+    "HostRead",
     "Pending",
+    "PendingTensor",
+    "ReadDetector",
     "Readback",
     "SimulatedBackend",
     "StepLimiter",

@@ -46,6 +46,19 @@ class Pending:
         return self.values
 
 
+class PendingTensor:
+    """A tensor on its way to memory of its own; `resolve` waits for it."""
+
+    def __init__(self, host: torch.Tensor, landed: Event | None) -> None:
+        self._host, self._landed = host, landed
+
+    def resolve(self) -> torch.Tensor:
+        """Wait for the copy, with the GIL released, and return it."""
+        if self._landed is not None:
+            self._landed.synchronize()
+        return self._host
+
+
 class Readback:
     """Starts deferred reads; never waits.
 
@@ -87,6 +100,20 @@ class Readback:
         slot = self._lease(self._streams, len(tensors))
         self._streams.copy_out(packed, slot[: len(tensors)])
         return Pending(values, tuple(tensors), slot, self._streams.record_compute(), self._free)
+
+    def start_tensor(self, tensor: torch.Tensor) -> PendingTensor:
+        """Queue the copy of a whole tensor and return at once; it is the value of this moment.
+
+        Runs on:
+            Loop thread. Pinned memory is made for each, which is dear: it is for now and then.
+        """
+        source = tensor.detach()
+        if self._streams is None or source.device != self._device:
+            return PendingTensor(source.to("cpu", copy=True), None)
+        source = source.contiguous()
+        pinned = self._streams.pinned_like(source)
+        self._streams.copy_out(source, pinned)
+        return PendingTensor(pinned, self._streams.record_compute())
 
     def _lease(self, streams: Streams, width: int) -> torch.Tensor:
         if width > self._width:

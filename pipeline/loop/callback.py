@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from pipeline.batch import Scalars
-from pipeline.errors import ConfigError, add_stage_note
+import torch
+
+from pipeline.batch import MediaKind, Scalars
+from pipeline.errors import ConfigError
+from pipeline.every import Every
 from pipeline.state import TrainState
 
 
@@ -21,10 +24,24 @@ class Event:
         state: Model, optimizer, epoch and step, live.
         stop: Call it with a reason to end the run after this step; the reason becomes
             `FitResult.stop_reason`.
+        log_media: What `log_image`, `log_histogram` and `log_text` are made of.
     """
 
     state: TrainState
     stop: Callable[[str], None]
+    log_media: Callable[[MediaKind, str, torch.Tensor | str], None]
+
+    def log_image(self, name: str, image: torch.Tensor) -> None:
+        """Give an image ``[C, H, W]``, uint8 or float from 0 to 1, to the loggers that keep images."""
+        self.log_media("image", name, image)
+
+    def log_histogram(self, name: str, values: torch.Tensor) -> None:
+        """Give the distribution of a tensor's values to the loggers that keep histograms."""
+        self.log_media("histogram", name, values)
+
+    def log_text(self, name: str, text: str) -> None:
+        """Give a text to the loggers that keep texts."""
+        self.log_media("text", name, text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,17 +84,44 @@ class FitFailed(Event):
     error: BaseException
 
 
-class Callback:
-    """Override what you need; every method runs on the loop thread and is waited for.
+@dataclass(frozen=True, slots=True)
+class StepRead:
+    """After a step's numbers have reached the host, some steps later: there is no live state any more.
 
-    Every event has ``event.state`` (model, optimizer, epoch, step) and ``event.stop(reason)``.
+    Args:
+        step: Optimizer steps finished with this one.
+        epoch: Its epoch.
+        values: Its numbers by name, such as ``train/loss``.
+        stop: As for the other events; the run ends after the step that is under way by now.
     """
+
+    step: int
+    epoch: int
+    values: Mapping[str, float]
+    stop: Callable[[str], None]
+
+
+class Callback:
+    """Override what you need; which method you take says on which thread it runs.
+
+    `on_step_read` gets the host's numbers, late, in order, on the thread of the loggers. All others get
+    the live state (``event.state``: model, optimizer, epoch, step), run on the loop thread, which waits
+    for them, and are timed in `FitResult.outbound`. Each event has ``event.stop(reason)``.
+
+    Attributes:
+        every: How often the two methods of a step are called; at each step if None.
+    """
+
+    every: Every | None = None
 
     def on_fit_started(self, event: FitStarted) -> None:
         """Before the first batch: ``event.run_dir``."""
 
     def on_step_finished(self, event: StepFinished) -> None:
         """After each optimizer step: ``event.state.step``, ``event.scalars`` on the device."""
+
+    def on_step_read(self, event: StepRead) -> None:
+        """After each step's numbers were read: ``event.step``, ``event.values`` on the host."""
 
     def on_epoch_finished(self, event: EpochFinished) -> None:
         """After an epoch's last step: ``event.state.epoch``."""
@@ -90,40 +134,6 @@ class Callback:
 
     def on_fit_failed(self, event: FitFailed) -> None:
         """When an exception ends the run: ``event.error``."""
-
-
-_METHOD: dict[type[Event], str] = {
-    FitStarted: "on_fit_started",
-    StepFinished: "on_step_finished",
-    EpochFinished: "on_epoch_finished",
-    Validated: "on_validated",
-    FitFinished: "on_fit_finished",
-    FitFailed: "on_fit_failed",
-}
-
-
-class CallbackList:
-    """Tells callbacks of events, in the order in which they were given.
-
-    Attributes:
-        has_step_listeners: Whether any callback wants to hear of each step; most runs have none,
-            and their steps pay nothing.
-    """
-
-    def __init__(self, callbacks: Sequence[Callback]) -> None:
-        self._callbacks = tuple(callbacks)
-        self.has_step_listeners = any(
-            type(each).on_step_finished is not Callback.on_step_finished for each in callbacks
-        )
-
-    def tell(self, event: Event) -> None:
-        """Call each callback's method for this event."""
-        for callback in self._callbacks:
-            try:
-                getattr(callback, _METHOD[type(event)])(event)
-            except Exception as error:
-                add_stage_note(error, f"callback ({type(callback).__name__})", step=event.state.step)
-                raise
 
 
 class EarlyStopping(Callback):

@@ -15,6 +15,7 @@ class StepClock(StageClock):
 
     Attributes:
         num_steps: Steps ended so far, validations' restarts not counted.
+        began_s: When the step under way began, by `time.perf_counter`.
         train_s: All time so far that was training: without validations and checkpoints.
 
     Runs on:
@@ -25,12 +26,14 @@ class StepClock(StageClock):
         super().__init__(STAGES)
         self.train_s = 0.0
         self._began_ns, self._waited_ns = self.since_ns, 0
+        self.began_s = self.since_ns / 1e9
         self.num_steps = 0
 
     def restart(self) -> None:
         """Begin a step now, and wait for its first batch: what came before was no training."""
         self.enter(DATA_WAIT)
         self._began_ns, self._waited_ns = self.since_ns, self.wall_ns(DATA_WAIT)
+        self.began_s = self.since_ns / 1e9
 
     def step_ended(self) -> tuple[float, float]:
         """End a step and begin the next with its log; return its time and its data wait, in seconds."""
@@ -39,6 +42,7 @@ class StepClock(StageClock):
         waited_ns = self.wall_ns(DATA_WAIT)
         data_wait_s = (waited_ns - self._waited_ns) / 1e9
         self._began_ns, self._waited_ns = self.since_ns, waited_ns
+        self.began_s = self.since_ns / 1e9
         self.train_s += step_s
         self.num_steps += 1
         if (turn := self.num_steps % CPU_TIME_EVERY_N_STEPS) < 2:

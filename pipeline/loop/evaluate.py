@@ -9,11 +9,14 @@ from typing import Any
 
 import torch
 
-from pipeline.batch import Batch, map_tensors, num_samples
+from pipeline.batch import Batch, Progress, map_tensors, num_samples
 from pipeline.errors import StageError
+from pipeline.every import Every
 from pipeline.loop.objective import Objective
-from pipeline.metrics import Mean, MetricSet
+from pipeline.metrics import Mean, MetricSet, merge_over_ranks
 from pipeline.protocols import Metrics
+
+_TELL_EVERY_S = 0.1
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,8 @@ class Evaluation:
         open_batches: Returns the batches, on the device.
         metrics: By name.
         autocast: Makes the context in which the model runs.
+        num_batches: How many there are, or None where nobody knows.
+        merges_ranks: Whether every rank evaluates, and the numbers are over the samples of all.
 
     Runs on:
         Loop thread; reads from the device once, after the last batch.
@@ -34,26 +39,43 @@ class Evaluation:
     open_batches: Callable[[], Generator[Batch]]
     metrics: Metrics
     autocast: Callable[[], Any]
+    merges_ranks: bool = False
+    num_batches: int | None = None
 
-    def __call__(self, model: torch.nn.Module) -> dict[str, float]:
+    def __call__(
+        self, model: torch.nn.Module, tell: Callable[[Progress], None] | None = None
+    ) -> dict[str, float]:
+        """Evaluate.
+
+        Args:
+            model: In evaluation mode for the length of the call.
+            tell: Called with how far it is, some ten times a second; the last time when it is over.
+        """
         means: dict[str, Mean] = {"loss": Mean()}
-        further = MetricSet(self.metrics)
+        further, num_done, every = MetricSet(self.metrics), 0, Every(seconds=_TELL_EVERY_S)
         with torch.no_grad(), evaluation_mode(model), closing(self.open_batches()) as batches:
             for batch in batches:
                 with self.autocast():
                     computed = self.objective(model, batch)
                 count = num_samples(batch)
-                means["loss"].add(computed.loss, count)
-                for name, value in computed.scalars.items():
-                    means.setdefault(name, Mean()).add(value, count)
+                for name, value in {**computed.scalars, "loss": computed.loss}.items():
+                    means[name] = means.get(name, Mean()).merge(Mean.of(value, count))
                 further.update(*computed.metric_args, num_samples=count)
-        if not means["loss"].has_samples:
+                num_done += 1
+                if tell is not None and every.is_due(num_done):
+                    tell(Progress("validate", num_done, self.num_batches, False))
+        if tell is not None:
+            tell(Progress("validate", num_done, self.num_batches, True))
+        if not means["loss"].count:
             raise StageError(
                 "the data gave no batch. An iterator can be read only once: pass a DataLoader, a list, or "
                 "an object whose __iter__ starts anew.",
                 stage="validate",
             )
-        return {name: mean.compute() for name, mean in means.items()} | further.compute()
+        if self.merges_ranks:
+            means = merge_over_ranks(means)
+        values = {name: mean.compute() for name, mean in means.items()}
+        return values | further.compute(merges_ranks=self.merges_ranks)
 
 
 def predict_batches(

@@ -3,33 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pipeline.batch import Batch, Row, Scalars, num_samples
+from pipeline.batch import Batch, Media, MediaKind, Progress, Row, Scalars, num_samples
 from pipeline.checkpoint import CheckpointFolder
-from pipeline.device import StepLimiter
+from pipeline.device import ReadDetector, StepLimiter
 from pipeline.errors import NonFiniteError, StageError, add_stage_note, noting_on
 from pipeline.loop.callback import (
-    CallbackList,
     EpochFinished,
+    Event,
     FitFailed,
     FitFinished,
     FitStarted,
     StepFinished,
+    StepRead,
     Validated,
     monitored,
 )
+from pipeline.loop.callback_list import CallbackList
 from pipeline.loop.clock import DATA_WAIT, VALIDATE, StepClock
+from pipeline.loop.collector import Collector
 from pipeline.loop.gil import GilWatch
-from pipeline.loop.outbound import Journal, Outbound, StepDone
+from pipeline.loop.journal import Journal
+from pipeline.loop.outbound import Outbound
+from pipeline.loop.rates import StepDone
 from pipeline.loop.step import TrainStep
-from pipeline.result import FitResult
 from pipeline.settings import Settings
 from pipeline.state import TrainState
 
@@ -40,7 +44,11 @@ class Run:
 
     Args:
         inbound: The inbound belt: an epoch's batches on the device, at most so many.
-        validate: Returns the validation metrics without their prefix; None without validation data.
+        validate: Given whom to tell how far it is, returns the validation metrics without their prefix;
+            None without validation data.
+        count_tokens: Returns the tokens in a batch; None where nobody counts them.
+        collector: Decides when garbage is collected; None leaves it to Python.
+        detector: Finds the lines that wait for the device; None where nobody asked.
     """
 
     settings: Settings
@@ -52,32 +60,53 @@ class Run:
     limiter: StepLimiter | None
     callbacks: CallbackList
     checkpoints: CheckpointFolder | None
-    validate: Callable[[], dict[str, float]] | None
+    validate: Callable[[Callable[[Progress], None]], dict[str, float]] | None
     max_batches: int | None
     scheduler_interval: Literal["step", "epoch"]
     clock: StepClock
     gil: GilWatch
+    detector: ReadDetector | None
+    collector: Collector | None
+    count_tokens: Callable[[Batch], int] | None
     history: list[Row] = field(default_factory=list)
     stop_reason: str = ""
     validated_step: int = -1
     num_samples: int = 0
+    num_tokens: int = 0
+    num_samples_before: int = 0  # the step under way
+    num_tokens_before: int = 0
 
     def stop(self, reason: str) -> None:
         """End the run after the step under way; the first reason counts."""
         self.stop_reason = self.stop_reason or reason
 
+    def tell(self, event: type[Event], *values: Any) -> None:
+        """Tell the callbacks of an event."""
+        self.callbacks.tell(event(self.state, self.stop, self.log_media, *values))
+
+    def tell_read(self, done: StepDone, values: dict[str, float]) -> None:
+        """Tell the callbacks of a step's numbers; the thread of the loggers."""
+        self.callbacks.tell_read(StepRead(done.step, done.epoch, values, self.stop))
+
+    def log_media(self, kind: MediaKind, name: str, data: torch.Tensor | str) -> None:
+        """Send an image, a histogram or a text to the loggers."""
+        self.outbound.put_media(Media(self.state.step, self.state.epoch, name, kind, data))
+
 
 def fit(run: Run, run_dir: Path | None) -> None:
     """Train, and tell the callbacks how it began and how it ended."""
+    if run.callbacks.has_read_listeners:
+        run.journal.on_step = run.tell_read
     try:
-        run.callbacks.tell(FitStarted(run.state, run.stop, run_dir))
+        run.tell(FitStarted, run_dir)
         _train(run)
-        run.callbacks.tell(FitFinished(run.state, run.stop, run.stop_reason))
+        run.tell(FitFinished, run.stop_reason)
         run.outbound.flush()
     except BaseException as error:
+        run.journal.loggers.has_failed = True
         cause = _earlier_cause(run, error)
         with noting_on(cause):
-            run.callbacks.tell(FitFailed(run.state, run.stop, cause))
+            run.tell(FitFailed, cause)
         if cause is not error:
             raise cause from error
         raise
@@ -107,37 +136,14 @@ def _train(run: Run) -> None:
             raise
 
 
-def make_result(run: Run, schedule: Literal["overlap", "textbook"], run_dir: Path | None) -> FitResult:
-    """Sum up a run that has ended."""
-    checkpoints, metrics = run.checkpoints, dict(run.journal.last_values)
-    for row in run.history:
-        metrics |= row.values
-    return FitResult(
-        metrics=metrics,
-        history=run.history,
-        losses=run.journal.losses,
-        num_steps=run.state.step,
-        num_epochs=run.state.epoch,
-        schedule=schedule,
-        samples_per_s=run.num_samples / run.clock.train_s if run.clock.train_s else 0.0,
-        train_s=run.clock.train_s,
-        stop_reason=run.stop_reason,
-        run_dir=run_dir,
-        last_checkpoint=None if checkpoints is None else checkpoints.last,
-        best_checkpoint=None if checkpoints is None else checkpoints.best,
-        stage_times=run.clock.times(),
-        handoffs_per_step=run.gil.handoffs_per_step(run.state.step),
-        gil=run.gil.report,
-        ema_model=None if run.state.ema is None else run.state.ema.module,
-    )
-
-
 def _train_epoch(run: Run, batches: Iterator[Batch]) -> None:
     step, clock = run.step, run.clock
     clock.restart()
     for batch in batches:
         step.micro_batch(batch)
         run.num_samples += num_samples(batch)
+        if run.count_tokens is not None:
+            run.num_tokens += run.count_tokens(batch)
         if step.is_due:
             _finish_step(run)
             if run.stop_reason:
@@ -150,11 +156,22 @@ def _train_epoch(run: Run, batches: Iterator[Batch]) -> None:
 def _finish_step(run: Run) -> None:
     scalars = run.step.update()
     step_s, data_wait_s = run.clock.step_ended()
-    done = StepDone(run.state.step, run.state.epoch, step_s, data_wait_s)
+    done = StepDone(
+        run.state.step,
+        run.state.epoch,
+        step_s,
+        data_wait_s,
+        run.clock.began_s,
+        run.num_samples - run.num_samples_before,
+        run.num_tokens - run.num_tokens_before,
+    )
+    run.num_samples_before, run.num_tokens_before = run.num_samples, run.num_tokens
     run.outbound.put_step(done, scalars)  # never waits for the device in `overlap`
     if run.limiter is not None:
         run.limiter.step_queued()  # waits for the step `max_steps_in_flight` ago
     run.gil.step_done(run.state.step, run.state.epoch)
+    if run.collector is not None:
+        run.collector.step_done(run.state.step)
     if _after_step(run, scalars):
         run.clock.restart()  # a validation is no training time
 
@@ -167,12 +184,13 @@ def _after_step(run: Run, scalars: Scalars) -> bool:
             name: value.detach() if isinstance(value, torch.Tensor) else value
             for name, value in scalars.items()
         }
-        run.callbacks.tell(StepFinished(state, run.stop, plain))
+        run.tell(StepFinished, plain)
     if settings.max_steps is not None and state.step >= settings.max_steps:
         run.stop("max_steps")
     every_n = settings.val_check_interval
     if every_n is not None and state.step % every_n == 0:
-        _validate(run, {})
+        with nullcontext() if run.detector is None else run.detector.reads.paused():
+            _validate(run, {})
         return True
     return False
 
@@ -180,10 +198,14 @@ def _after_step(run: Run, scalars: Scalars) -> bool:
 def _finish_epoch(run: Run, first_step: int) -> None:
     state, settings = run.state, run.settings
     run.outbound.flush()
+    if run.collector is not None:
+        run.collector.idle()
     run.clock.step_ended()  # what the device was still busy with is training time too
-    run.callbacks.tell(EpochFinished(state, run.stop))
+    run.tell(EpochFinished)
     losses = run.journal.losses[first_step : state.step]
     means = {"train/epoch_loss": sum(losses) / len(losses)}
+    if run.step.metrics is not None:
+        means |= run.step.metrics.finish_epoch()
     if settings.epoch_limit is not None and state.epoch + 1 >= settings.epoch_limit:
         run.stop("max_epochs")
     every_n = settings.check_val_every_n_epoch
@@ -208,7 +230,7 @@ def _validate(run: Run, means: dict[str, float]) -> None:
     run.clock.enter(VALIDATE)
     run.validated_step = run.state.step
     try:
-        found = run.validate()
+        found = run.validate(run.outbound.put_progress)
     except Exception as error:
         add_stage_note(error, "validate", step=run.state.step)
         raise
@@ -219,7 +241,7 @@ def _validate(run: Run, means: dict[str, float]) -> None:
         run.state.scheduler.step(value)
     if run.checkpoints is not None:
         run.checkpoints.save_if_best(run.state, value)
-    run.callbacks.tell(Validated(run.state, run.stop, metrics))
+    run.tell(Validated, metrics)
     return None
 
 

@@ -6,99 +6,47 @@ a read and goes on; the writer thread waits for the numbers and writes them, in 
 
 from __future__ import annotations
 
-from array import array
-from collections.abc import Callable, Sequence
-from math import isfinite
+import time
 from typing import NamedTuple, Protocol, TypeAlias
 
 import torch
 
-from pipeline.batch import Row, Scalars
+from pipeline.batch import Media, Progress, Row, Scalars
 from pipeline.concurrency import Scope, Writer
-from pipeline.device import Backend, Pending, Readback
-from pipeline.errors import NonFiniteError, add_stage_note
+from pipeline.device import Backend, Pending, PendingTensor, Readback
 from pipeline.gil import stage
-from pipeline.protocols import Logger
+from pipeline.loop.journal import Journal
+from pipeline.loop.rates import StepDone
 from pipeline.settings import Settings
 
 LOGGING = stage("log")
-
-
-class StepDone(NamedTuple):
-    """What the loop knows of a step that it has queued, its device scalars apart.
-
-    Args:
-        step: Optimizer steps finished with this one.
-        epoch: Its epoch.
-        step_s: Time since the step before it was queued, in seconds.
-        data_wait_s: How much of that was spent waiting for batches.
-    """
-
-    step: int
-    epoch: int
-    step_s: float
-    data_wait_s: float
-
-
-class Journal:
-    """Keeps what a run has said so far and tells the loggers.
-
-    Args:
-        settings: How often a step makes a row, and whether a loss that is not finite ends the run.
-        loggers: Told of each row.
-        last_step: Returns the step that the loop has reached.
-
-    Runs on:
-        The writer thread in ``overlap``, the loop thread in ``textbook``.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        loggers: Sequence[Logger],
-        last_step: Callable[[], int],
-    ) -> None:
-        self._loggers, self._every_n = loggers, settings.log_every_n_steps
-        self._stops_on_nonfinite = settings.on_nonfinite == "stop"
-        self._last_step = last_step
-        self.losses = array("d")
-        self.last_values: dict[str, float] = {}
-
-    def note_step(self, done: StepDone, values: dict[str, float]) -> None:
-        """Take a step's numbers; write a row if it is its turn."""
-        loss = values["train/loss"]
-        self.losses.append(loss)
-        self.last_values = values
-        if done.step % self._every_n == 0:
-            values["time/step_ms"] = done.step_s * 1e3
-            values["time/data_wait_ms"] = done.data_wait_s * 1e3
-            self.note_row(Row(done.step, done.epoch, values))
-        if self._stops_on_nonfinite and not isfinite(loss):
-            raise NonFiniteError(done.step - 1, self._last_step() - 1, loss)
-
-    def note_row(self, row: Row) -> None:
-        """Write a row whose numbers the host already had."""
-        for logger in self._loggers:
-            try:
-                logger.log(row)
-            except Exception as error:
-                add_stage_note(error, f"log ({type(logger).__name__})", step=row.step)
-                raise
-
-    def flush(self) -> None:
-        """Make what was written readable by others."""
-        for logger in self._loggers:
-            logger.flush()
+_CHUNK = 32  # steps between two looks at how far behind the loggers are
 
 
 class Outbound(Protocol):
-    """Where the loop puts its numbers."""
+    """Where the loop puts its numbers.
+
+    Attributes:
+        max_lag_steps: The most steps that the loop was ahead of the loggers.
+        max_lag_s: The longest time from a step's end until the loggers had its row.
+        writer_cpu_s: Processor time of the writer thread, once it has ended; None if there is none.
+    """
+
+    max_lag_steps: int
+    max_lag_s: float
+    writer_cpu_s: float | None
 
     def put_step(self, done: StepDone, scalars: Scalars) -> None:
         """Take a step's scalars, on their device."""
 
     def put_row(self, row: Row) -> None:
         """Take a row of the host's."""
+
+    def put_media(self, media: Media) -> None:
+        """Take an image, a histogram or a text; a tensor on its device."""
+
+    def put_progress(self, progress: Progress) -> None:
+        """Take how far a validation is."""
 
     def flush(self) -> None:
         """Return when everything put so far is in the journal and with the loggers."""
@@ -108,6 +56,8 @@ class DirectOutbound:
     """Reads each step's scalars at once and logs them, on the loop thread."""
 
     def __init__(self, backend: Backend, journal: Journal) -> None:
+        self.max_lag_steps, self.max_lag_s = 0, 0.0
+        self.writer_cpu_s: float | None = None
         self._read, self._journal = backend.read, journal
 
     def put_step(self, done: StepDone, scalars: Scalars) -> None:
@@ -115,24 +65,57 @@ class DirectOutbound:
             name: self._read(value) if isinstance(value, torch.Tensor) else value
             for name, value in scalars.items()
         }
-        self._journal.note_step(done, values)
+        try:
+            self._journal.note_step(done, values)
+        finally:
+            self._journal.deliver()
 
     def put_row(self, row: Row) -> None:
         self._journal.note_row(row)
+        self._journal.deliver()
+
+    def put_media(self, media: Media) -> None:
+        data = media.data
+        self._journal.note_media(media if isinstance(data, str) else media._replace(data=data.detach().cpu()))
+
+    def put_progress(self, progress: Progress) -> None:
+        self._journal.loggers.log_progress(progress)
 
     def flush(self) -> None:
         self._journal.flush()
 
 
-_Item: TypeAlias = "tuple[StepDone, Pending] | Row"
+class _PendingMedia(NamedTuple):
+    media: Media
+    tensor: PendingTensor
+
+
+_Other: TypeAlias = "Row | Progress | Media | _PendingMedia"
+_Item: TypeAlias = "tuple[StepDone, Pending] | _Other"
 
 
 class BeltOutbound:
-    """Starts a deferred read for each step; the writer thread resolves and logs it."""
+    """Starts a deferred read for each step; the writer thread resolves and logs it.
 
-    def __init__(self, scope: Scope, backend: Backend, journal: Journal) -> None:
+    Args:
+        scope: Owns the writer thread, on which the loggers are closed too.
+        backend: The device.
+        journal: Told of everything in order.
+        settings: ``max_log_lag`` bounds what may wait: beyond it the loop waits (``wait``), or the
+            journal leaves rows out (``drop``), or nothing happens (``grow``).
+    """
+
+    def __init__(self, scope: Scope, backend: Backend, journal: Journal, settings: Settings) -> None:
         self._readback, self._journal = Readback(backend), journal
-        self._writer: Writer[_Item] = Writer(scope, self._write, name="writer")
+        self.max_lag_steps, self.max_lag_s = 0, 0.0
+        self.writer_cpu_s: float | None = None
+        self._writer: Writer[_Item] = Writer(
+            scope,
+            self._write,
+            name="writer",
+            max_pending=settings.max_log_lag if settings.log_overflow == "wait" else None,
+            finish=self._finish,
+        )
 
     def put_step(self, done: StepDone, scalars: Scalars) -> None:
         self._writer.put((done, self._readback.start(scalars)))
@@ -140,16 +123,50 @@ class BeltOutbound:
     def put_row(self, row: Row) -> None:
         self._writer.put(row)
 
+    def put_media(self, media: Media) -> None:
+        data = media.data
+        if isinstance(data, str):
+            self._writer.put(media)
+        else:
+            self._writer.put(_PendingMedia(media, self._readback.start_tensor(data)))
+
+    def put_progress(self, progress: Progress) -> None:
+        self._writer.put(progress)
+
     def flush(self) -> None:
         self._writer.flush()
 
     @LOGGING
     def _write(self, items: list[_Item]) -> None:
         try:
-            for item in items:
-                if isinstance(item, Row):
-                    self._journal.note_row(item)
-                else:
-                    self._journal.note_step(item[0], item[1].resolve())
+            for start in range(0, len(items), _CHUNK):
+                self._write_chunk(items[start : start + _CHUNK])
         finally:
             self._journal.flush()
+
+    def _write_chunk(self, items: list[_Item]) -> None:
+        oldest: StepDone | None = None
+        for item in items:
+            if isinstance(item, (Row, Progress, Media, _PendingMedia)):
+                self._write_other(item)
+            else:
+                oldest = oldest or item[0]
+                self._journal.note_step(item[0], item[1].resolve())
+        self._journal.deliver()
+        if oldest is not None:
+            self.max_lag_s = max(self.max_lag_s, time.perf_counter() - oldest.ended_s)
+            self.max_lag_steps = max(self.max_lag_steps, self._journal.last_step() - oldest.step)
+
+    def _write_other(self, item: _Other) -> None:
+        if isinstance(item, Row):
+            self._journal.note_row(item)
+        elif isinstance(item, Progress):
+            self._journal.loggers.log_progress(item)
+        elif isinstance(item, Media):
+            self._journal.note_media(item)
+        else:
+            self._journal.note_media(item.media._replace(data=item.tensor.resolve()))
+
+    def _finish(self) -> None:
+        self._journal.loggers.close()
+        self.writer_cpu_s = time.thread_time()

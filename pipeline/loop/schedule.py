@@ -11,7 +11,8 @@ from pipeline.batch import Batch
 from pipeline.concurrency import Scope
 from pipeline.data import Source
 from pipeline.device import Backend, StepLimiter, make_transfer
-from pipeline.loop.outbound import BeltOutbound, DirectOutbound, Journal, Outbound
+from pipeline.loop.journal import Journal
+from pipeline.loop.outbound import BeltOutbound, DirectOutbound, Outbound
 from pipeline.loop.prefetch import read_ahead, read_in_line
 from pipeline.settings import Settings
 
@@ -37,7 +38,7 @@ class Belts:
         prepare: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:
         self.backend, self.device = backend, backend.device
-        self._depth = settings.prefetch_depth
+        self._settings, self._depth = settings, settings.prefetch_depth
         overlaps = settings.schedule == "overlap" or (
             settings.schedule == "auto" and backend.streams is not None
         )
@@ -62,4 +63,4 @@ class Belts:
         """Return where the loop puts its numbers; the scope owns the writer thread, if any."""
         if self.schedule == "textbook":
             return DirectOutbound(self.backend, journal)
-        return BeltOutbound(scope, self.backend, journal)
+        return BeltOutbound(scope, self.backend, journal, self._settings)

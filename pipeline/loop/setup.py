@@ -6,7 +6,7 @@ import contextlib
 import datetime
 import itertools
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,9 @@ from typing import Any
 import torch
 
 from pipeline.checkpoint import CheckpointFolder
-from pipeline.errors import ConfigError, noting_on
-from pipeline.loggers import JsonlLogger, ProgressBar
+from pipeline.errors import ConfigError
 from pipeline.loop.objective import Objective, from_loss_fn, from_step
-from pipeline.protocols import Logger, LossFn, Metrics, Step
+from pipeline.protocols import LossFn, Step
 from pipeline.settings import AUTO_RUN_DIR, AUTOCAST_DTYPE, Precision, Settings
 
 
@@ -47,14 +46,13 @@ def place(
     settings: Settings,
     device: torch.device,
     model: torch.nn.Module,
-    loss_fn: LossFn | None,
-    metrics: Metrics,
+    *parts: Any,
 ) -> None:
     """Put the model, and a loss and metrics that have tensors of their own, on the device."""
     model.to(device)
     if settings.channels_last:
         model.to(memory_format=torch.channels_last)
-    for part in (loss_fn, *metrics.values()):
+    for part in parts:
         if isinstance(part, torch.nn.Module):
             part.to(device)
 
@@ -73,39 +71,11 @@ def make_autocast(precision: Precision, device: torch.device) -> Callable[[], An
     return contextlib.nullcontext if dtype is None else partial(torch.autocast, device.type, dtype)
 
 
-def make_loggers(settings: Settings, run_dir: Path | None, num_batches: int | None) -> list[Logger]:
-    """Return the loggers that every run has: ``metrics.jsonl`` and the bar."""
-    loggers: list[Logger] = []
-    if run_dir is not None:
-        loggers.append(JsonlLogger(run_dir / "metrics.jsonl"))
-    if settings.enable_progress_bar:
-        num_steps = settings.max_steps
-        if settings.epoch_limit is not None and num_batches is not None:
-            num_steps = settings.epoch_limit * -(-num_batches // settings.accumulate_grad_batches)
-        loggers.append(ProgressBar(num_steps))
-    return loggers
-
-
 def make_checkpoints(settings: Settings, run_dir: Path | None) -> CheckpointFolder | None:
     """Return where checkpoints go, or None if there are to be none."""
     if run_dir is None or not settings.enable_checkpointing:
         return None
     return CheckpointFolder(run_dir / "checkpoints", settings.monitor_mode)
-
-
-@contextlib.contextmanager
-def closing_all(loggers: Sequence[Logger]) -> Iterator[None]:
-    """Close every logger after the block; an error of the block is not lost to one of theirs."""
-    try:
-        yield
-    except BaseException as error:
-        for logger in loggers:
-            with noting_on(error):
-                logger.close()
-        raise
-    with contextlib.ExitStack() as stack:
-        for logger in loggers:
-            stack.callback(logger.close)
 
 
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | None:
@@ -116,13 +86,22 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | 
     return torch.amp.GradScaler(device.type) if precision == "16-mixed" else None
 
 
+def is_rank_zero() -> bool:
+    """Say whether this process is the one that writes, among those that train together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 def make_run_dir(run_dir: str | Path | None) -> Path | None:
     """Make the folder for a run's files: ``runs/<time>`` for ``auto``, none for None.
+
+    Ranks other than zero write nothing.
 
     Raises:
         ConfigError: If it holds a run already.
     """
-    if run_dir is None:
+    if run_dir is None or not is_rank_zero():
         return None
     if run_dir != AUTO_RUN_DIR:
         if (Path(run_dir) / "metrics.jsonl").exists():

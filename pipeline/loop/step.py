@@ -11,6 +11,7 @@ from pipeline.batch import Batch, Scalars
 from pipeline.errors import add_stage_note
 from pipeline.loop.clock import BACKWARD, FORWARD, OPTIMIZER, StepClock
 from pipeline.loop.objective import Computed, Objective, check_graph
+from pipeline.loop.train_metrics import TrainMetrics
 from pipeline.settings import AUTOCAST_DTYPE, Settings
 from pipeline.state import TrainState
 
@@ -26,6 +27,7 @@ class TrainStep:
         device: Where the model is.
         scheduler_interval: Whether the scheduler moves with each ``step`` or each ``epoch``.
         clock: Told when forward, backward and the optimizer begin.
+        metrics: Of the training batches; None for none.
 
     Runs on:
         Loop thread.
@@ -40,10 +42,11 @@ class TrainStep:
         device: torch.device,
         scheduler_interval: Literal["step", "epoch"],
         clock: StepClock,
+        metrics: TrainMetrics | None = None,
     ) -> None:
         self._enter_stage = clock.enter
         self._state, self._model, self._objective = state, forward_model, objective
-        self._settings, self._device = settings, device
+        self._settings, self._device, self.metrics = settings, device, metrics
         self._num_accumulated = settings.accumulate_grad_batches
         self._autocast_dtype = AUTOCAST_DTYPE[settings.precision]
         self._steps_scheduler = (
@@ -54,6 +57,7 @@ class TrainStep:
         self._scalars: Scalars = {}  # sums over the micro-batches so far, and of how many
         self._counts: dict[str, int] = {}
         self.num_pending = 0
+        self._is_unscaled = False
 
     @property
     def is_due(self) -> bool:
@@ -82,10 +86,11 @@ class TrainStep:
                 loss = self._state.scaler.scale(loss)
             self._enter_stage(BACKWARD)
             loss.backward()  # type: ignore[no-untyped-call]
+            of_metrics = {} if self.metrics is None else self.metrics.add(computed, batch)
         except Exception as error:
             add_stage_note(error, "step", step=self._state.step)
             raise
-        self._note_scalars(computed)
+        self._note_scalars(computed, of_metrics)
         self.num_pending += 1
 
     def update(self) -> Scalars:
@@ -101,6 +106,8 @@ class TrainStep:
         # A tensor is what a scheduler changes in place: keep it as it was for this update.
         scalars["train/lr"] = rate.detach().clone() if isinstance(rate, torch.Tensor) else rate
         try:
+            if self._settings.log_grad_norm:
+                self._note_grad_norm(scalars)
             if self._settings.gradient_clip_val is not None:
                 self._clip(self._settings.gradient_clip_val, scalars)
             if state.scaler is None:
@@ -108,6 +115,7 @@ class TrainStep:
             else:
                 state.scaler.step(state.optimizer)
                 state.scaler.update()
+                self._is_unscaled = False
             state.optimizer.zero_grad()
             if self._steps_scheduler and state.scheduler is not None:
                 state.scheduler.step()
@@ -120,25 +128,38 @@ class TrainStep:
         return scalars
 
     def _clip(self, limit: float, scalars: Scalars) -> None:
-        parameters = [
-            parameter for group in self._state.optimizer.param_groups for parameter in group["params"]
-        ]
-        if self._state.scaler is not None:
-            self._state.scaler.unscale_(self._state.optimizer)
+        parameters = self._unscaled_parameters()
         if self._settings.gradient_clip_algorithm == "norm":
             scalars["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, limit)
         else:
             torch.nn.utils.clip_grad_value_(parameters, limit)
 
-    def _note_scalars(self, computed: Computed) -> None:
+    def _note_grad_norm(self, scalars: Scalars) -> None:
+        if self._settings.gradient_clip_val is not None and self._settings.gradient_clip_algorithm == "norm":
+            return  # clipping computes it
+        gradients = [each.grad for each in self._unscaled_parameters() if each.grad is not None]
+        scalars["train/grad_norm"] = torch.nn.utils.get_total_norm(gradients)
+
+    def _unscaled_parameters(self) -> list[torch.Tensor]:
+        scaler, optimizer = self._state.scaler, self._state.optimizer
+        if scaler is not None and not self._is_unscaled:
+            scaler.unscale_(optimizer)
+            self._is_unscaled = True  # once an update, or it raises
+        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+    def _note_scalars(self, computed: Computed, of_metrics: Scalars) -> None:
         if not computed.scalars and self._num_accumulated == 1:
-            self._scalars = {"train/loss": computed.loss}  # its graph is freed; a detach costs 4 µs
+            self._scalars = {
+                "train/loss": computed.loss,
+                **of_metrics,
+            }  # its graph is freed; a detach costs 4 µs
             return
         found: Scalars = {}
         for name, value in computed.scalars.items():
             # A snapshot: what the user returned may be a live buffer, or a weight about to change.
             snapshot = value.detach().clone() if isinstance(value, torch.Tensor) else float(value)
             found[name if "/" in name else f"train/{name}"] = snapshot
+        found |= of_metrics
         found["train/loss"] = computed.loss.detach()
         for name, value in found.items():
             self._counts[name] = self._counts.get(name, 0) + 1

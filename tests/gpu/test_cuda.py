@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
 from pipeline import DeferredReads, Trainer, prefetch
+from pipeline.testing import InMemoryLogger
 from tests.textbook import assert_same_weights, build_model, weights
 
 pytestmark = pytest.mark.gpu
@@ -54,6 +55,41 @@ def test_the_loop_reads_nothing_from_cuda():
         fit("overlap", loss_fn=loss_fn)
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+BUDGET = {
+    "plain": {},
+    "accumulation, clipping and EMA": {
+        "accumulate_grad_batches": 2, "gradient_clip_val": 0.1, "ema_decay": 0.9, "val_check_interval": 20,
+    },
+    "bf16": {"precision": "bf16-mixed"},
+    "fp16": {"precision": "16-mixed", "gradient_clip_val": 0.1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("feature", BUDGET)
+@pytest.mark.parametrize("is_planted", [False, True])
+def test_the_sync_budget_is_zero_on_cuda(feature, is_planted):
+    """The run's own report names no line, with everything on; a planted `.item()` is named and counted."""
+
+    def loss_fn(outputs, target):
+        loss = F.cross_entropy(outputs, target)
+        if is_planted:
+            loss.item()
+        return loss
+
+    model = build_model("conv")
+    dataset = TensorDataset(torch.randn(512, 6), torch.arange(512) % 3)
+    trainer = Trainer(
+        max_epochs=2, schedule="overlap", device="cuda", detect_host_reads=True, **BUDGET[feature]
+    )
+    optimizer = torch.optim.AdamW(model.parameters(), fused=True)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100)
+    result = trainer.fit(
+        model, optimizer, dataset, loss_fn=loss_fn, batch_size=8, val_data=dataset, scheduler=scheduler,
+        scheduler_interval="step", loggers=[InMemoryLogger()],
+    )  # fmt: skip
+    assert [read.file for read in result.outbound.host_reads] == [__file__] * is_planted
 
 
 def test_kept_batches_stay_valid_on_cuda():

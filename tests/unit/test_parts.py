@@ -97,7 +97,7 @@ def test_a_mean_is_over_samples_not_batches(batches):
     mean, values = Mean(), []
     for size, is_per_sample in batches:
         value = torch.arange(float(size)) + size
-        mean.add(value if is_per_sample else value.mean(), size)
+        mean = mean.merge(Mean.of(value if is_per_sample else value.mean(), size))
         values += value.tolist()
     assert mean.compute() == pytest.approx(sum(values) / len(values))
 

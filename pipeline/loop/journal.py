@@ -1,0 +1,92 @@
+"""What a run has said so far: every step's loss, and the rows that the loggers are told."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Callable
+from math import isfinite
+
+from pipeline.batch import Media, Row
+from pipeline.errors import NonFiniteError
+from pipeline.loggers import LoggerGroup
+from pipeline.loop.rates import Rates, StepDone
+from pipeline.settings import Settings
+
+
+class Journal:
+    """Takes every step's numbers in order, and tells the loggers.
+
+    Args:
+        settings: How often a step makes a row, what happens to rows that come too late, and whether a
+            loss that is not finite ends the run.
+        loggers: Told of the rows.
+        rates: Adds samples per second and the like to a row.
+        last_step: Returns the step that the loop has reached.
+
+    Attributes:
+        on_step: Told of every step's numbers, in order, a row or not; None for nobody.
+        losses: Of every step, whatever becomes of its row.
+        last_values: The numbers of the last step.
+        num_undelivered: Rows that the loggers have not been told yet.
+        num_dropped: Rows that they never will be.
+
+    Runs on:
+        The writer thread in ``overlap``, the loop thread in ``textbook``.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        loggers: LoggerGroup,
+        rates: Rates,
+        last_step: Callable[[], int],
+    ) -> None:
+        self.loggers, self._rates, self._every_n = loggers, rates, settings.log_every_n_steps
+        self._max_lag = settings.max_log_lag if settings.log_overflow == "drop" else None
+        self._stops_on_nonfinite = settings.on_nonfinite == "stop"
+        self.last_step = last_step
+        self.on_step: Callable[[StepDone, dict[str, float]], None] | None = None
+        self._rows: list[Row] = []
+        self.losses = array("d")
+        self.last_values: dict[str, float] = {}
+        self.num_dropped = 0
+
+    @property
+    def num_undelivered(self) -> int:
+        return len(self._rows)
+
+    def note_step(self, done: StepDone, values: dict[str, float]) -> None:
+        """Take a step's numbers; make a row if it is its turn."""
+        loss = values["train/loss"]
+        self.losses.append(loss)
+        self.last_values = values
+        if self.on_step is not None:
+            self.on_step(done, values)
+        if done.step % self._every_n == 0:
+            if self._max_lag is not None and self.last_step() - done.step > self._max_lag:
+                self.num_dropped += 1
+            else:
+                self._rates.add_to(values, done)
+                self._rows.append(Row(done.step, done.epoch, values))
+        if self._stops_on_nonfinite and not isfinite(loss):
+            raise NonFiniteError(done.step - 1, self.last_step() - 1, loss)
+
+    def note_row(self, row: Row) -> None:
+        """Take a row whose numbers the host already had; it is never dropped."""
+        self._rows.append(row)
+
+    def note_media(self, media: Media) -> None:
+        """Take an image, a histogram or a text."""
+        self.deliver()
+        self.loggers.log_media(media)
+
+    def deliver(self) -> None:
+        """Tell the loggers of the rows so far."""
+        if self._rows:
+            rows, self._rows = self._rows, []
+            self.loggers.log(rows)
+
+    def flush(self) -> None:
+        """Tell them, and make what was written readable by others."""
+        self.deliver()
+        self.loggers.flush()

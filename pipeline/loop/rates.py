@@ -1,0 +1,118 @@
+"""Rates and memory: what a row says of a step besides its scalars, worked out where rows are made."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from pipeline.batch import Batch, num_samples
+from pipeline.loop.step import TrainStep
+
+_MEMORY_EVERY_S = 1.0
+
+
+class StepDone(NamedTuple):
+    """What the loop knows of a step that it has queued, its device scalars apart.
+
+    Args:
+        step: Optimizer steps finished with this one.
+        epoch: Its epoch.
+        step_s: Time since the step before it was queued, in seconds.
+        data_wait_s: How much of that was spent waiting for batches.
+        ended_s: When it had been queued, by `time.perf_counter`.
+        num_samples: Its samples.
+        num_tokens: Its tokens; 0 where nobody counts them.
+    """
+
+    step: int
+    epoch: int
+    step_s: float
+    data_wait_s: float
+    ended_s: float
+    num_samples: int
+    num_tokens: int
+
+
+class Rates:
+    """Samples, tokens and FLOPs per second of a step, and now and then the memory in use.
+
+    Args:
+        device: Its memory is told, if it counts its own.
+        peak_tflops: What the device can do at best; None tells no utilisation.
+        flops_per_sample: Returns what a sample costs, forward and backward; None while unknown.
+
+    Runs on:
+        The writer thread in ``overlap``, the loop thread in ``textbook``. Reads nothing from the device.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        peak_tflops: float | None,
+        flops_per_sample: Callable[[], float | None],
+    ) -> None:
+        self._device, self._flops_per_sample = device, flops_per_sample
+        self._peak_flops = None if peak_tflops is None else peak_tflops * 1e12
+        self._memory_due_s = 0.0
+
+    def add_to(self, values: dict[str, float], done: StepDone) -> None:
+        """Put a step's times and rates among its numbers.
+
+        Args:
+            values: Written to.
+            done: The step.
+        """
+        step_s, samples = done.step_s, done.num_samples
+        values["time/step_ms"] = step_s * 1e3
+        values["time/data_wait_ms"] = done.data_wait_s * 1e3
+        if step_s <= 0:
+            return  # a clock that did not move
+        values["rate/samples_per_s"] = samples / step_s
+        if done.num_tokens:
+            values["rate/tokens_per_s"] = done.num_tokens / step_s
+        if self._peak_flops is not None and (each := self._flops_per_sample()) is not None:
+            values["rate/mfu_ratio"] = each * samples / step_s / self._peak_flops
+        if done.ended_s >= self._memory_due_s:
+            self._memory_due_s = done.ended_s + _MEMORY_EVERY_S
+            values |= memory_in_use(self._device)
+
+
+def memory_in_use(device: torch.device) -> dict[str, float]:
+    """Return the bytes that this process and its tensors on the device take, where that is known."""
+    found: dict[str, float] = {}
+    if sys.platform == "linux":
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        found["memory/host_bytes"] = pages * os.sysconf("SC_PAGE_SIZE")
+    if device.type != "cpu":
+        allocated = getattr(torch.get_device_module(device), "memory_allocated", None)
+        if allocated is not None:
+            found["memory/device_bytes"] = allocated(device)
+    return found
+
+
+class CountingStep(TrainStep):
+    """A step that counts the FLOPs of its first micro-batch, forward and backward.
+
+    Attributes:
+        flops_per_sample: None until then.
+
+    Source:
+        `torch.utils.flop_counter`: matrix products, convolutions and attention. What a compiled model
+        or a kernel of one's own computes is not seen.
+    """
+
+    flops_per_sample: float | None = None
+
+    def micro_batch(self, batch: Batch) -> None:
+        if self.flops_per_sample is not None:
+            return super().micro_batch(batch)
+        with FlopCounterMode(display=False) as counter:
+            super().micro_batch(batch)
+        self.flops_per_sample = counter.get_total_flops() / num_samples(batch)
+        return None

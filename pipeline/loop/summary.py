@@ -1,0 +1,54 @@
+"""What a run that has ended gives back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pipeline.loop.fit import Run
+from pipeline.report import OutboundReport
+from pipeline.result import FitResult
+
+
+def make_result(
+    run: Run,
+    schedule: Literal["overlap", "textbook"],
+    run_dir: Path | None,
+) -> FitResult:
+    """Sum up a run that has ended."""
+    checkpoints, metrics = run.checkpoints, dict(run.journal.last_values)
+    for row in run.history:
+        metrics |= row.values
+    return FitResult(
+        metrics=metrics,
+        history=run.history,
+        losses=run.journal.losses,
+        num_steps=run.state.step,
+        num_epochs=run.state.epoch,
+        schedule=schedule,
+        samples_per_s=run.num_samples / run.clock.train_s if run.clock.train_s else 0.0,
+        train_s=run.clock.train_s,
+        stop_reason=run.stop_reason,
+        run_dir=run_dir,
+        last_checkpoint=None if checkpoints is None else checkpoints.last,
+        best_checkpoint=None if checkpoints is None else checkpoints.best,
+        stage_times=run.clock.times(),
+        handoffs_per_step=run.gil.handoffs_per_step(run.state.step),
+        gil=run.gil.report,
+        ema_model=None if run.state.ema is None else run.state.ema.module,
+        outbound=_outbound_report(run),
+    )
+
+
+def _outbound_report(run: Run) -> OutboundReport:
+    return OutboundReport(
+        train_s=run.clock.train_s,
+        loggers=tuple(run.journal.loggers.times),
+        callbacks=run.callbacks.times(),
+        max_lag_steps=run.outbound.max_lag_steps,
+        max_lag_s=run.outbound.max_lag_s,
+        num_dropped=run.journal.num_dropped,
+        writer_cpu_s=run.outbound.writer_cpu_s,
+        host_reads=None if run.detector is None else run.detector.reads.found(),
+        gc=None if run.collector is None else run.collector.report(),
+    )

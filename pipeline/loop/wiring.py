@@ -1,0 +1,114 @@
+"""The parts around the loop of one run: its step, its journal and loggers, the tools that watch it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipeline.batch import Batch
+from pipeline.device import Backend, ReadDetector
+from pipeline.loggers import JsonlLogger, LoggerGroup, ProgressBar
+from pipeline.loop.clock import StepClock
+from pipeline.loop.collector import Collector
+from pipeline.loop.journal import Journal
+from pipeline.loop.objective import Objective
+from pipeline.loop.rates import CountingStep, Rates
+from pipeline.loop.setup import is_rank_zero
+from pipeline.loop.step import TrainStep
+from pipeline.loop.train_metrics import TrainMetrics
+from pipeline.protocols import Logger, Metrics, RunInfo
+from pipeline.settings import Settings
+from pipeline.state import TrainState
+
+
+def make_step(
+    settings: Settings,
+    state: TrainState,
+    called_model: torch.nn.Module,
+    objective: Objective,
+    device: torch.device,
+    scheduler_interval: Literal["step", "epoch"],
+    clock: StepClock,
+    metrics: Metrics,
+) -> TrainStep:
+    """Return the step; one that counts FLOPs where they are asked for."""
+    kind = TrainStep if settings.peak_tflops is None else CountingStep
+    of_batches = TrainMetrics(metrics) if metrics else None
+    return kind(state, called_model, objective, settings, device, scheduler_interval, clock, of_batches)
+
+
+def make_collector(settings: Settings) -> Collector | None:
+    """Return what decides when garbage is collected; None leaves it to Python."""
+    return None if settings.gc == "default" else Collector(settings.gc, settings.gc_every_n_steps)
+
+
+def make_journal(
+    settings: Settings, state: TrainState, loggers: LoggerGroup, device: torch.device, step: TrainStep
+) -> Journal:
+    """Return what takes every step's numbers, with what adds samples per second and the like."""
+    flops = (lambda: step.flops_per_sample) if isinstance(step, CountingStep) else (lambda: None)
+    return Journal(
+        settings, loggers, Rates(device, settings.peak_tflops, flops), last_step=lambda: state.step
+    )
+
+
+def make_logger_group(
+    settings: Settings,
+    loggers: Sequence[Logger],
+    run_dir: Path | None,
+    num_batches: int | None,
+    hparams: Mapping[str, Any],
+    schedule: Literal["overlap", "textbook"],
+) -> LoggerGroup:
+    """Return the user's loggers and those that every run has; none on ranks that do not write."""
+    every_logger = _loggers(settings, loggers, run_dir, num_batches) if is_rank_zero() else []
+    info = _run_info(settings, run_dir, hparams)
+    return LoggerGroup(every_logger, info, is_off_loop=schedule == "overlap")
+
+
+def make_detector(settings: Settings, backend: Backend, state: TrainState) -> ReadDetector | None:
+    """Return what finds the lines that wait for the device, or None if nobody asked."""
+    if not settings.detect_host_reads:
+        return None
+    on_device = torch.nn.ModuleList([state.model] if state.ema is None else [state.model, state.ema.module])
+    return ReadDetector(backend, on_device, step=lambda: state.step)
+
+
+def watch_batches(
+    inbound: Callable[[int, int | None], Generator[Batch]], detector: ReadDetector | None
+) -> Callable[[int, int | None], Generator[Batch]]:
+    """Return the inbound belt, what is done with each of its batches watched by a detector, if any."""
+    if detector is None:
+        return inbound
+    return lambda epoch, limit: detector.watch(inbound(epoch, limit))
+
+
+def installed(tool: Collector | ReadDetector | None) -> AbstractContextManager[None]:
+    """Return the context in which a tool is at work; one of none does nothing."""
+    return nullcontext() if tool is None else tool.installed()
+
+
+def _loggers(
+    settings: Settings, loggers: Sequence[Logger], run_dir: Path | None, num_batches: int | None
+) -> list[Logger]:
+    loggers = list(loggers)
+    if run_dir is not None:
+        loggers.append(JsonlLogger(run_dir / "metrics.jsonl"))
+    if settings.enable_progress_bar:
+        num_steps = settings.max_steps
+        if settings.epoch_limit is not None and num_batches is not None:
+            num_steps = settings.epoch_limit * -(-num_batches // settings.accumulate_grad_batches)
+        loggers.append(ProgressBar(num_steps))
+    return loggers
+
+
+def _run_info(settings: Settings, run_dir: Path | None, hparams: Mapping[str, Any]) -> RunInfo:
+    plain = (bool, int, float, str, dict, type(None))
+    trainer = {
+        name: value if isinstance(value, plain) else str(value) for name, value in vars(settings).items()
+    }
+    return RunInfo(run_dir, {**hparams, "trainer": trainer})

@@ -1,0 +1,126 @@
+"""What taking the numbers away has cost, for the end of a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from pipeline.device import HostRead
+from pipeline.loggers import LoggerTime
+
+
+@dataclass(frozen=True)
+class GcPauses:
+    """Pauses of the garbage collector, which stop every thread.
+
+    Args:
+        num_collections: How many.
+        total_s: All of them together.
+        longest_s: The longest one.
+        num_steps: Optimizer steps in which they fell.
+    """
+
+    num_collections: int
+    total_s: float
+    longest_s: float
+    num_steps: int
+
+    def __str__(self) -> str:
+        each = self.total_s / self.num_steps * 1e6 if self.num_steps else 0.0
+        return (
+            f"{self.num_collections} pauses in {self.num_steps} steps, {each:.1f} µs a step, "
+            f"the longest {self.longest_s * 1e3:.1f} ms"
+        )
+
+
+@dataclass(frozen=True)
+class GcReport:
+    """What a policy of the garbage collector did.
+
+    Args:
+        policy: ``freeze`` or ``every_n_steps``.
+        before: Pauses of the steps of warm-up, while the collector was left to itself, and after a
+            fallback.
+        after: Pauses under the policy, those at points where the loop waits anyway included.
+        has_fallen_back: Whether so much garbage gathered that the collector was left to itself again.
+    """
+
+    policy: str
+    before: GcPauses
+    after: GcPauses
+    has_fallen_back: bool
+
+    def __str__(self) -> str:
+        fallen = "; too much garbage gathered, so it was left to itself again" if self.has_fallen_back else ""
+        return f"garbage collector, by default: {self.before}; gc={self.policy}: {self.after}{fallen}"
+
+
+@dataclass(frozen=True)
+class OutboundReport:
+    """How the numbers left the loop; ``print(result.outbound)`` says it in words.
+
+    Args:
+        train_s: Seconds spent training, which the times below are a share of.
+        loggers: What each logger cost.
+        callbacks: Seconds that each callback took on the loop thread, by name.
+        max_lag_steps: The most steps that the loop was ahead of the loggers; 0 in ``textbook``.
+        max_lag_s: The longest time from a step's end until the loggers had its row.
+        num_dropped: Rows that no logger was told, with ``log_overflow='drop'``.
+        writer_cpu_s: Processor time of the writer thread: the most that it can have held the GIL. None
+            in ``textbook``, which has none.
+        host_reads: Lines that made the loop thread wait for the device; None if nobody looked, see
+            `Settings.detect_host_reads`.
+        gc: Pauses of the garbage collector; None with ``gc='default'``, where nobody measures.
+    """
+
+    train_s: float
+    loggers: tuple[LoggerTime, ...]
+    callbacks: Mapping[str, float]
+    max_lag_steps: int
+    max_lag_s: float
+    num_dropped: int
+    writer_cpu_s: float | None
+    host_reads: tuple[HostRead, ...] | None
+    gc: GcReport | None = None
+
+    @property
+    def gil_bound_loggers(self) -> tuple[LoggerTime, ...]:
+        """The loggers whose processor time is more than a tenth of the training time."""
+        return tuple(each for each in self.loggers if each.cpu_s > 0.1 * self.train_s)
+
+    def __str__(self) -> str:
+        collector = [] if self.gc is None else [str(self.gc)]
+        return "\n".join([*self._lag_lines(), *self._logger_lines(), *self._read_lines(), *collector])
+
+    def _lag_lines(self) -> list[str]:
+        if self.writer_cpu_s is None:
+            return ["numbers were read and logged on the loop thread (textbook)"]
+        dropped = f", {self.num_dropped} rows dropped" if self.num_dropped else ""
+        return [
+            f"the loggers were at most {self.max_lag_steps} steps and {self.max_lag_s * 1e3:.0f} ms behind"
+            f"{dropped}; the writer thread held the GIL for at most {self._share(self.writer_cpu_s)}"
+        ]
+
+    def _logger_lines(self) -> list[str]:
+        lines = [
+            f"{each.name}: {each.num_rows} rows in {self._share(each.wall_s)}"
+            + (f", at most {self._share(each.cpu_s)} of it with the GIL" if each.cpu_s else "")
+            for each in self.loggers
+        ]
+        lines += [f"callback {name}: {self._share(spent_s)}" for name, spent_s in self.callbacks.items()]
+        return lines + [
+            f"{each.name} takes the GIL from the loop: give it fewer rows (log_every_n_steps), or move it "
+            f"to a process of its own with pipeline.loggers.InProcess({each.name}, …)"
+            for each in self.gil_bound_loggers
+        ]
+
+    def _read_lines(self) -> list[str]:
+        if self.host_reads is None:
+            return []
+        if not self.host_reads:
+            return ["no line made the loop thread wait for the device"]
+        return ["the loop thread waited for the device at", *(f"  {read}" for read in self.host_reads)]
+
+    def _share(self, spent_s: float) -> str:
+        share = spent_s / self.train_s if self.train_s else 0.0
+        return f"{spent_s:.2f} s ({share:.1%} of training)"
