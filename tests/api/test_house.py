@@ -52,7 +52,7 @@ def test_the_readmes_examples_run(number, capsys):
 
 
 def test_the_readme_has_its_examples():
-    """The Trainer in ten lines, and the belts around a loop of one's own."""
+    """The Trainer in ten lines, every step's numbers, and the belts around a loop of one's own."""
     blocks = python_blocks()
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     assert len(blocks[0].strip().splitlines()) <= 15
