@@ -36,6 +36,7 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
     "loss": dict,
     "metrics": dict,
     "callbacks": list,
+    "loggers": dict,
     "objective": str,
     "vars": dict,
 }
@@ -87,6 +88,8 @@ def train_from_config(config: DictConfig, run_dir: Path) -> tuple[FitResult, flo
         scheduler_interval=values["scheduler_interval"],
         metrics=_build(config, "metrics"),
         callbacks=_build(config, "callbacks"),
+        loggers=list(_build(config, "loggers").values()),
+        hparams={name: value for name, value in values.items() if name != "trainer"},
     )
     print(_summary(result, is_images=len(data.input_shape) == 3))
     if result.gil is not None:

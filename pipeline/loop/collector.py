@@ -45,7 +45,8 @@ class Collector:
         self._policy, self._every_n, self._max_growth = policy, every_n_steps, max_growth
         self._pauses: dict[bool, list[float]] = {False: [], True: []}  # by whether the policy holds
         self._num_steps = {False: 0, True: 0}
-        self._holds = self._has_fallen_back = self._is_own = False
+        self._holds = self._has_fallen_back = False
+        self._is_measuring = True
         self._num_grown, self._began_s = 0, 0.0
 
     @contextmanager
@@ -76,11 +77,11 @@ class Collector:
     def idle(self) -> None:
         """Collect everything: the loop waits at this point, whether or not something is collected."""
         if self._holds:
-            self._collect(2)
+            gc.collect()
             self._num_grown = 0
 
     def report(self) -> GcReport:
-        """Return the pauses, which this class made at points of its own choice apart."""
+        """Return the pauses; the one collection before objects are frozen is in neither part."""
         before, after = (
             GcPauses(len(pauses), sum(pauses), max(pauses, default=0.0), self._num_steps[holds])
             for holds, pauses in self._pauses.items()
@@ -88,7 +89,9 @@ class Collector:
         return GcReport(self._policy, before, after, self._has_fallen_back)
 
     def _take_over(self) -> None:
+        self._is_measuring = False
         gc.collect()
+        self._is_measuring = True
         gc.freeze()
         if self._policy == "every_n_steps":
             gc.disable()
@@ -96,19 +99,16 @@ class Collector:
 
     def _collect_young(self) -> None:
         young = gc.get_count()[0]
-        self._num_grown += max(0, young - self._collect(1))
+        self._num_grown += max(0, young - gc.collect(1))
         if self._num_grown > self._max_growth:
-            num_found = self._collect(2)
+            num_found = gc.collect()
             self._num_grown = 0
             if num_found > self._max_growth // 2:  # so much garbage would come again and again
                 self._holds, self._has_fallen_back = False, True
                 gc.enable()
 
-    def _collect(self, generation: int) -> int:
-        return gc.collect(generation)
-
     def _measure(self, phase: str, info: dict[str, Any]) -> None:
         if phase == "start":
             self._began_s = time.perf_counter()
-        else:
+        elif self._is_measuring:
             self._pauses[self._holds].append(time.perf_counter() - self._began_s)

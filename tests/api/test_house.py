@@ -52,7 +52,7 @@ def test_the_readmes_examples_run(number, capsys):
 
 
 def test_the_readme_has_its_examples():
-    """The Trainer, the belts around a loop of one's own, and the GIL account."""
+    """The Trainer, every step's numbers, the belts around a loop of one's own, the GIL account."""
     blocks = python_blocks()
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     assert len(blocks[0].strip().splitlines()) <= 15

@@ -66,6 +66,22 @@ def test_a_recipe_trains_and_leaves_its_config():
     assert Path("run/checkpoints/last.pt").exists()
 
 
+def test_loggers_are_chosen_by_name():
+    """Several at once, with the config as hparams; what each is made of can be set."""
+    train("+loggers=[csv,tensorboard]", "loggers.csv.path=mine.csv")
+    assert len(Path("mine.csv").read_text().splitlines()) == 5
+    (events,) = Path("run/tensorboard").iterdir()
+    assert b'"batch_size": 64' in events.read_bytes()
+
+
+@pytest.mark.filterwarnings("ignore:.*noload.*:DeprecationWarning")
+@pytest.mark.parametrize(("name", "left"), [("wandb", "run/wandb"), ("mlflow", "mlflow.db")])
+def test_loggers_of_other_packages_are_chosen_by_name(name, left):
+    """Each leaves its files where its config says."""
+    train(f"+loggers={name}")
+    assert Path(left).exists()
+
+
 @pytest.mark.parametrize("schedule", ["textbook", "overlap"])
 def test_a_seed_makes_a_run_repeatable(schedule):
     """The same seed gives the same losses, in either schedule; another one gives others."""
