@@ -127,7 +127,9 @@ class Device(SimulatedBackend):
         return F.cross_entropy(outputs, target)
 
 
-def simulated(num_steps: int, *, schedule: str = "overlap", has_all: bool, **arguments: Any) -> float:
+def simulated(
+    num_steps: int, *, schedule: str = "overlap", has_all: bool, has_mlflow: bool = False, **arguments: Any
+) -> float:
     """Return ms a step on the simulated accelerator, in the second half of a run."""
     device, (model, optimizer), marks = Device(), start(), Marks(num_steps)
     with tempfile.TemporaryDirectory() as folder:
@@ -135,11 +137,10 @@ def simulated(num_steps: int, *, schedule: str = "overlap", has_all: bool, **arg
         further: dict[str, Any] = {}
         if has_all:
             own |= {"run_dir": folder, "log_grad_norm": True}
-            uri = f"sqlite:///{folder}/mlflow.db"
-            further = {
-                "train_metrics": TRAIN_METRICS,
-                "loggers": [CsvLogger(), TensorBoardLogger(), InProcess(MlflowLogger, tracking_uri=uri)],
-            }
+            loggers: list[Any] = [CsvLogger(), TensorBoardLogger()]
+            if has_mlflow:
+                loggers.append(InProcess(MlflowLogger, tracking_uri=f"sqlite:///{folder}/mlflow.db"))
+            further = {"train_metrics": TRAIN_METRICS, "loggers": loggers}
         else:
             own |= {"run_dir": None, "enable_progress_bar": False}
             further = {"loggers": arguments.pop("loggers", [])}
@@ -201,7 +202,8 @@ def main() -> None:
             count = 3000  # six seconds: the process of a logger takes some to start
             variants = {
                 "nothing on": partial(simulated, count, has_all=False),
-                "everything on": partial(simulated, count, has_all=True),
+                "JSONL, CSV, TensorBoard, bar, metrics": partial(simulated, count, has_all=True),
+                "the same, and MLflow in a process": partial(simulated, count, has_all=True, has_mlflow=True),
                 "textbook, nothing on": partial(simulated, count, schedule="textbook", has_all=False),
                 "by hand: item and print": partial(item_and_print, count),
             }

@@ -13,6 +13,7 @@ from torch.utils.data import TensorDataset
 
 from pipeline import Callback, SimulatedBackend, Trainer
 from pipeline.device.host_reads import HostReads, _cuda_sync_debug
+from pipeline.loggers import CsvLogger, TensorBoardLogger
 from pipeline.metrics import accuracy
 from pipeline.testing import InMemoryLogger
 from tests.textbook import build_model
@@ -53,7 +54,8 @@ def fit(*, optimizer=torch.optim.AdamW, loss_fn=F.cross_entropy, callbacks=(), k
     })  # fmt: skip
     return trainer.fit(
         model, optimizer, data, loss_fn=loss_fn, batch_size=4, shuffle=True, val_data=data,
-        metrics={"accuracy": accuracy}, callbacks=[Listener(), *callbacks], loggers=[InMemoryLogger()],
+        metrics={"accuracy": accuracy}, callbacks=[Listener(), *callbacks], train_metrics={"a": accuracy},
+        loggers=[InMemoryLogger(), CsvLogger(), TensorBoardLogger()],
         scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 100), scheduler_interval="step",
     ).outbound  # fmt: skip
 
