@@ -116,7 +116,12 @@ def __getattr__(name: str) -> Any:
             value = getattr(import_module(f"pipeline.{home}"), name)
             globals()[name] = value
             return value
-    raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    try:
+        return import_module(f"pipeline.{name}")
+    except ModuleNotFoundError as error:
+        if error.name != f"pipeline.{name}":
+            raise
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}") from None
 
 
 def __dir__() -> list[str]:

@@ -9,7 +9,7 @@ interpreter.py  where the GIL is            calibrate.py  what else the sampler 
 marks.py        which stage a thread is in  signals.py    wall time, thread time, hand-offs
 sampler.py      the sampler's process       child/        what runs in it
 account.py      from counts to shares       report.py     text and JSON; trace.py: over time
-live.py         `gil_account`               census.py, run.py  the commands
+live.py         `gil_account`               census/, script.py, command.py  the commands
 """
 
 from pipeline.gil.account import GilReport, HoldingFunction, StageShare

@@ -188,7 +188,7 @@ def _share(
     return StageShare(
         thread=name[0],
         stage=name[1],
-        time_s=num_samples * period_s,
+        time_s=sum(found.values()) * period_s,
         num_samples=num_samples,
         held_ratio=held_ratio,
         waiting_ratio=found.get("waiting", 0.0) / known,
@@ -226,6 +226,11 @@ def doubts_about(answer: dict[str, Any], backend: str) -> list[str]:
     doubts = []
     if answer["num_samples"] < FEW_SAMPLES:
         doubts.append(f"only {answer['num_samples']} samples: let it run longer")
+    if answer["num_samples"] * answer["period_s"] < 0.5 * answer["wall_s"]:
+        doubts.append(
+            f"{len(answer['threads'])} threads: a sample took so long that there were only "
+            f"{answer['num_samples'] / answer['wall_s']:.0f} a second"
+        )
     if answer["late_p99_s"] > LATE_S:
         doubts.append(
             f"one sample in a hundred came {1e3 * answer['late_p99_s']:.1f} ms late, since no core was free: "

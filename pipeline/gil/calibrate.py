@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from pipeline.concurrency import Scope
-from pipeline.gil.interpreter import COND_BYTES, COND_OFFSET, Gil, thread_state
+from pipeline.gil.interpreter import COND_BYTES, COND_OFFSET, Gil, switch_interval, thread_state
 from pipeline.gil.memory import Memory
 
 HOLD_US = 3000
@@ -77,14 +77,9 @@ def find_waiters(gil: Gil) -> list[tuple[int, int]]:
         Offsets from the GIL's address, one for each condition variable; none if it was not found.
     """
     found: set[tuple[int, int]] | None = None
-    before_s = sys.getswitchinterval()
-    sys.setswitchinterval(0.05)  # so that the waiter does not wake to ask again while we look
-    try:
-        for _ in range(NUM_TRIES):
-            seen = _waiter_words(gil)
-            found = seen if found is None else found & seen
-    finally:
-        sys.setswitchinterval(before_s)
+    for _ in range(NUM_TRIES):
+        seen = _waiter_words(gil)
+        found = seen if found is None else found & seen
     if not found or len(found) > 1:
         return []
     offset, idle = found.pop()
@@ -93,7 +88,8 @@ def find_waiters(gil: Gil) -> list[tuple[int, int]]:
 
 def _waiter_words(gil: Gil) -> set[tuple[int, int]]:
     hold = ctypes.PyDLL(None).usleep
-    with parked(1) as (waiter,):
+    # A long interval, so that the waiter does not wake to ask again while we look.
+    with parked(1) as (waiter,), switch_interval(0.05):
         before = ctypes.string_at(gil.address, gil.size_bytes)  # unlike `Memory.read`, with the GIL held
         waiter.release()
         hold(ctypes.c_uint(HOLD_US))

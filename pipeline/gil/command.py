@@ -34,7 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="census | run | check")
     census.add_arguments(commands.add_parser("census", help="measure callables: do they release the GIL?"))
-    script.add_arguments(commands.add_parser("run", help="run a script, unchanged, and report on its GIL"))
+    script.add_arguments(
+        commands.add_parser("run", allow_abbrev=False, help="run a script, unchanged, and report on its GIL")
+    )
     commands.add_parser("check", help="say whether and how the GIL can be sampled here")
     given = list(sys.argv[1:] if argv is None else argv)
     rest: list[str] = []

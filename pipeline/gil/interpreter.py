@@ -9,6 +9,7 @@ debuggers name it too.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -16,7 +17,7 @@ import platform
 import struct
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from pipeline.errors import GilAccountError
@@ -59,6 +60,17 @@ class Gil:
 def is_gil_enabled() -> bool:
     """Return whether this interpreter has a GIL that is on; a free-threaded one may turn it on later."""
     return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
+
+
+@contextlib.contextmanager
+def switch_interval(seconds: float) -> Iterator[None]:
+    """Set the switch interval inside the block."""
+    before_s = sys.getswitchinterval()
+    sys.setswitchinterval(seconds)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before_s + 0.25e-6)  # it is cut to whole microseconds: do not lose one
 
 
 def thread_state() -> int:
@@ -127,16 +139,12 @@ def _api(name: str, result: type) -> Callable[[], int]:
 
 def _search(memory: Memory, regions: tuple[int, ...]) -> set[int]:
     sizes = {region: len(memory.read(region, SEARCHED_BYTES)) for region in regions}  # what is mapped
-    before_s, ours = sys.getswitchinterval(), thread_state()
-    found: set[int] | None = None
-    try:
-        for interval_us in ODD_INTERVALS_US:
-            sys.setswitchinterval(interval_us / 1e6)
+    ours, found = thread_state(), None
+    for interval_us in ODD_INTERVALS_US:
+        with switch_interval(interval_us / 1e6):
             pattern = struct.pack("<QQi", interval_us, ours, 1)
             matches = {at for region, size in sizes.items() for at in _matches(region, size, pattern)}
-            found = matches if found is None else found & matches
-    finally:
-        sys.setswitchinterval(before_s)
+        found = matches if found is None else found & matches
     return found or set()
 
 

@@ -59,7 +59,7 @@ def gil_account(
 
     Args:
         period_s: Mean time between two samples, in seconds.
-        trace: Keep the last 200,000 changes of state for `write_trace`.
+        trace: Keep the last 50,000 changes of state for `write_trace`.
         functions: Name the Python functions that hold the GIL.
 
     Raises:

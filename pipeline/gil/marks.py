@@ -21,6 +21,7 @@ from pipeline.gil.child.sampler import NO_STAGE
 from pipeline.gil.interpreter import thread_state
 
 MAX_MARKED_THREADS = 256
+MAX_NAMES = 4096  # of threads, those that have ended too
 ROW_WORDS = 3  # thread state, native id, stage: `SLOT` in child/threads.py
 
 # The last row is of threads that found no other. Its first word counts registrations, by which the
@@ -61,6 +62,9 @@ def _register(tid: int, tstate: int) -> int:
     """Give a thread a row, that of one which has ended if need be."""
     with _lock:
         thread_names[tid] = next((t.name for t in threading.enumerate() if t.native_id == tid), "")
+        if len(thread_names) > MAX_NAMES:
+            for ended in [tid for tid in thread_names if tid not in _rows][: MAX_NAMES // 2]:
+                del thread_names[ended]
         for other, row in [*_rows.items()]:
             if other == tid or table[ROW_WORDS * row] == tstate:  # of a thread that has ended
                 table[ROW_WORDS * row] = 0
@@ -112,7 +116,8 @@ class stage(ContextDecorator):  # noqa: N801  (it is called like a function)
         with collating:
             batch = collate(samples)
 
-    Make it once and enter it often; one object may be used by several threads at a time.
+    Make it once and enter it often; one object may be used by several threads at a time. A block must
+    not contain a ``yield`` or an ``await``: the thread would keep the stage, and another may leave it.
 
     Args:
         name: As the account will list it.
@@ -142,7 +147,7 @@ class stage(ContextDecorator):  # noqa: N801  (it is called like a function)
         at, outer = _marks.row
         if on_change is not None:
             on_change(table[at])
-        table[at] = outer.pop()
+        table[at] = outer.pop() if outer else NO_STAGE  # a generator may have come from another thread
 
     def _recreate_cm(self) -> Any:
         return self

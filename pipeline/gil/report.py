@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.gil import marks
 from pipeline.gil.account import GilReport, HoldingFunction, StageShare, doubts_about, stage_shares
+from pipeline.gil.child.threads import ENDED
 from pipeline.gil.signals import StageTime
 
 NUM_FUNCTIONS = 10
@@ -85,7 +86,8 @@ def make_signals_report(
 def thread_names(answer: dict[str, Any]) -> dict[int, str]:
     """Return the names of the threads in an answer of the sampler, by native id."""
     names = {tid: comm or f"thread {tid}" for tid, comm, _, _ in answer["threads"]}
-    names |= {tid: name for tid, name in marks.thread_names.items() if name and tid in names}
+    names[ENDED] = "ended threads"
+    names |= {tid: name for tid, name in [*marks.thread_names.items()] if name and tid in names}
     alive = {thread.native_id: thread.name for thread in threading.enumerate() if thread.native_id}
     alive[os.getpid()] = threading.main_thread().name  # after a fork `threading` has its old id
     return names | {tid: name for tid, name in alive.items() if tid in names}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import json
 import os
 import select
@@ -21,7 +22,7 @@ from pipeline.gil.interpreter import find_gil, is_gil_enabled
 from pipeline.gil.memory import Memory
 
 PERIOD_S = 0.001
-MAX_EVENTS = 200_000  # of a trace; the oldest go first
+MAX_EVENTS = 50_000  # of a trace; the oldest go first
 REPLY_TIMEOUT_S, END_TIMEOUT_S = 10.0, 2.0
 TEST_PERIOD_S, TEST_SAMPLES, TEST_TRIES = 0.0002, 20, 4
 TEST_US = 15_000
@@ -35,7 +36,6 @@ BACKENDS = {
 }
 _ROOT = Path(__file__).resolve().parents[2]
 _START = "import sys; sys.path.append({root!r}); from pipeline.gil.child.main import main; main()"
-hold, release = ctypes.PyDLL(None).usleep, ctypes.CDLL(None).usleep  # with the GIL, without it
 _starting = threading.Lock()
 _user_pid = 0  # the process that has a sampler; another value than ours is of a process we were forked from
 
@@ -75,6 +75,9 @@ class Sampler:
         _claim()
         try:
             self._process = self._start()
+        except RuntimeError as error:  # no new thread can be started
+            _release()
+            raise GilAccountError(f"the sampler could not be started: {error}") from error
         except BaseException:
             _release()
             raise
@@ -82,6 +85,9 @@ class Sampler:
             self.backend = self._choose_backend()
             self.ask(f"period {self._period_s}")
             self.ask("reset")
+        except RuntimeError as error:
+            self._end()
+            raise GilAccountError(f"the sampler could not be started: {error}") from error
         except BaseException:
             self._end()
             raise
@@ -109,6 +115,9 @@ class Sampler:
             except (BrokenPipeError, ValueError) as error:
                 self._failure = self._describe_death()
                 raise GilAccountError(self._failure) from error
+            except BaseException as error:
+                self._failure = f"the account was interrupted by {type(error).__name__}"
+                raise
         return dict(answer)
 
     # ---- its process
@@ -117,12 +126,9 @@ class Sampler:
         if not sys.executable:
             raise GilAccountError("sys.executable is empty: there is no Python to run the sampler with")
         marks.forget_forked_threads()
+        memory_fd = _open_memory()
         try:
-            memory_fd = os.open("/proc/self/mem", os.O_RDONLY)
-        except OSError as error:
-            raise GilAccountError(f"/proc/self/mem cannot be opened: {error.strerror}") from error
-        try:
-            self._config = self._explore(Memory(memory_fd))
+            self._config = self._explore(memory_fd)
             process = subprocess.Popen(
                 [sys.executable, "-I", "-S", "-c", _START.format(root=str(_ROOT)), json.dumps(self._config)],
                 stdin=subprocess.PIPE,
@@ -142,10 +148,10 @@ class Sampler:
         _allow_tracing(process.pid)
         return process
 
-    def _explore(self, memory: Memory) -> dict[str, Any]:
+    def _explore(self, memory_fd: int) -> dict[str, Any]:
         config: dict[str, Any] = {
             "pid": os.getpid(),
-            "memory_fd": memory.fd,
+            "memory_fd": memory_fd,
             "period_s": TEST_PERIOD_S,
             "realtime": True,
             "table": marks.table.buffer_info()[0],
@@ -157,21 +163,12 @@ class Sampler:
                 "chain": None,
                 "frames": None,
             }
-        gil = find_gil(memory)
-        chain = calibrate.find_chain(memory, gil)
-        requested = calibrate.find_requested(gil, chain)
-        return config | {
-            "gil": gil.address,
-            "gil_bytes": gil.size_bytes,
-            "chain": chain,
-            "requested": requested,
-            "waiters": [] if requested else calibrate.find_waiters(gil),
-            "frames": calibrate.find_frames(memory) if self._has_functions else None,
-        }
+        return config | _calibration(self._has_functions)
 
     def _end(self) -> None:
         with contextlib.suppress(OSError):
-            self._stdin.close()  # it ends when its input does
+            self._stdin.write(b"stop\n")  # its input may not end: a forked process has a copy of the pipe
+        self._stdin.close()
         try:
             self._process.wait(timeout=END_TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -183,9 +180,11 @@ class Sampler:
 
     def _read_line(self) -> bytes:
         deadline_s = time.monotonic() + REPLY_TIMEOUT_S
+        ready = select.poll()  # unlike `select`, it takes descriptors beyond 1023
+        ready.register(self._stdout, select.POLLIN)
         while b"\n" not in self._received:
             left_s = deadline_s - time.monotonic()
-            if left_s <= 0 or not select.select([self._stdout], [], [], left_s)[0]:
+            if left_s <= 0 or not ready.poll(1e3 * left_s):
                 raise ValueError("no answer in time")
             if not (part := os.read(self._stdout.fileno(), 1 << 20)):
                 raise ValueError("its output has ended")
@@ -234,29 +233,55 @@ class Sampler:
 
     def _measure_known_calls(self, sleep_us: int) -> tuple[float, float, float, int]:
         """Return the held share of a call that holds, of one that releases, and a waiter's share."""
-        cell, us = marks.stage_cell(), ctypes.c_uint(sleep_us)
-        before = cell[0]
+        cell, before = marks.stage_cell(), marks.stage_cell()[0]
         with calibrate.parked(1) as (waiter,):
             self.ask("reset")  # now, so that the list of threads has this one
-            cell[0] = marks.stage_id("self-test: released")
-            release(us)
-            cell[0] = marks.stage_id("self-test: held")
-            waiter.release()
-            hold(us)
-            cell[0] = before
+            try:
+                cell[0] = marks.stage_id("self-test: released")
+                release_gil(sleep_us)
+                cell[0] = marks.stage_id("self-test: held")
+                waiter.release()
+                hold_gil(sleep_us)
+            finally:
+                cell[0] = before
         counts = self.ask("report")["counts"]
 
         def count(tid: int, stage: str, states: str) -> int:
             number = marks.stage_id(stage) if stage else 0
             return sum(c for t, s, state, _, _, c in counts if (t, s) == (tid, number) and state in states)
 
-        tid, everything = threading.get_native_id(), "HhWwNBU"
-        num_held = count(tid, "self-test: held", everything)
-        num_released = count(tid, "self-test: released", everything)
+        # What it waited beside other threads, before the call or after it, is not the call's.
+        tid, without_waiting = threading.get_native_id(), "HhNBU"
+        num_held = count(tid, "self-test: held", without_waiting)
+        num_released = count(tid, "self-test: released", without_waiting)
         held = count(tid, "self-test: held", HELD + HELD_ASLEEP) / max(num_held, 1)
         released = count(tid, "self-test: released", HELD + HELD_ASLEEP) / max(num_released, 1)
         waiting = count(waiter.tid, "", WAITING + WAITING_AWAKE) / max(num_held, 1)
         return held, released, waiting, min(num_held, num_released)
+
+
+def hold_gil(sleep_us: int) -> None:
+    """Sleep in a call that does not release the GIL; it uses no processor time."""
+    ctypes.PyDLL(None).usleep(ctypes.c_uint(sleep_us))
+
+
+def release_gil(sleep_us: int) -> None:
+    """Sleep in a call that releases the GIL."""
+    ctypes.CDLL(None).usleep(ctypes.c_uint(sleep_us))
+
+
+def _open_memory() -> int:
+    try:
+        fd = os.open("/proc/self/mem", os.O_RDONLY)
+    except OSError as error:
+        raise GilAccountError(f"/proc/self/mem cannot be opened: {error.strerror}") from error
+    import fcntl  # there is none where there is no /proc
+
+    try:
+        # Above the three that the child's own pipes take, should one of ours be closed.
+        return fcntl.fcntl(fd, fcntl.F_DUPFD_CLOEXEC, 3)
+    finally:
+        os.close(fd)
 
 
 def _claim() -> None:
@@ -270,6 +295,27 @@ def _claim() -> None:
 def _release() -> None:
     global _user_pid
     _user_pid = 0
+
+
+@functools.cache
+def _calibration(has_functions: bool) -> dict[str, Any]:
+    """Return where everything is; it stays there as long as the process lives, and in its forks."""
+    memory_fd = _open_memory()
+    try:
+        memory = Memory(memory_fd)
+        gil = find_gil(memory)
+        chain = calibrate.find_chain(memory, gil)
+        requested = calibrate.find_requested(gil, chain)
+        return {
+            "gil": gil.address,
+            "gil_bytes": gil.size_bytes,
+            "chain": chain,
+            "requested": requested,
+            "waiters": [] if requested else calibrate.find_waiters(gil),
+            "frames": calibrate.find_frames(memory) if has_functions else None,
+        }
+    finally:
+        os.close(memory_fd)
 
 
 def _allow_tracing(pid: int) -> None:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import builtins
 import os
 import runpy
 import sys
 import threading
-import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from io import open_code
 from pathlib import Path
-from types import FrameType
+from types import FrameType, ModuleType
 from typing import Any
 
 from pipeline.errors import ConfigError, GilAccountError
@@ -36,6 +37,8 @@ def split_arguments(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     takes_value = ("--json", "--trace", "--period-ms")
     at = 0
     while at < len(argv) and argv[at].startswith("-"):
+        if argv[at].startswith("-m") and len(argv[at]) > 2:
+            return [*argv[:at], "-m", argv[at][2:]], list(argv[at + 1 :])
         if argv[at] == "-m":
             return list(argv[: at + 2]), list(argv[at + 2 :])
         at += 2 if argv[at] in takes_value else 1
@@ -52,8 +55,10 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     start = _find_start(arguments, rest)
     if arguments.period_ms <= 0:
         raise ConfigError(f"--period-ms must be above 0, got {arguments.period_ms:g}.")
-    own_pid = os.getpid()
-    account = None
+    for option in ("json", "trace"):  # the script may change the folder
+        if path := getattr(arguments, option):
+            setattr(arguments, option, os.path.abspath(path))
+    own_pid, account = os.getpid(), None
     try:
         with (
             gil_account(
@@ -98,20 +103,52 @@ def _find_start(arguments: argparse.Namespace, rest: list[str]) -> Callable[[], 
         raise ConfigError(f"{script} is no file.")
     sys.argv = [arguments.script, *rest]
     sys.path[0] = str(script.resolve().parent)
-    return lambda: runpy.run_path(str(script), run_name="__main__")
+    _check_name(script.resolve().parent)
+    return lambda: _execute(script.absolute())
+
+
+def _execute(script: Path) -> None:
+    """Run a file as Python does; unlike `runpy.run_path`, with the arguments and the name as they are."""
+    main = ModuleType("__main__")
+    main.__file__ = str(script)
+    main.__builtins__ = builtins  # type: ignore[attr-defined]
+    sys.modules["__main__"] = main
+    with open_code(str(script)) as file:
+        code = compile(file.read(), str(script), "exec")
+    exec(code, vars(main))
+
+
+def _check_name(folder: Path) -> None:
+    """Refuse a script beside a `pipeline` of its own: it would import this one."""
+    ours = Path(__file__).resolve().parents[1]
+    for own in (folder / "pipeline", folder / "pipeline.py"):
+        if own.exists() and own.resolve() != ours:
+            raise ConfigError(f"{own} has the name of this package, which would be imported in its place.")
 
 
 def _run_start(start: Callable[[], object]) -> int:
     try:
         start()
     except Exception as error:
-        _print_traceback(error)
+        _show(error)
         return 1
+    finally:
+        _wait_for_threads()
     return 0
 
 
-def _print_traceback(error: Exception) -> None:
-    """Show the script's part of the traceback, as Python would."""
+def _wait_for_threads() -> None:
+    """Wait as Python does at its end, so that the report has what threads still do."""
+    while others := [
+        thread
+        for thread in threading.enumerate()
+        if not thread.daemon and thread not in (threading.current_thread(), threading.main_thread())
+    ]:
+        others[0].join()
+
+
+def _show(error: Exception) -> None:
+    """Show an error and the script's part of its traceback, as Python would."""
     trace = error.__traceback__
     while trace is not None and trace.tb_frame.f_code.co_filename in (
         __file__,
@@ -119,11 +156,12 @@ def _print_traceback(error: Exception) -> None:
         "<frozen runpy>",
     ):
         trace = trace.tb_next
-    traceback.print_exception(type(error), error, trace)
+    sys.excepthook(type(error), error, trace)
 
 
 def _report(account: GilAccount, arguments: argparse.Namespace) -> None:
-    sys.stdout.flush()
+    with suppress(OSError, ValueError, AttributeError):  # the script may have closed it
+        sys.stdout.flush()
     try:
         report = account.report()
         print("\n" + to_text(report), file=sys.stderr)

@@ -49,21 +49,26 @@ class _AfterImport(importlib.abc.MetaPathFinder):
     """Calls a function once a module has been imported."""
 
     def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
-        self._name, self._then = name, then
+        self._name, self._then, self._is_looking = name, then, False
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """Let the other finders find it, and add to what its loader does."""
-        if fullname != self._name:
+        if fullname != self._name or self._is_looking:
             return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        self._is_looking = True  # the other finders' turn
+        try:
+            spec = importlib.util.find_spec(fullname)
+        finally:
+            self._is_looking = False
         if spec is None or spec.loader is None:
             return None
         execute = spec.loader.exec_module
 
         def execute_then(module: ModuleType) -> None:
+            if self in sys.meta_path:
+                sys.meta_path.remove(self)
             with IMPORT:
                 execute(module)
                 self._then(module)
@@ -79,18 +84,35 @@ class _Patches:
         self._undo: list[Callable[[], None]] = []
 
     def apply(self, torch: Any) -> None:
-        """Wrap the entrances of the stages."""
+        """Wrap the entrances of the stages; a torch that is built otherwise goes without them."""
+        try:
+            self._apply(torch)
+        except (ImportError, AttributeError) as error:
+            self.undo()
+            print(f"torch's stages are not marked: {error}", file=sys.stderr)
+
+    def _apply(self, torch: Any) -> None:
+        is_compiling = torch.compiler.is_compiling
         loader = importlib.import_module("torch.utils.data.dataloader")
-        self._wrap(loader._BaseDataLoaderIter, "__next__", _marked(DATALOADER))
-        self._wrap(torch.autograd, "backward", _marked(BACKWARD))
-        self._wrap(torch.autograd, "grad", _marked(BACKWARD))
-        self._wrap(torch.nn.Module, "__call__", functools.partial(_outermost, torch.compiler.is_compiling))
-        hooks = importlib.import_module("torch.optim.optimizer")
-        for handle in (
-            hooks.register_optimizer_step_pre_hook(lambda *_: OPTIMIZER.__enter__() and None),
-            hooks.register_optimizer_step_post_hook(lambda *_: OPTIMIZER.__exit__(None, None, None)),
-        ):
-            self._undo.append(handle.remove)
+        self._wrap(loader._BaseDataLoaderIter, "__next__", _marked(DATALOADER, is_compiling))
+        self._wrap(torch.autograd, "backward", _marked(BACKWARD, is_compiling))
+        self._wrap(torch.autograd, "grad", _marked(BACKWARD, is_compiling))
+        self._wrap(torch.nn.Module, "__call__", functools.partial(_outermost, is_compiling))
+        self._wrap(torch.optim.Optimizer, "__init__", functools.partial(self._wrap_step, is_compiling))
+
+    def _wrap_step(self, is_compiling: Callable[[], bool], original: Any) -> Any:
+        """Wrap an optimizer's making, so that the step of its class is wrapped when it is there."""
+        seen: set[type] = set()
+
+        @functools.wraps(original)
+        def make(optimizer: Any, *args: Any, **kwargs: Any) -> None:
+            original(optimizer, *args, **kwargs)
+            kind = type(optimizer)
+            if kind not in seen:
+                seen.add(kind)
+                self._wrap(kind, "step", _marked(OPTIMIZER, is_compiling))
+
+        return make
 
     def undo(self) -> None:
         """Put everything back."""
@@ -98,15 +120,19 @@ class _Patches:
             self._undo.pop()()
 
     def _wrap(self, owner: Any, name: str, wrap: Callable[[Any], Any]) -> None:
-        original = getattr(owner, name)
+        is_own, original = name in vars(owner), getattr(owner, name)
         setattr(owner, name, wrap(original))
-        self._undo.append(lambda: setattr(owner, name, original))
+        self._undo.append(lambda: setattr(owner, name, original) if is_own else delattr(owner, name))
 
 
-def _marked(marking: stage) -> Callable[[Any], Any]:
+def _marked(marking: stage, is_compiling: Callable[[], bool]) -> Callable[[Any], Any]:
+    """Return what wraps a function in a stage; a compiler sees the original alone."""
+
     def wrap(original: Any) -> Any:
         @functools.wraps(original)
         def marked(*args: Any, **kwargs: Any) -> Any:
+            if is_compiling():
+                return original(*args, **kwargs)
             with marking:
                 return original(*args, **kwargs)
 

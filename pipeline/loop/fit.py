@@ -27,7 +27,7 @@ from pipeline.loop.callback import (
     monitored,
 )
 from pipeline.loop.callback_list import CallbackList
-from pipeline.loop.clock import DATA_WAIT, VALIDATE, StepClock
+from pipeline.loop.clock import CHECKPOINT, DATA_WAIT, LOG, VALIDATE, StepClock
 from pipeline.loop.collector import Collector
 from pipeline.loop.gil import GilWatch
 from pipeline.loop.journal import Journal
@@ -200,7 +200,7 @@ def _finish_epoch(run: Run, first_step: int) -> None:
     run.outbound.flush()
     if run.collector is not None:
         run.collector.idle()
-    run.clock.step_ended()  # what the device was still busy with is training time too
+    run.clock.training_paused()  # what the device was still busy with is training time too
     run.tell(EpochFinished)
     losses = run.journal.losses[first_step : state.step]
     means = {"train/epoch_loss": sum(losses) / len(losses)}
@@ -218,6 +218,7 @@ def _finish_epoch(run: Run, first_step: int) -> None:
     if run.scheduler_interval == "epoch" and scheduler and not isinstance(scheduler, ReduceLROnPlateau):
         scheduler.step()
     if run.checkpoints is not None:
+        run.clock.enter(CHECKPOINT)
         run.checkpoints.save_last(state)
     state.epoch += 1
 
@@ -234,13 +235,16 @@ def _validate(run: Run, means: dict[str, float]) -> None:
     except Exception as error:
         add_stage_note(error, "validate", step=run.state.step)
         raise
+    run.clock.enter(LOG)
     metrics = {f"val/{name}": value for name, value in found.items()}
     _report(run, {**means, **metrics})
     value = monitored(metrics, run.settings.monitor, "monitor")
     if isinstance(run.state.scheduler, ReduceLROnPlateau):
         run.state.scheduler.step(value)
     if run.checkpoints is not None:
+        run.clock.enter(CHECKPOINT)
         run.checkpoints.save_if_best(run.state, value)
+        run.clock.enter(LOG)
     run.tell(Validated, metrics)
     return None
 

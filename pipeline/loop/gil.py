@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 import threading
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -16,7 +15,7 @@ from pipeline.gil import GilAccount, GilReport, gil_account, to_json
 from pipeline.gil.interpreter import handoff_counter
 from pipeline.gil.signals import Handoffs
 from pipeline.loop.clock import STAGES, StepClock
-from pipeline.loop.convoy import ConvoyWatch, describe_convoy
+from pipeline.loop.convoy import ConvoyWatch, describe_convoy, warn_harmlessly
 from pipeline.settings import GilMode
 
 LOG_NS = 10_000_000_000
@@ -93,8 +92,12 @@ class GilWatch:
     def _open_account(self) -> None:
         try:
             self._account = self._stack.enter_context(gil_account(trace=True, functions=True))
+            report = self._account.report()
         except GilAccountError as error:
             self._go_on_without(error)
+            return
+        if report.backend == "signals":
+            warn_harmlessly(f"gil='account' has no more than FitResult.stage_times: {report.doubts[0]}")
 
     def _log(self, account: GilAccount, step: int, epoch: int) -> None:
         """Give the loggers the loop thread's shares so far."""
@@ -123,11 +126,11 @@ class GilWatch:
         message = describe_convoy(report, threading.current_thread().name, self._clock.num_steps)
         if message is not None and not self._has_warned:
             self._has_warned = True
-            warnings.warn(message, stacklevel=2)
+            warn_harmlessly(message)
 
     def _go_on_without(self, error: Exception) -> None:
         self._account = None
-        warnings.warn(f"training goes on without the GIL account: {error}", stacklevel=2)
+        warn_harmlessly(f"training goes on without the GIL account: {error}")
 
 
 def loop_ratios(report: GilReport, thread: str) -> dict[str, float]:

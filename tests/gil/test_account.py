@@ -29,6 +29,7 @@ def answer(**changes):
         "late_p50_s": 0.00002,
         "late_p99_s": 0.0001,
         "is_realtime": True,
+        "period_s": 0.001,
         "counts": [
             [7, 1, "H", 0, 0, 500],
             [7, 1, "h", 0, 0, 100],

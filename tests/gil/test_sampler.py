@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import ctypes
 import os
 import signal
 import subprocess
@@ -20,8 +19,9 @@ from pipeline.gil.interpreter import find_gil, thread_state
 from pipeline.gil.live import SampledAccount
 from pipeline.gil.memory import Memory
 from pipeline.gil.sampler import Sampler, SecondAccountError
+from pipeline.gil.sampler import hold_gil as hold
+from pipeline.gil.sampler import release_gil as release
 
-hold, release = ctypes.PyDLL(None).usleep, ctypes.CDLL(None).usleep
 MAIN = threading.main_thread().name
 
 
@@ -243,7 +243,7 @@ def test_an_unknown_interpreter_leaves_the_cheap_signals(monkeypatch):
     def not_found(memory):
         raise GilAccountError("the GIL was found at 0 addresses")
 
-    monkeypatch.setattr(sampler, "find_gil", not_found)
+    monkeypatch.setattr(sampler, "_calibration", not_found)
     with gil_account() as account, stage("loop"):
         loop(5_000, 5_000, 0.1)
     report = account.report()
@@ -271,7 +271,7 @@ def test_without_proc_the_cheap_signals_are_left(monkeypatch):
 
 def test_a_self_test_that_fails_refuses(monkeypatch):
     """If a call that holds the GIL does not read so, nothing else is believed."""
-    monkeypatch.setattr(sampler, "hold", release)
+    monkeypatch.setattr(sampler, "hold_gil", release)
     with pytest.raises(GilAccountError, match="self-test failed"), Sampler():
         pass
 

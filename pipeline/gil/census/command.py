@@ -19,6 +19,7 @@ from pipeline.gil.census.measure import (
     CensusRow,
     RunMany,
     call_many,
+    check_statement,
     describe,
     reference_step,
     statement_many,
@@ -34,7 +35,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("function", nargs="*", metavar="MODULE:FUNCTION", help="measure these instead")
     parser.add_argument(
         "--stmt",
-        "-n",
         action="append",
         default=[],
         help="measure a statement, as timeit does; may be repeated",
@@ -57,8 +57,8 @@ def run(arguments: argparse.Namespace) -> int:
             needs = f"   needs {', '.join(case.missing)}" if case.missing else ""
             print(f"{case.name}{needs}")
         return 0
-    subjects = find_subjects(arguments)
     with clean_output(arguments.json) as emit:
+        subjects = find_subjects(arguments)
         rows = measure_all(subjects, arguments.seconds, None if arguments.json else emit)
         if arguments.json:
             emit(json.dumps([dataclasses.asdict(row) for row in rows], indent=1))
@@ -155,8 +155,8 @@ def _function_subject(text: str) -> Subject:
         found = importlib.import_module(module_name)
         for part in path.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{text} was not found: {error}.") from error
+    except Exception as error:  # whatever the module does when it is imported
+        raise ConfigError(f"{text} was not found: {type(error).__name__}: {error}.") from error
     if not callable(found):
         raise ConfigError(f"{text} must be callable without arguments, and is a {type(found).__name__}.")
     return text, lambda: contextlib.nullcontext(call_many(found))
@@ -164,7 +164,8 @@ def _function_subject(text: str) -> Subject:
 
 def _statement_subject(statement: str, setup: str) -> Subject:
     try:
-        run_many = statement_many(statement, setup)
+        check_statement(statement, setup)
     except SyntaxError as error:
         raise ConfigError(f"{error.filename} does not compile: {error.msg}: {error.text}") from error
-    return " ".join(statement.split())[:60], lambda: contextlib.nullcontext(run_many)
+    name = " ".join(statement.split())[:60]
+    return name, lambda: contextlib.nullcontext(statement_many(statement, setup))

@@ -20,7 +20,6 @@ from pipeline.gil.marks import stage
 PERIOD_S = 0.00025
 HOLDS_FROM, RELEASES_BELOW = 0.9, 0.1
 BATCH_S = 0.002
-MAX_BESIDE_S = 2.0
 
 RunMany = Callable[[int], object]
 """Calls what is measured so many times."""
@@ -233,16 +232,24 @@ def call_many(function: Callable[[], object]) -> RunMany:
     return run_many
 
 
+def check_statement(statement: str, setup: str) -> None:
+    """See whether they compile.
+
+    Raises:
+        SyntaxError: If one does not; its file name says which.
+    """
+    compile(setup, "<setup>", "exec")
+    compile(statement, "<stmt>", "exec")
+
+
 def statement_many(statement: str, setup: str) -> RunMany:
     """Return what runs a statement so many times after a setup that runs once, as `timeit` means them.
 
     Raises:
-        SyntaxError: If either does not compile.
+        Exception: The setup's own.
     """
-    compile(setup, "<setup>", "exec")
-    compile(statement, "<stmt>", "exec")
     setup_lines = textwrap.indent(setup or "pass", 4 * " ")
-    statement_lines = textwrap.indent(statement, 12 * " ")
+    statement_lines = textwrap.indent(statement + "\npass", 12 * " ")  # it may be a comment alone
     source = (
         "def _statements():\n"
         f"{setup_lines}\n"

@@ -21,7 +21,7 @@ class Functions:
 
     Args:
         memory: Of the measured process.
-        offsets: From `pipeline.gil.frames`.
+        offsets: From `pipeline.gil.calibrate.find_frames`.
     """
 
     def __init__(self, memory: Memory, offsets: dict[str, Any]) -> None:

@@ -1,7 +1,7 @@
 """The sampler's process: samples until it is told to stop, or nobody is left to tell it.
 
-Commands come on standard input, one a line, and each is answered by one line of JSON on standard
-output: ``report``, ``reset``, ``trace``, ``period <seconds>``, ``stop``.
+Commands come on standard input, one a line: ``report``, ``reset``, ``trace``, ``period <seconds>``,
+each answered by one line of JSON on standard output, and ``stop``, which is not answered.
 """
 
 from __future__ import annotations
@@ -17,20 +17,27 @@ from typing import Any
 
 from pipeline.gil.child.sampler import Sampler
 
+# It rests for so many times the length of a sample, and with many threads samples less often; a short
+# period, as of the census, asks for less rest.
+REST_FACTOR, SHORT_REST_FACTOR, SHORT_PERIOD_S = 8, 2, 0.0005
+
 
 def main() -> None:
     """Sample until told to stop, until standard input is closed, or until the parent is gone."""
     config = json.loads(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
     is_realtime = config["realtime"] and _ask_for_realtime()
-    sampler, period_s = Sampler(config), config["period_s"]
+    sampler, period_s, taken_s = Sampler(config), config["period_s"], 0.0
     pending = b""
     while os.getppid() == config["pid"]:
         # Uniform in [0.5, 1.5) periods, so that it cannot fall into step with the measured loop.
-        wait_s = period_s * (0.5 + random.random())
+        rest_factor = REST_FACTOR if period_s > SHORT_PERIOD_S else SHORT_REST_FACTOR
+        wait_s = max(period_s * (0.5 + random.random()), rest_factor * taken_s)
         asleep_s = time.perf_counter()
         if not select.select([0], [], [], wait_s)[0]:
-            sampler.sample(time.perf_counter() - asleep_s - wait_s)
+            began_s = time.perf_counter()
+            sampler.sample(began_s - asleep_s - wait_s)
+            taken_s = time.perf_counter() - began_s
             continue
         received = os.read(0, 4096)
         if not received:
@@ -38,11 +45,11 @@ def main() -> None:
         *commands, pending = (pending + received).split(b"\n")
         for command in commands:
             word, _, value = command.decode().partition(" ")
-            if word == "period":
-                period_s = float(value)
-            _reply(sampler, word, is_realtime)
             if word == "stop":
                 return
+            if word == "period":
+                period_s = float(value)
+            _reply(sampler, word, {"is_realtime": is_realtime, "period_s": period_s})
 
 
 def _ask_for_realtime() -> bool:
@@ -53,11 +60,11 @@ def _ask_for_realtime() -> bool:
     return True
 
 
-def _reply(sampler: Sampler, word: str, is_realtime: bool) -> None:
+def _reply(sampler: Sampler, word: str, facts: dict[str, Any]) -> None:
     if word == "reset":
         sampler.reset()
     answer: dict[str, Any] = sampler.trace() if word == "trace" else sampler.report()
-    sys.stdout.write(json.dumps({**answer, "is_realtime": is_realtime}) + "\n")
+    sys.stdout.write(json.dumps({**answer, **facts}) + "\n")
     sys.stdout.flush()
 
 

@@ -9,11 +9,12 @@ from typing import Any
 
 from pipeline.gil.child.functions import Functions
 from pipeline.gil.child.states import UNKNOWN, WAITING, WAITING_AWAKE, StateReader
-from pipeline.gil.child.threads import SLOT, Thread, ThreadList, table_version
+from pipeline.gil.child.threads import ENDED, SLOT, Thread, ThreadList, table_version
 from pipeline.gil.memory import Memory
 
 GIL_WORDS = struct.Struct("<QQi4xQ")  # interval (us), last holder, locked, number of switches
 REFRESH_S = 0.05  # how often the list of threads is read anew
+UNKNOWN_REFRESH_S = 0.01  # how often at most, if an unknown thread holds the GIL
 NO_STAGE = 0
 
 
@@ -61,8 +62,8 @@ class Sampler:
         holder, is_locked, self._last_switches, snapshot = self._look()
         table = self._memory.read(self._config["table"], self._config["table_bytes"])
         known = self._threads.by_tstate
-        is_old = now_s - self._refreshed_s > REFRESH_S or table_version(table) != self._version
-        if is_old or (is_locked and holder not in known):
+        limit_s = UNKNOWN_REFRESH_S if is_locked and holder not in known else REFRESH_S
+        if now_s - self._refreshed_s > limit_s or table_version(table) != self._version:
             self._refresh(now_s, table)
         states = self._states.read([*known.values()], holder if is_locked else 0, snapshot)
         self._num_samples += 1
@@ -117,6 +118,21 @@ class Sampler:
         for thread in self._threads.refresh(table):
             if self._lanes.pop(thread.tid, None):
                 self._events.append((self._us(now_s), thread.tid, UNKNOWN, NO_STAGE))
+        if given_up := self._threads.forget_ended():
+            self._merge_ended(given_up)
+
+    def _merge_ended(self, given_up: set[int]) -> None:
+        """Count these threads as one, so that a long run with many short threads stays small."""
+
+        def merged(tid: int) -> int:
+            return ENDED if tid in given_up else tid
+
+        counts, self._counts = self._counts, Counter()
+        for (tid, stage, state, holder, holder_stage), count in counts.items():
+            self._counts[merged(tid), stage, state, merged(holder), holder_stage] += count
+        holders, self._holders = self._holders, Counter()
+        for (tid, code, main_waits), count in holders.items():
+            self._holders[merged(tid), code, main_waits] += count
 
     def _count(self, states: dict[Thread, str], table: bytes, holder: Thread | None) -> None:
         """Book each thread's state with its stage, and whom a waiting one waits for."""

@@ -9,7 +9,9 @@ import time
 from pipeline.gil.memory import Memory
 
 SLOT = struct.Struct("<QQQ")  # thread state, native id, stage: one row of the table of stage marks
-MAX_THREADS = 512
+MAX_THREADS = 4096
+MAX_ENDED = 512  # threads that have ended and are kept by themselves
+ENDED = -1  # takes the place of the native id of the others
 
 
 class Thread:
@@ -106,6 +108,13 @@ class ThreadList:
             thread.slot = slots.get((tstate, thread.tid), -1)
         self.ended.extend(gone)
         return gone
+
+    def forget_ended(self) -> set[int]:
+        """Give up the older half of the threads that have ended, if they are many; return their ids."""
+        if len(self.ended) <= MAX_ENDED:
+            return set()
+        given_up, self.ended = self.ended[: MAX_ENDED // 2], self.ended[MAX_ENDED // 2 :]
+        return {thread.tid for thread in given_up} - {thread.tid for thread in self.by_tstate.values()}
 
     def clear(self) -> None:
         """Forget all of them."""
