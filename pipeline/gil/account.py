@@ -97,7 +97,7 @@ class GilReport:
         sampler_cpu_ratio: Processor time of the sampler, as a share of one core.
         late_p50_us: By how much half of the samples came later than they were meant to.
         late_p99_us: By how much one in a hundred did.
-        is_realtime: Whether the kernel gave the sampler real-time priority.
+        is_realtime: Whether the sampler has real-time priority, which it asks for when it comes late.
         stages: One for each thread and stage, the longest first.
         functions: Those that held the GIL longest.
         times: Wall and thread time of the blocks of `stage`, where there is no sampler.

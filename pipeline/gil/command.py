@@ -64,6 +64,5 @@ def check() -> int:
         print(f"back end: signals. {report.doubts[0]}")
         return 1
     print(f"back end: {report.backend} ({BACKENDS[report.backend]})")
-    print(f"real-time priority for the sampler: {'yes' if report.is_realtime else 'no'}")
     print("self-test: a call that holds the GIL reads as held, one that releases it does not")
     return 0

@@ -133,7 +133,7 @@ def _sampled_lines(report: GilReport) -> list[str]:
         f"{report.handoffs_per_s:.0f} times a second (switch interval {1e3 * report.switch_interval_s:g} ms)",
         f"{report.num_samples} samples, {report.late_p50_us:.0f} us late, 1 in 100 over "
         f"{report.late_p99_us:.0f} us; the sampler used {report.sampler_cpu_ratio:.1%} of a core"
-        + ("" if report.is_realtime else ", without real-time priority"),
+        + (", with real-time priority" if report.is_realtime else ""),
     ]
 
 

@@ -153,7 +153,6 @@ class Sampler:
             "pid": os.getpid(),
             "memory_fd": memory_fd,
             "period_s": TEST_PERIOD_S,
-            "realtime": True,
             "table": marks.table.buffer_info()[0],
             "table_bytes": 8 * len(marks.table),
             "max_events": MAX_EVENTS if self._has_trace else 0,

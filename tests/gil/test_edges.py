@@ -18,6 +18,7 @@ import pipeline
 from pipeline import GilAccountError, gil_account, stage
 from pipeline.gil import calibrate, sampler, stage_cell, stage_id
 from pipeline.gil.account import stage_shares
+from pipeline.gil.child.priority import PROBE_WINDOWS, WINDOW, Priority
 from pipeline.gil.child.sampler import Sampler as ChildSampler
 from pipeline.gil.child.threads import ENDED, MAX_ENDED, ThreadList
 from pipeline.gil.command import main
@@ -188,6 +189,45 @@ def test_many_threads_that_ended_become_one():
     child._merge_ended(given_up)
     assert child._counts == {(ENDED, 1, "W", ENDED, 2): 7, (9000, 1, "W", ENDED, 2): 5}
     assert child._holders == {(ENDED, 64, True): 3}
+
+
+@pytest.fixture
+def scheduler(monkeypatch):
+    """Take note of the priorities that are asked for."""
+    asked = []
+    monkeypatch.setattr(os, "sched_setscheduler", lambda pid, policy, parameter: asked.append(policy))
+    return asked
+
+
+def test_real_time_priority_is_asked_for_when_the_sampler_is_late(scheduler):
+    """And given back for a try, since it takes a core from whoever runs there."""
+    priority = Priority()
+    for _ in range(WINDOW):
+        priority.note(0.0001)
+    assert scheduler == []
+    for _ in range(WINDOW):
+        priority.note(0.002)
+    assert scheduler == [os.SCHED_FIFO]
+    for _ in range(PROBE_WINDOWS * WINDOW):
+        priority.note(0.0001)
+    assert scheduler == [os.SCHED_FIFO, os.SCHED_OTHER]
+    assert not priority.is_realtime
+
+
+def test_a_priority_that_is_refused_is_not_asked_for_again(monkeypatch):
+    """The lateness in the report tells."""
+    asked = []
+
+    def refuse(*arguments):
+        asked.append(arguments)
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    priority = Priority()
+    for _ in range(10 * WINDOW):
+        priority.note(0.002)
+    assert len(asked) == 1
+    assert not priority.is_realtime
 
 
 def test_a_script_may_close_its_output():

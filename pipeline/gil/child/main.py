@@ -15,6 +15,7 @@ import sys
 import time
 from typing import Any
 
+from pipeline.gil.child.priority import Priority
 from pipeline.gil.child.sampler import Sampler
 
 # It rests for so many times the length of a sample, and with many threads samples less often; a short
@@ -26,8 +27,8 @@ def main() -> None:
     """Sample until told to stop, until standard input is closed, or until the parent is gone."""
     config = json.loads(sys.argv[1])
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
-    is_realtime = config["realtime"] and _ask_for_realtime()
-    sampler, period_s, taken_s = Sampler(config), config["period_s"], 0.0
+    sampler, priority = Sampler(config), Priority()
+    period_s, taken_s = config["period_s"], 0.0
     pending = b""
     while os.getppid() == config["pid"]:
         # Uniform in [0.5, 1.5) periods, so that it cannot fall into step with the measured loop.
@@ -36,7 +37,9 @@ def main() -> None:
         asleep_s = time.perf_counter()
         if not select.select([0], [], [], wait_s)[0]:
             began_s = time.perf_counter()
-            sampler.sample(began_s - asleep_s - wait_s)
+            late_s = began_s - asleep_s - wait_s
+            sampler.sample(late_s)
+            priority.note(late_s)
             taken_s = time.perf_counter() - began_s
             continue
         received = os.read(0, 4096)
@@ -49,15 +52,7 @@ def main() -> None:
                 return
             if word == "period":
                 period_s = float(value)
-            _reply(sampler, word, {"is_realtime": is_realtime, "period_s": period_s})
-
-
-def _ask_for_realtime() -> bool:
-    try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
-    except OSError:
-        return False  # not permitted: the report says so
-    return True
+            _reply(sampler, word, {"is_realtime": priority.is_realtime, "period_s": period_s})
 
 
 def _reply(sampler: Sampler, word: str, facts: dict[str, Any]) -> None:
