@@ -14,9 +14,9 @@ import pytest
 from pipeline.gil.census import Case, Census, cases, measure
 from pipeline.gil.census.measure import call_many, statement_many, verdict_of
 from pipeline.gil.command import main
-from pipeline.gil.sampler import hold_gil as hold
-from pipeline.gil.sampler import release_gil as release
 from pipeline.gil.script import named_threads, split_arguments
+from pipeline.gil.selftest import hold_gil as hold
+from pipeline.gil.selftest import release_gil as release
 from pipeline.gil.torch_stages import torch_stages
 
 FIELDS = {

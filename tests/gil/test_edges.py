@@ -23,7 +23,7 @@ from pipeline.gil.child.sampler import Sampler as ChildSampler
 from pipeline.gil.child.threads import ENDED, MAX_ENDED, ThreadList
 from pipeline.gil.command import main
 from pipeline.gil.interpreter import switch_interval
-from pipeline.gil.sampler import release_gil
+from pipeline.gil.selftest import release_gil
 from pipeline.loop.clock import FORWARD, StepClock
 from pipeline.loop.convoy import warn_harmlessly
 from tests.gil.test_account import NAMES, STAGES, answer

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from pipeline import GilAccountError, gil_account, stage
-from pipeline.gil import calibrate, interpreter, sampler
+from pipeline.gil import calibrate, interpreter, sampler, selftest
 from pipeline.gil.interpreter import find_gil, thread_state
 from pipeline.gil.live import SampledAccount
 from pipeline.gil.memory import Memory
 from pipeline.gil.sampler import Sampler, SecondAccountError
-from pipeline.gil.sampler import hold_gil as hold
-from pipeline.gil.sampler import release_gil as release
+from pipeline.gil.selftest import hold_gil as hold
+from pipeline.gil.selftest import release_gil as release
 
 MAIN = threading.main_thread().name
 
@@ -271,7 +271,7 @@ def test_without_proc_the_cheap_signals_are_left(monkeypatch):
 
 def test_a_self_test_that_fails_refuses(monkeypatch):
     """If a call that holds the GIL does not read so, nothing else is believed."""
-    monkeypatch.setattr(sampler, "hold_gil", release)
+    monkeypatch.setattr(selftest, "hold_gil", release)
     with pytest.raises(GilAccountError, match="self-test failed"), Sampler():
         pass
 
