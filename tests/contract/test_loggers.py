@@ -47,13 +47,13 @@ class Showing(Callback):
             values.zero_()
 
 
-def fit(loggers, *, schedule="overlap", device="simulated", fails=False, run_dir="run"):
+def fit(loggers, *, schedule="overlap", device="simulated", fails=False, run_dir="run", **settings):
     torch.manual_seed(0)
     model = build_model("linear")
     data = TensorDataset(torch.randn(16, 6), torch.arange(16) % 3)
     trainer = Trainer(
         max_epochs=2, schedule=schedule, device=SimulatedBackend() if device == "simulated" else device,
-        run_dir=run_dir, enable_progress_bar=False, enable_checkpointing=False,
+        run_dir=run_dir, enable_progress_bar=False, enable_checkpointing=False, **settings,
     )  # fmt: skip
     calls = []
 
@@ -189,9 +189,10 @@ def test_what_a_backend_wrote_is_what_was_logged(name, schedule):
 
 
 def test_several_backends_at_once():
-    """All of them hear the same run; none of them works on the loop thread."""
+    """All of them hear the same run, and none of them makes the loop thread read."""
     names = ["csv", "tensorboard", "wandb", "mlflow"]
-    rows, result = fit([BACKENDS[name][0]() for name in names])
+    rows, result = fit([BACKENDS[name][0]() for name in names], detect_host_reads=True)
+    assert result.outbound.host_reads == ()
     for name in names:
         assert BACKENDS[name][1](Path("run")).keys() == expected(rows).keys()
     assert [(each.name, each.num_rows) for each in result.outbound.loggers] == [
