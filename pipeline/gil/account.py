@@ -226,7 +226,7 @@ def doubts_about(answer: dict[str, Any], backend: str) -> list[str]:
     doubts = []
     if answer["num_samples"] < FEW_SAMPLES:
         doubts.append(f"only {answer['num_samples']} samples: let it run longer")
-    if answer["num_samples"] * answer["period_s"] < 0.5 * answer["wall_s"]:
+    elif answer["num_samples"] * answer["period_s"] < 0.5 * answer["wall_s"]:
         doubts.append(
             f"{len(answer['threads'])} threads: a sample took so long that there were only "
             f"{answer['num_samples'] / answer['wall_s']:.0f} a second"

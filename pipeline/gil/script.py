@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import builtins
+import importlib.util
 import os
 import runpy
 import sys
@@ -55,9 +56,11 @@ def run(arguments: argparse.Namespace, rest: list[str]) -> int:
     start = _find_start(arguments, rest)
     if arguments.period_ms <= 0:
         raise ConfigError(f"--period-ms must be above 0, got {arguments.period_ms:g}.")
-    for option in ("json", "trace"):  # the script may change the folder
+    for option in ("json", "trace"):
         if path := getattr(arguments, option):
-            setattr(arguments, option, os.path.abspath(path))
+            if not Path(path).absolute().parent.is_dir():
+                raise ConfigError(f"--{option}: the folder {Path(path).parent} does not exist.")
+            setattr(arguments, option, os.path.abspath(path))  # the script may change the folder
     own_pid, account = os.getpid(), None
     try:
         with (
@@ -93,6 +96,7 @@ def named_threads() -> Iterator[None]:
 def _find_start(arguments: argparse.Namespace, rest: list[str]) -> Callable[[], object]:
     """Set the arguments and the path as Python does, and return what runs the script."""
     if arguments.module is not None:
+        _check_module(arguments.module)
         sys.argv = [arguments.module, *rest]
         sys.path[0] = os.getcwd()
         return lambda: runpy.run_module(arguments.module, run_name="__main__", alter_sys=True)
@@ -116,6 +120,15 @@ def _execute(script: Path) -> None:
     with open_code(str(script)) as file:
         code = compile(file.read(), str(script), "exec")
     exec(code, vars(main))
+
+
+def _check_module(name: str) -> None:
+    try:
+        found = importlib.util.find_spec(name)
+    except ModuleNotFoundError:
+        found = None
+    if found is None:
+        raise ConfigError(f"{name} is no module that can be imported from here.")
 
 
 def _check_name(folder: Path) -> None:

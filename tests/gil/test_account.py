@@ -87,6 +87,7 @@ def test_the_interval_is_wilsons():
     ("changes", "backend", "doubt"),
     [
         ({"num_samples": 20}, "waiters", "only 20 samples"),
+        ({"num_samples": 500}, "waiters", "only 250 a second"),
         ({"late_p99_s": 0.003}, "waiters", "3.0 ms late"),
         ({"num_unknown_holder": 80}, "waiters", "10% of the time"),
         ({}, "held", "waiting counts as blocked"),

@@ -303,6 +303,24 @@ def test_an_optimizer_that_fails_leaves_no_stage():
     assert Failing.step is own_step or getattr(Failing.step, "hooked", False)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-m", "no.such.module"], "no.such.module is no module"),
+        (["--trace", "nowhere/t.json", "script.py"], "the folder nowhere does not exist"),
+        (["--period-ms", "0", "script.py"], "--period-ms must be above 0"),
+        ([], "there is no script to run"),
+    ],
+)
+def test_a_run_that_cannot_begin_says_why(arguments, message, capfd, monkeypatch):
+    """Before anything is started."""
+    Path("script.py").write_text("")
+    monkeypatch.setattr(sys, "argv", sys.argv[:])
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    assert main(["run", *arguments]) == 2
+    assert message in capfd.readouterr().err
+
+
 def test_what_setup_prints_is_not_json(capfd):
     """Nor what a module prints that is imported."""
     Path("noisy.py").write_text("print('imported')\ndef f(): pass\n")
