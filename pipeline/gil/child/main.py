@@ -61,7 +61,3 @@ def _reply(sampler: Sampler, word: str, facts: dict[str, Any]) -> None:
     answer: dict[str, Any] = sampler.trace() if word == "trace" else sampler.report()
     sys.stdout.write(json.dumps({**answer, **facts}) + "\n")
     sys.stdout.flush()
-
-
-if __name__ == "__main__":
-    main()
