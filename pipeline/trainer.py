@@ -176,7 +176,7 @@ class Trainer(Settings):
             )
             stack.enter_context(wiring.installed(detector))
             fit(run, run_dir)
-        return make_result(run, belts.schedule, run_dir)
+        return make_result(run, belts, run_dir, train_data)
 
     def evaluate(
         self,

@@ -17,9 +17,10 @@ from pipeline.concurrency import Channel, ChannelClosedError, Scope
 from pipeline.data import END, Reader, Source, UnhookableDrawError, as_source
 from pipeline.device import Backend, Transfer, make_transfer, select_backend
 from pipeline.errors import ConfigError, add_stage_note
-from pipeline.gil import stage_cell, stage_id
+from pipeline.loop.threads import ThreadTimes
 
-FETCH, TRANSFER, PUT = stage_id("fetch"), stage_id("transfer"), stage_id("put")
+STAGES = ("fetch", "transfer", "put")
+FETCH, TRANSFER, PUT = range(3)
 
 
 def read_in_line(reader: Reader, transfer: Transfer) -> Generator[Batch]:
@@ -29,7 +30,9 @@ def read_in_line(reader: Reader, transfer: Transfer) -> Generator[Batch]:
             yield batch if transfer.is_identity else transfer.receive(transfer.send(batch))
 
 
-def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -> Generator[Batch]:
+def read_ahead(
+    source: Source, reader: Reader, transfer: Transfer, depth: int, times: ThreadTimes | None = None
+) -> Generator[Batch]:
     """Yield the same batches, made ahead by a thread that ends with the generator.
 
     The first one is made on the loop thread, which shows whether a thread can make the rest; where
@@ -40,6 +43,7 @@ def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -
         reader: One epoch's batches.
         transfer: To the device.
         depth: Batches that may wait for the loop.
+        times: Told how the thread spent its time.
 
     Runs on:
         Loop thread; blocks, with the GIL released, while no batch is there.
@@ -50,7 +54,7 @@ def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -
             sent = transfer.send(batch, is_fresh=source.makes_fresh_batches)
             if reader.is_threadable:
                 # Until the epoch ends, or the thread meets a batch that it cannot make.
-                yield from _from_thread(source, reader, transfer, depth, sent)
+                yield from _from_thread(source, reader, transfer, depth, sent, times or ThreadTimes())
                 continue
             if not has_warned:
                 _warn_in_line(source)
@@ -59,14 +63,14 @@ def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -
 
 
 def _from_thread(
-    source: Source, reader: Reader, transfer: Transfer, depth: int, first: Any
+    source: Source, reader: Reader, transfer: Transfer, depth: int, first: Any, times: ThreadTimes
 ) -> Generator[Batch]:
     with Scope() as scope:
         channel: Channel[Any] = Channel(depth)
 
         def fill() -> None:
             with transfer.on_device():
-                _fill(channel, reader, transfer, source.makes_fresh_batches)
+                _fill(channel, reader, transfer, source.makes_fresh_batches, times)
 
         scope.start(fill, name="prefetch", stop=channel.abandon)
         yield transfer.receive(first)
@@ -74,18 +78,19 @@ def _from_thread(
             yield transfer.receive(sent)
 
 
-def _fill(channel: Channel[Any], reader: Reader, transfer: Transfer, is_fresh: bool) -> None:
+def _fill(
+    channel: Channel[Any], reader: Reader, transfer: Transfer, is_fresh: bool, times: ThreadTimes
+) -> None:
     """Make batches until they end; prefetch thread."""
     error: BaseException | None = None
-    mark = stage_cell()
-    mark[0] = FETCH
     try:
-        while reader.is_threadable and (batch := reader.read_in_thread()) is not END:
-            mark[0] = TRANSFER
-            sent = _send(transfer, batch, is_fresh, reader.position - 1)
-            mark[0] = PUT
-            channel.put(sent)
-            mark[0] = FETCH
+        with times.clock(STAGES) as clock:
+            while reader.is_threadable and (batch := reader.read_in_thread()) is not END:
+                clock.enter(TRANSFER)
+                sent = _send(transfer, batch, is_fresh, reader.position - 1)
+                clock.enter(PUT)
+                channel.put(sent)
+                clock.enter(FETCH)
     except (ChannelClosedError, UnhookableDrawError):
         pass  # nobody wants more; or the loop thread goes on from here
     except BaseException as raised:

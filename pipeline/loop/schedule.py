@@ -9,11 +9,12 @@ import torch
 
 from pipeline.batch import Batch
 from pipeline.concurrency import Scope
-from pipeline.data import Source
+from pipeline.data import EVALUATION_EPOCH, Source
 from pipeline.device import Backend, StepLimiter, make_transfer
 from pipeline.loop.journal import Journal
 from pipeline.loop.outbound import BeltOutbound, DirectOutbound, Outbound
 from pipeline.loop.prefetch import read_ahead, read_in_line
+from pipeline.loop.threads import ThreadTimes
 from pipeline.settings import Settings
 
 
@@ -29,6 +30,7 @@ class Belts:
         schedule: ``overlap`` or ``textbook``. ``auto`` is resolved by one rule: overlap where the
             device runs ahead of the host, so that host work can hide behind it; textbook where it
             does not, since there a thread competes with the step for the cores and the GIL.
+        times: How the threads beside the loop spent theirs, those of a validation left out.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Belts:
             settings.schedule == "auto" and backend.streams is not None
         )
         self.schedule: Literal["overlap", "textbook"] = "overlap" if overlaps else "textbook"
+        self.times = ThreadTimes()
         self._transfer = make_transfer(backend, overlaps=overlaps, prepare=prepare)
 
     def inbound(self, source: Source, epoch: int, max_batches: int | None) -> Generator[Batch]:
@@ -50,7 +53,8 @@ class Belts:
         reader = source.open(epoch, max_batches)
         if self.schedule == "textbook":
             return read_in_line(reader, self._transfer)
-        return read_ahead(source, reader, self._transfer, self._depth)
+        times = None if epoch == EVALUATION_EPOCH else self.times
+        return read_ahead(source, reader, self._transfer, self._depth, times)
 
     def limiter(self, max_steps_in_flight: int) -> StepLimiter | None:
         """Return what bounds the run-ahead; None where each step's read already does."""
@@ -63,4 +67,4 @@ class Belts:
         """Return where the loop puts its numbers; the scope owns the writer thread, if any."""
         if self.schedule == "textbook":
             return DirectOutbound(self.backend, journal)
-        return BeltOutbound(scope, self.backend, journal, self._settings)
+        return BeltOutbound(scope, self.backend, journal, self._settings, self.times)
