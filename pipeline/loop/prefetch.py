@@ -29,8 +29,10 @@ def read_in_line(reader: Reader, transfer: Transfer) -> Generator[Batch]:
             yield batch if transfer.is_identity else transfer.receive(transfer.send(batch))
 
 
-def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -> Generator[Batch]:
-    """Yield the same batches, made ahead by a thread that ends with the generator.
+def read_ahead(
+    source: Source, reader: Reader, transfer: Transfer, depth: int, num_threads: int = 1
+) -> Generator[Batch]:
+    """Yield the same batches, made ahead by threads that end with the generator.
 
     The first one is made on the loop thread, which shows whether a thread can make the rest; where
     one cannot, they are made there too, and a warning says why.
@@ -39,7 +41,8 @@ def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -
         source: Where the reader comes from.
         reader: One epoch's batches.
         transfer: To the device.
-        depth: Batches that may wait for the loop.
+        depth: Batches that are made ahead.
+        num_threads: That make them; one where they can be made in order only.
 
     Runs on:
         Loop thread; blocks, with the GIL released, while no batch is there.
@@ -50,7 +53,7 @@ def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -
             sent = transfer.send(batch, is_fresh=source.makes_fresh_batches)
             if reader.is_threadable:
                 # Until the epoch ends, or the thread meets a batch that it cannot make.
-                yield from _from_thread(source, reader, transfer, depth, sent)
+                yield from _from_threads(source, reader, transfer, depth, num_threads, sent)
                 continue
             if not has_warned:
                 _warn_in_line(source)
@@ -58,39 +61,46 @@ def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -
             yield transfer.receive(sent)
 
 
-def _from_thread(
-    source: Source, reader: Reader, transfer: Transfer, depth: int, first: Any
+def _from_threads(
+    source: Source, reader: Reader, transfer: Transfer, depth: int, num_threads: int, first: Any
 ) -> Generator[Batch]:
     with Scope() as scope:
-        channel: Channel[Any] = Channel(depth)
+        channel: Channel[Any] = Channel(depth, start=reader.position)
 
         def fill() -> None:
             with transfer.on_device():
                 _fill(channel, reader, transfer, source.makes_fresh_batches)
 
-        scope.start(fill, name="prefetch", stop=channel.abandon)
+        for number in range(num_threads):
+            name = "prefetch" if num_threads == 1 else f"prefetch/{number}"
+            scope.start(fill, name=name, stop=channel.abandon)
         yield transfer.receive(first)
         for sent in channel:
             yield transfer.receive(sent)
+        if reader.is_random_access:
+            reader.position = channel.position  # threads may have made some of those behind it
 
 
 def _fill(channel: Channel[Any], reader: Reader, transfer: Transfer, is_fresh: bool) -> None:
     """Make batches until they end; prefetch thread."""
-    error: BaseException | None = None
-    mark = stage_cell()
-    mark[0] = FETCH
+    mark, make = stage_cell(), reader.thread_maker()
+    position = channel.position
     try:
-        while reader.is_threadable and (batch := reader.read_in_thread()) is not END:
-            mark[0] = TRANSFER
-            sent = _send(transfer, batch, is_fresh, reader.position - 1)
+        while True:
             mark[0] = PUT
-            channel.put(sent)
+            position = channel.claim()
             mark[0] = FETCH
-    except (ChannelClosedError, UnhookableDrawError):
-        pass  # nobody wants more; or the loop thread goes on from here
-    except BaseException as raised:
-        error = raised  # travels to the loop behind the batches that were made before it
-    channel.close(error)
+            if not reader.is_threadable or (batch := make(position)) is END:
+                break
+            mark[0] = TRANSFER
+            channel.put(position, _send(transfer, batch, is_fresh, position))
+    except ChannelClosedError:
+        return  # nobody wants more
+    except UnhookableDrawError:
+        pass  # the loop thread goes on from here
+    except BaseException as error:  # travels to the loop behind the batches that come before it
+        channel.end(position, error)
+    channel.end(position)
 
 
 def _send(transfer: Transfer, batch: Batch, is_fresh: bool, position: int) -> Any:
