@@ -22,6 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from pipeline.errors import StallError
+
 Item = TypeVar("Item")
 
 
@@ -45,6 +47,12 @@ class ChannelStatistics:
     num_empty: int
     depth: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.num_items} items put, at most {self.depth} at once; full {self.num_full} times, "
+            f"empty {self.num_empty} times"
+        )
+
 
 class Channel(Generic[Item]):
     """Bounded first-in-first-out hand-over between two threads.
@@ -53,10 +61,13 @@ class Channel(Generic[Item]):
         depth: The most items in it; a `put` into a full channel waits. 1 or more.
         low_water: Wake a waiting producer when this many items are left. A quarter of the depth
             unless told; it must cover the slowest item, or the consumer runs dry.
+        stall_timeout_s: How long the consumer waits for one item; None for ever.
     """
 
-    def __init__(self, depth: int, low_water: int | None = None) -> None:
-        self._depth = depth
+    def __init__(
+        self, depth: int, low_water: int | None = None, stall_timeout_s: float | None = None
+    ) -> None:
+        self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._low_water = min(depth // 4 if low_water is None else low_water, depth - 1)
         self._items: deque[Item] = deque()
         # Reentrant: the collector may close an abandoned belt while this thread holds the lock.
@@ -107,6 +118,10 @@ class Channel(Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         """Yield the items in order until the channel is closed.
 
+        Raises:
+            StallError: If no item came for `stall_timeout_s`.
+            BaseException: What the channel was closed with.
+
         Runs on:
             The consumer's thread. Blocks, with the GIL released, only while the channel is empty.
         """
@@ -133,10 +148,13 @@ class Channel(Generic[Item]):
                 self._num_empty += 1
                 self._is_consumer_waiting = True
                 try:
-                    while not self._items and not self._is_closed:
-                        self._filled.wait()
+                    is_there = self._filled.wait_for(
+                        lambda: self._items or self._is_closed, self._stall_timeout_s
+                    )
                 finally:
                     self._is_consumer_waiting = False
+                if not is_there and self._stall_timeout_s is not None:
+                    raise StallError(self._stall_timeout_s, statistics=self.statistics())
             if self._items:
                 return True
             if self._error is not None:

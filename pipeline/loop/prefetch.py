@@ -18,6 +18,7 @@ from pipeline.data import END, Reader, Source, UnhookableDrawError, as_source
 from pipeline.device import Backend, Transfer, make_transfer, select_backend
 from pipeline.errors import ConfigError, add_stage_note
 from pipeline.gil import stage_cell, stage_id
+from pipeline.loop.stall import locating
 
 FETCH, TRANSFER, PUT = stage_id("fetch"), stage_id("transfer"), stage_id("put")
 
@@ -29,7 +30,9 @@ def read_in_line(reader: Reader, transfer: Transfer) -> Generator[Batch]:
             yield batch if transfer.is_identity else transfer.receive(transfer.send(batch))
 
 
-def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -> Generator[Batch]:
+def read_ahead(
+    source: Source, reader: Reader, transfer: Transfer, depth: int, stall_timeout_s: float | None = None
+) -> Generator[Batch]:
     """Yield the same batches, made ahead by a thread that ends with the generator.
 
     The first one is made on the loop thread, which shows whether a thread can make the rest; where
@@ -40,6 +43,10 @@ def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -
         reader: One epoch's batches.
         transfer: To the device.
         depth: Batches that may wait for the loop.
+        stall_timeout_s: How long the loop waits for one batch; None for ever.
+
+    Raises:
+        StallError: If no batch came for so long.
 
     Runs on:
         Loop thread; blocks, with the GIL released, while no batch is there.
@@ -50,7 +57,7 @@ def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -
             sent = transfer.send(batch, is_fresh=source.makes_fresh_batches)
             if reader.is_threadable:
                 # Until the epoch ends, or the thread meets a batch that it cannot make.
-                yield from _from_thread(source, reader, transfer, depth, sent)
+                yield from _from_thread(source, reader, transfer, depth, sent, stall_timeout_s)
                 continue
             if not has_warned:
                 _warn_in_line(source)
@@ -59,19 +66,20 @@ def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -
 
 
 def _from_thread(
-    source: Source, reader: Reader, transfer: Transfer, depth: int, first: Any
+    source: Source, reader: Reader, transfer: Transfer, depth: int, first: Any, stall_timeout_s: float | None
 ) -> Generator[Batch]:
-    with Scope() as scope:
-        channel: Channel[Any] = Channel(depth)
+    with Scope(stall_timeout_s) as scope:
+        channel: Channel[Any] = Channel(depth, stall_timeout_s=stall_timeout_s)
 
         def fill() -> None:
             with transfer.on_device():
                 _fill(channel, reader, transfer, source.makes_fresh_batches)
 
-        scope.start(fill, name="prefetch", stop=channel.abandon)
+        thread = scope.start(fill, name="prefetch", stop=channel.abandon)
         yield transfer.receive(first)
-        for sent in channel:
-            yield transfer.receive(sent)
+        with locating(thread):
+            for sent in channel:
+                yield transfer.receive(sent)
 
 
 def _fill(channel: Channel[Any], reader: Reader, transfer: Transfer, is_fresh: bool) -> None:
