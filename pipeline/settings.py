@@ -83,6 +83,9 @@ class Settings:
         num_workers: Workers that make batches; 0, as ``inline`` has none.
         prefetch_depth: Batches that may wait for the loop.
         max_steps_in_flight: Steps that may be queued on the device before the loop waits.
+        stall_timeout_s: How long the loop waits for one batch, or for a logger, before it is taken to
+            hang: a StallError names the stage and the sample and shows the stack. ``textbook``, which
+            has no thread to wait with, shows the stack and waits on. None waits for ever.
         gil: ``signals`` counts how often the GIL changes hands and warns, once, if the loop loses much
             of its steps to another thread (the convoy); it looks closer for a second if it must.
             ``account`` measures for the whole run who holds the GIL and who waits for it, by thread
@@ -130,6 +133,7 @@ class Settings:
     num_workers: int = 0
     prefetch_depth: int = 8
     max_steps_in_flight: int = 4
+    stall_timeout_s: float | None = 600.0
     gil: GilMode = "signals"
     seed: int = 0
     device: str | torch.device | Backend = "auto"
@@ -174,6 +178,9 @@ def _range_problems(found: dict[str, Any]) -> list[str]:
     peak = found.get("peak_tflops")
     if peak is not None and not peak > 0:
         problems.append(f"peak_tflops must be above 0, got {peak}. Use null (None) to leave it out.")
+    stall_s = found.get("stall_timeout_s")
+    if stall_s is not None and not stall_s > 0:
+        problems.append(f"stall_timeout_s must be above 0, got {stall_s}. Use null (None) to wait for ever.")
     if decay is not None and not 0 < decay < 1:
         problems.append(f"ema_decay must be between 0 and 1, got {decay}.")
     for name in ("limit_train_batches", "limit_val_batches"):

@@ -4,7 +4,7 @@ from pipeline.concurrency.channel import Channel, ChannelClosedError, ChannelSta
 from pipeline.concurrency.child import Child, ChildDiedError
 from pipeline.concurrency.fork_server import is_nursery, pickled_error
 from pipeline.concurrency.pool import NurseryDiedError, WorkerPool, fork_server, preparation
-from pipeline.concurrency.scope import Scope
+from pipeline.concurrency.scope import Scope, stack_of
 from pipeline.concurrency.shared import HAS_SHARED_MEMORY, Slot, SlotFile, view_file
 from pipeline.concurrency.writer import Writer
 
@@ -25,5 +25,6 @@ __all__ = [
     "is_nursery",
     "pickled_error",
     "preparation",
+    "stack_of",
     "view_file",
 ]

@@ -24,6 +24,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+from pipeline.errors import StallError
+
 Item = TypeVar("Item")
 
 _NOTHING: Any = object()
@@ -49,6 +51,12 @@ class ChannelStatistics:
     num_empty: int
     depth: int
 
+    def __str__(self) -> str:
+        return (
+            f"{self.num_items} items put, at most {self.depth} at once; full {self.num_full} times, "
+            f"empty {self.num_empty} times"
+        )
+
 
 class Channel(Generic[Item]):
     """Bounded, ordered hand-over from any number of threads to one.
@@ -58,13 +66,20 @@ class Channel(Generic[Item]):
         low_water: Wake waiting producers when this many items wait. A quarter of the depth unless told;
             it must cover the slowest item, or the consumer runs dry.
         start: The first position.
+        stall_timeout_s: How long the consumer waits for one item; None for ever.
 
     Attributes:
         position: Of the item that the consumer takes next.
     """
 
-    def __init__(self, depth: int, low_water: int | None = None, start: int = 0) -> None:
-        self._depth = depth
+    def __init__(
+        self,
+        depth: int,
+        low_water: int | None = None,
+        start: int = 0,
+        stall_timeout_s: float | None = None,
+    ) -> None:
+        self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._low_water = min(depth // 4 if low_water is None else low_water, depth - 1)
         self._ready: dict[int, Item] = {}
         # Reentrant: the collector may close an abandoned belt while this thread holds the lock.
@@ -128,6 +143,10 @@ class Channel(Generic[Item]):
     def __iter__(self) -> Iterator[Item]:
         """Yield the items in order until the stream ends.
 
+        Raises:
+            StallError: If no item came for `stall_timeout_s`.
+            BaseException: What the stream ended with.
+
         Runs on:
             The consumer's thread. Blocks, with the GIL released, only while the next item is missing.
         """
@@ -154,16 +173,20 @@ class Channel(Generic[Item]):
     def _wait_for_item(self) -> bool:
         """Return whether the next item is there, or the stream has ended before it."""
         with self._lock:
-            if self.position not in self._ready and self.position < self._end:
+            if not self._has_word():
                 self._num_empty += 1
                 self._is_consumer_waiting = True
                 try:
-                    while self.position not in self._ready and self.position < self._end:
-                        self._filled.wait()
+                    has_word = self._filled.wait_for(self._has_word, self._stall_timeout_s)
                 finally:
                     self._is_consumer_waiting = False
+                if not has_word and self._stall_timeout_s is not None:
+                    raise StallError(self._stall_timeout_s, statistics=self.statistics())
             if self.position in self._ready:
                 return True
             if self._error is not None:
                 raise self._error
             return False
+
+    def _has_word(self) -> bool:
+        return self.position in self._ready or self.position >= self._end

@@ -50,7 +50,7 @@ class Belts:
         reader = source.open(epoch, max_batches)
         if self.schedule == "textbook":
             return read_in_line(reader, self._transfer)
-        return read_ahead(source, reader, self._transfer, self._depth)
+        return read_ahead(source, reader, self._transfer, self._depth, self._settings.stall_timeout_s)
 
     def limiter(self, max_steps_in_flight: int) -> StepLimiter | None:
         """Return what bounds the run-ahead; None where each step's read already does."""

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.concurrency import Channel, ChannelClosedError, Scope, Writer
+from pipeline.errors import StallError
 from pipeline.testing import Gate
 
 
@@ -204,3 +205,34 @@ def test_an_error_of_the_handler_is_raised_by_the_next_call():
             writer.flush()
         with pytest.raises(OSError, match="disk full"):
             writer.put(2)
+
+
+def test_a_consumer_does_not_wait_for_ever():
+    """With a time-out, a channel that stays empty raises StallError with its statistics."""
+    channel = Channel(3, stall_timeout_s=0.02)
+    channel.put(1)
+    items = iter(channel)
+    assert next(items) == 1
+    with pytest.raises(StallError, match=r"no batch for 0\.02 s.*\n.*1 items put, at most 3") as caught:
+        next(items)
+    assert isinstance(caught.value, TimeoutError)
+    assert caught.value.statistics == channel.statistics()
+    channel.put(2)
+    assert next(iter(channel)) == 2
+
+
+def leave_hanging(gate):
+    with Scope(join_timeout_s=0.02) as scope:
+        thread = scope.start(gate.pass_through, name="stuck", stop=lambda: None)
+        gate.wait_for_arrivals(1)
+    return thread
+
+
+def test_a_thread_that_hangs_is_left_behind_with_its_stack():
+    """A scope with a time-out ends nevertheless, and a warning shows where the thread stands."""
+    gate = Gate()
+    with pytest.warns(RuntimeWarning, match=r"(?s)thread 'stuck' hangs.*pass_through"):
+        thread = leave_hanging(gate)
+    assert thread.is_alive()
+    gate.open()
+    thread.join()
