@@ -58,7 +58,7 @@ class Reader(Protocol):
 
     @property
     def position(self) -> int:
-        """The batches made so far."""
+        """The batches of the epoch made so far, by this reader or before its start."""
 
 
 class Source(Protocol):
@@ -74,8 +74,14 @@ class Source(Protocol):
     unhookable: tuple[str, ...]
     makes_fresh_batches: bool
 
-    def open(self, epoch: int, max_batches: int | None = None) -> Reader:
-        """Begin an epoch of at most so many batches; loop thread."""
+    def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> Reader:
+        """Begin an epoch of at most so many batches; loop thread.
+
+        Args:
+            epoch: Counted from 0.
+            max_batches: Of the whole epoch, those before `start` included.
+            start: Batches to leave out, as a run that is resumed has used them already.
+        """
 
 
 class MapSource:
@@ -100,7 +106,7 @@ class MapSource:
         self.unhookable: tuple[str, ...] = ()
         self.makes_fresh_batches = collate_fn is None
 
-    def open(self, epoch: int, max_batches: int | None = None) -> MapReader:
+    def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> MapReader:
         plan = BatchPlan(
             self._num_samples,
             batch_size=self._batch_size,
@@ -109,17 +115,19 @@ class MapSource:
             seed=self._seed,
             epoch=epoch,
         )
-        return MapReader(self, plan, epoch, _at_most(len(plan), max_batches))
+        return MapReader(self, plan, epoch, _at_most(len(plan), max_batches), start)
 
 
 class MapReader:
     """One epoch of a `MapSource`."""
 
-    def __init__(self, source: MapSource, plan: BatchPlan, epoch: int, num_batches: int) -> None:
+    def __init__(
+        self, source: MapSource, plan: BatchPlan, epoch: int, num_batches: int, start: int = 0
+    ) -> None:
         self._source, self._plan, self._epoch = source, plan, epoch
         self._num_batches = num_batches
         self._randomness = source.randomness
-        self.position = 0
+        self.position = start
 
     @property
     def is_threadable(self) -> bool:
@@ -186,11 +194,13 @@ class IterableSource:
             and (batches.num_workers > 0 or batches.collate_fn is default_collate)
         )
 
-    def open(self, epoch: int, max_batches: int | None = None) -> IterableReader:
+    def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> IterableReader:
         generator = torch.Generator().manual_seed(sample_seed(self._seed, epoch, 0))
         is_plain = type(self._batches) in (list, tuple)  # nothing that could draw
         batches = itertools.islice(iter(self._batches), max_batches)
-        return IterableReader(self, batches, None if is_plain else GeneratorMode(generator), epoch)
+        reader = IterableReader(self, batches, None if is_plain else GeneratorMode(generator), epoch)
+        reader.skip(start)
+        return reader
 
 
 class IterableReader:
@@ -222,6 +232,12 @@ class IterableReader:
             return self._next()
         with self._mode:
             return self._next()
+
+    def skip(self, count: int) -> None:
+        """Make batches and drop them, drawing what they draw; loop thread."""
+        while self.position < count:
+            if (self.first() if self.position == 0 else self.read_in_thread()) is END:
+                return
 
     def read_in_thread(self) -> Batch:
         batch = self.read()

@@ -45,9 +45,11 @@ class Belts:
         self.schedule: Literal["overlap", "textbook"] = "overlap" if overlaps else "textbook"
         self._transfer = make_transfer(backend, overlaps=overlaps, prepare=prepare)
 
-    def inbound(self, source: Source, epoch: int, max_batches: int | None) -> Generator[Batch]:
-        """Return the batches of an epoch, on the device."""
-        reader = source.open(epoch, max_batches)
+    def inbound(
+        self, source: Source, epoch: int, max_batches: int | None, start: int = 0
+    ) -> Generator[Batch]:
+        """Return the batches of an epoch, on the device; those before `start` left out."""
+        reader = source.open(epoch, max_batches, start)
         if self.schedule == "textbook":
             return read_in_line(reader, self._transfer)
         return read_ahead(source, reader, self._transfer, self._depth, self._settings.stall_timeout_s)
