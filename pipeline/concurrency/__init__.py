@@ -2,6 +2,7 @@
 
 from pipeline.concurrency.channel import Channel, ChannelClosedError, ChannelStatistics
 from pipeline.concurrency.child import Child, ChildDiedError
+from pipeline.concurrency.cores import available_cores
 from pipeline.concurrency.fork_server import is_nursery, pickled_error
 from pipeline.concurrency.pool import NurseryDiedError, WorkerPool, fork_server, preparation
 from pipeline.concurrency.scope import Scope, stack_of
@@ -21,6 +22,7 @@ __all__ = [
     "SlotFile",
     "WorkerPool",
     "Writer",
+    "available_cores",
     "fork_server",
     "is_nursery",
     "pickled_error",

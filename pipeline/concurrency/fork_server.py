@@ -59,11 +59,20 @@ def serve(control_file: int, owner: int, modules: list[str]) -> None:
         message, files = receive(control)
         if not message:
             return
+        if not _is_open(files[0]):  # the pool was closed before its turn came
+            os.close(files[0])
+            continue
         if os.fork() == 0:
             control.close()
             os.close(owner_file)
             _run_to_the_end(lambda: _nurse(socket.socket(fileno=files[0])))  # noqa: B023
         os.close(files[0])
+
+
+def _is_open(file: int) -> bool:
+    poller = select.poll()
+    poller.register(file, 0)
+    return not poller.poll(0)  # nothing but the end of the other side is reported
 
 
 def _nurse(control: socket.socket) -> None:
@@ -72,16 +81,20 @@ def _nurse(control: socket.socket) -> None:
     _nursery_pid = os.getpid()
     _die_with_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with contextlib.suppress(BrokenPipeError):
+        control.send(pickle.dumps(("born", os.getpid())))
     try:
         message, files = receive(control)
         preparation, home, name, arguments = pickle.loads(message)
         spawn.prepare(preparation)
         run_worker: RunWorker = getattr(importlib.import_module(home), name)(*files, *arguments)
     except BaseException as error:
-        control.send(pickle.dumps(("failed", pickled_error(error))))
+        with contextlib.suppress(BrokenPipeError):
+            control.send(pickle.dumps(("failed", pickled_error(error))))
         return
-    control.send(pickle.dumps(("ready", os.getpid())))
-    _fork_workers(control, run_worker)
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody wants it any more
+        control.send(pickle.dumps(("ready", None)))
+        _fork_workers(control, run_worker)
 
 
 def _fork_workers(control: socket.socket, run_worker: RunWorker) -> None:

@@ -9,6 +9,7 @@ import contextlib
 import os
 import pickle
 import select
+import signal
 import socket
 import subprocess
 import sys
@@ -27,6 +28,7 @@ _PROGRAM = (
 # A library's pool of threads, started by its import, would make forks unsafe; a worker has one core.
 _ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 MAX_DEATHS = 2
+_CLOSE_TIMEOUT_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,7 +140,7 @@ class WorkerPool:
         prepare: dict[str, Any],
     ) -> None:
         self._num_workers, self._workers = num_workers, list[_Worker]()
-        self._is_ready, self._next_ticket = False, 0
+        self._is_ready, self._next_ticket, self._nursery = False, 0, 0
         self._deaths: dict[int, int] = {}
         self._exit_codes: dict[int, int] = {}  # by process
         self._control = fork_server(modules).open_nursery()
@@ -146,18 +148,16 @@ class WorkerPool:
         self.died: list[tuple[int, int]] = []  # a job's ticket and its worker's exit code
 
     def is_ready(self) -> bool:
-        """Say whether the workers are there, without waiting.
+        """Say whether the workers are there, without waiting; raises as `wait_until_ready` does."""
+        return self.wait_until_ready(0)
+
+    def wait_until_ready(self, timeout_s: float | None = None) -> bool:
+        """Wait until the workers are there; say whether they are.
 
         Raises:
             Exception: What went wrong where the nursery was made ready.
         """
-        if not self._is_ready and _is_readable(self._control, 0):
-            self._start_workers()
-        return self._is_ready
-
-    def wait_until_ready(self, timeout_s: float | None = None) -> bool:
-        """Wait until the workers are there; say whether they are."""
-        if not self._is_ready and _is_readable(self._control, timeout_s):
+        while not self._is_ready and _is_readable(self._control, timeout_s):
             self._start_workers()
         return self._is_ready
 
@@ -187,17 +187,26 @@ class WorkerPool:
 
     def close(self) -> None:
         """Kill the workers, and wait until they are gone."""
-        with contextlib.suppress(OSError):
-            self._control.shutdown(socket.SHUT_WR)
-            while receive(self._control)[0]:
-                pass  # the nursery's last words; it ends when every worker has
-        self._control.close()
+        with contextlib.suppress(OSError, NurseryDiedError):
+            if self._is_ready:
+                self._control.shutdown(socket.SHUT_WR)
+                while _is_readable(self._control, _CLOSE_TIMEOUT_S):
+                    self._next_word()  # until the nursery has ended, which it does after every worker
+            while _is_readable(self._control, 0):  # it is not ready, or does not hear
+                if (word := self._next_word())[0] == "born":
+                    self._nursery = word[1]
+            if self._nursery:
+                os.kill(self._nursery, signal.SIGKILL)
+        self._control.close()  # a nursery that has not been forked yet never will be
         for worker in self._workers:
             worker.requests.close()
         self._workers.clear()
 
     def _start_workers(self) -> None:
         kind, found = self._next_word()
+        if kind == "born":
+            self._nursery = found
+            return
         if kind == "failed":
             raise pickle.loads(found)
         self._workers = [self._start_worker() for _ in range(self._num_workers)]

@@ -13,6 +13,7 @@ import os
 import weakref
 from collections import deque
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from pipeline.errors import StageError
@@ -128,8 +129,9 @@ def _machine_bytes() -> int | None:
 
 
 def _group_bytes() -> int | None:
+    folder = Path("/sys/fs/cgroup")
     with contextlib.suppress(OSError, ValueError):  # "max", or no such control group
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.stat") as stat:
-            used = dict(line.split() for line in stat)
-            return int(limit.read()) - int(used["anon"]) - int(used["shmem"])
+        limit = int((folder / "memory.max").read_text())
+        used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        return limit - int(used["anon"]) - int(used["shmem"])
     return None

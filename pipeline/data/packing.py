@@ -34,7 +34,7 @@ class Arena:
     def __init__(self, buffer: Buffer | None) -> None:
         self.buffer = buffer
         self.nbytes = 0 if buffer is None else len(buffer)
-        self._start = 0 if buffer is None or not self.nbytes else _address(buffer)
+        self._start = _address(buffer) if self.nbytes else 0
         self._used = 0
 
     def take(self, nbytes: int) -> int | None:
@@ -61,12 +61,12 @@ class Arena:
         return offset if self.nbytes and 0 <= offset < self._used else None
 
 
-def view(buffer: Buffer, offset: int, dtype: torch.dtype, count: int) -> torch.Tensor:
+def view(buffer: Any, offset: int, dtype: torch.dtype, count: int) -> torch.Tensor:
     """Return a flat tensor over a piece of a buffer, which lives as long as the tensor."""
     return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
 
 
-def _address(buffer: Buffer) -> int:
+def _address(buffer: Any) -> int:
     return torch.frombuffer(buffer, dtype=torch.uint8, count=1).data_ptr()
 
 
@@ -176,7 +176,7 @@ class _Unpacker(pickle.Unpickler):
         if kind == "array":
             if not count:
                 return numpy.empty(shape, dtype)
-            return numpy.frombuffer(buffer, dtype, count, offset).reshape(shape)
+            return numpy.frombuffer(buffer, dtype, count, offset).reshape(shape)  # type: ignore[arg-type]
         if not count:
             return torch.empty(shape, dtype=dtype)
         flat = view(buffer, offset, dtype, count)

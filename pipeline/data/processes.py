@@ -13,7 +13,7 @@ from pipeline.batch import Batch
 from pipeline.concurrency import Slot, SlotFile, WorkerPool
 from pipeline.data.main_module import main_preparation
 from pipeline.data.packing import Arena, Packed, pack, unpack
-from pipeline.data.reader import MapReader, MapSource
+from pipeline.data.reader import END, MapReader, MapSource
 from pipeline.data.worker import ANSWER, JOB
 from pipeline.errors import ConfigError, StallError, WorkerDiedError
 
@@ -162,6 +162,41 @@ class Processes:
         error.stage = "fetch"
         error.add_note(f"worker process {pid} has written its stack to standard error")
         return error
+
+
+class ProcessReader:
+    """An epoch of a map-style source, its batches made by worker processes; a `Reader`.
+
+    Args:
+        processes: That make them.
+        reader: The epoch, which this moves.
+        depth: Batches that are asked for ahead.
+        goes_on: Asked before each further batch is; once not, those asked for are the last.
+    """
+
+    is_random_access, is_threadable = False, True
+
+    def __init__(
+        self, processes: Processes, reader: MapReader, depth: int, goes_on: Callable[[], bool]
+    ) -> None:
+        self._reader, self._batches = reader, processes.batches(reader, depth, goes_on)
+        self.position = reader.position
+
+    @property
+    def is_exhausted(self) -> bool:
+        return self._reader.is_exhausted
+
+    def first(self) -> Batch:
+        return self.read()
+
+    def read(self) -> Batch:
+        return next(self._batches, END)
+
+    def thread_maker(self) -> Callable[[int], Batch]:
+        return lambda position: self.read()
+
+    def close(self) -> None:
+        self._batches.close()
 
 
 def _packed_fetcher(source: MapSource) -> tuple[Packed, dict[str, Any]]:

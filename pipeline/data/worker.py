@@ -12,7 +12,6 @@ import os
 import signal
 import socket
 import struct
-import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -47,7 +46,6 @@ def open_worker(payload: int, slots: int, offset: int, nbytes: int) -> Callable[
 
     def run(requests: socket.socket) -> None:
         torch.set_num_threads(1)
-        sys.stdin = open(os.devnull)
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, all_threads=True)
         Worker(fetcher, slots, requests).run()

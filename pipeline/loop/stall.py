@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -15,21 +15,25 @@ from pipeline.errors import StallError
 _STAGES = {
     ("pipeline.data.fetch", "_samples"): "fetch",
     ("pipeline.data.fetch", "fetch"): "collate",
-    ("pipeline.data.reader", "_next"): "fetch",
-    ("pipeline.loop.prefetch", "_send"): "transfer",
+    ("pipeline.data.reader", "_make"): "fetch",
+    ("pipeline.loop.places", "_send"): "transfer",
 }
 
 
 @contextmanager
-def locating(thread: threading.Thread) -> Iterator[None]:
-    """Write on a StallError of the block where this thread stands.
+def locating(find_thread: Callable[[], threading.Thread]) -> Iterator[None]:
+    """Write on a StallError of the block where a thread stands.
 
     It costs nothing before that: the sample's index is a local variable of the function that makes it.
+
+    Args:
+        find_thread: Returns the thread that is waited for.
     """
     try:
         yield
     except StallError as error:
         if error.stage is None:
+            thread = find_thread()
             error.stage, error.index = stage_of(thread)
             error.stack = stack_of(thread)
         raise

@@ -210,14 +210,14 @@ def test_an_error_of_the_handler_is_raised_by_the_next_call():
 def test_a_consumer_does_not_wait_for_ever():
     """With a time-out, a channel that stays empty raises StallError with its statistics."""
     channel = Channel(3, stall_timeout_s=0.02)
-    channel.put(1)
+    channel.put(channel.claim(), 1)
     items = iter(channel)
     assert next(items) == 1
     with pytest.raises(StallError, match=r"no batch for 0\.02 s.*\n.*1 items put, at most 3") as caught:
         next(items)
     assert isinstance(caught.value, TimeoutError)
     assert caught.value.statistics == channel.statistics()
-    channel.put(2)
+    channel.put(channel.claim(), 2)
     assert next(iter(channel)) == 2
 
 
