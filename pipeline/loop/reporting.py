@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import platform
 import sys
 import threading
@@ -13,6 +12,7 @@ from typing import Any, get_args
 
 import torch
 
+from pipeline.concurrency import available_cores
 from pipeline.device import StepLimiter
 from pipeline.loop.convoy import warn_harmlessly
 from pipeline.loop.fit import Run
@@ -46,20 +46,21 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
     """
     settings, journal, num_steps = run.settings, run.journal, run.clock.num_steps
     device = [] if run.limiter is None else _device_stretches(run, run.limiter)
+    where, num_cores = _where(settings.placement, belts.schedule), available_cores()
     clocks = RunClocks(
         times=[each for each in [*run.clock.times(), *belts.times.times] if each.stage not in NOT_TRAINING],
         loop_thread=(loop := threading.current_thread().name),
         num_steps=num_steps,
-        reads_ahead=belts.schedule == "overlap",
+        reads_ahead=where in ("inline", "thread"),
         runs_ahead=belts.backend.streams is not None,
         device_ms=_mean_ms(device),
-        is_remote=bool(getattr(train_data, "num_workers", 0)),
+        is_remote=where == "process" or bool(getattr(train_data, "num_workers", 0)),
         gil=run.gil.report,
     )
     cost = step_cost(clocks)
-    where = _where(settings.placement, belts.schedule)
-    cores = {"num_cores": (num_cores := len(os.sched_getaffinity(0))), "num_workers": max(1, num_cores - 1)}
-    predictions = () if cost is None else predict_all(cost, **cores)
+    cores = {"num_cores": num_cores, "num_workers": settings.num_workers or num_cores}
+    # What a batch costs is not known here while worker processes make them.
+    predictions = () if cost is None or where == "process" else predict_all(cost, **cores)
     step_ms = run.clock.train_s / num_steps * 1e3 if num_steps else 0.0
     wait_ms = sum(journal.wait_s) / num_steps * 1e3 if num_steps else 0.0
     names = {loop: "loop"}
@@ -116,9 +117,8 @@ def _facts(run: Run, belts: Belts, where: Where, num_cores: int) -> dict[str, An
 
 
 def _where(placement: str, schedule: str) -> Where:
-    if schedule == "textbook":
-        return "textbook"
-    return next((each for each in WHERE if each == placement), "inline")
+    found = next((each for each in WHERE if each == placement), None)
+    return found or ("textbook" if schedule == "textbook" else "inline")
 
 
 def _lanes(

@@ -340,8 +340,9 @@ def test_a_validation_does_not_count_as_loading():
                       enable_progress_bar=False)  # fmt: skip
     result = trainer.fit(model, torch.optim.SGD(model.parameters(), lr=0.1), data, loss_fn=F.cross_entropy,
                          batch_size=8, val_data=data)  # fmt: skip
-    prefetch = [line for line in result.report.stages if line.thread == "prefetch" and line.stage == "put"]
-    assert not prefetch
+    stretches = [each for lane in result.report.lanes if lane.name == "prefetch" for each in lane.segments]
+    assert "transfer" not in {what for what, _, _ in stretches}
+    assert "transfer" not in {line.stage for line in result.report.stages}
 
 
 def test_the_device_has_a_lane_and_a_time():
