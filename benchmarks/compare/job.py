@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,9 @@ class Log:
     """Writes a line for each row, as a plain loop does."""
 
     def __init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory()
-        self._file = Path(self._folder.name, "log.jsonl").open("w")
+        self._stack = ExitStack()
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory())
+        self._file = self._stack.enter_context(Path(folder, "log.jsonl").open("w"))
 
     def write(self, job: Job, step: int, loss: torch.Tensor) -> None:
         """Read the numbers of a step and write them."""
@@ -114,5 +116,4 @@ class Log:
 
     def close(self) -> None:
         """Close the file and remove it."""
-        self._file.close()
-        self._folder.cleanup()
+        self._stack.close()

@@ -1,4 +1,4 @@
-"""The two baselines, and the bound: the loop everybody writes, the sensible one, and batches already there."""
+"""The two baselines, the textbook loop and the sensible one; and the bound, batches already there."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torch.utils.data import Dataset, default_collate
 
 WIDTH = 512
-WORDS = "the loop waits for a batch while another thread holds the lock that it wants to have back " * 6
+WORDS = "the loop waits for a batch while another thread holds the lock that it wants to have back " * 11
 
 
 class Samples(Dataset[Any]):
@@ -118,7 +118,7 @@ class Workload:
     about: str
     make: Callable[[int], Any]
     batch_size: int = 16
-    num_batches: int = 80
+    num_batches: int = 140
     num_epochs: int = 1
     collate_fn: Callable[[list[Any]], Any] | None = None
     num_layers: int = 3
@@ -145,10 +145,17 @@ WORKLOADS = (
     Workload("storage", "storage with 2 to 20 ms a sample", store, batch_size=8, num_batches=16),
     Workload("collate", "ragged sequences, nested dicts, hundreds of small tensors", ragged, collate_fn=pad),
     Workload("large", "batches of 100 MB", large, batch_size=8, num_batches=12, num_layers=6),
-    Workload("tiny", "many tiny steps", ready, num_batches=600, num_layers=1, width=64, num_launches=20, device_ms=0.5),
-    Workload("epochs", "short epochs: the start counts", tokenise, num_batches=8, num_epochs=8, counts_start=True),
+    Workload(
+        "tiny", "many tiny steps", ready,
+        num_batches=800, num_layers=1, width=64, num_launches=20, device_ms=0.5,
+    ),
+    Workload(
+        "epochs", "short epochs: the start counts", tokenise, num_batches=10, num_epochs=10, counts_start=True
+    ),
     Workload("nothing", "nothing to gain", ready),
-    Workload("logging", "20 numbers logged at each step", ready, num_batches=200, num_layers=1, num_logged=20),
+    Workload(
+        "logging", "20 numbers logged at each step", ready, num_batches=400, num_layers=1, num_logged=20
+    ),
 )  # fmt: skip
 
 
