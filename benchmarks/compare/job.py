@@ -9,8 +9,6 @@ from __future__ import annotations
 import json
 import tempfile
 import time
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -104,9 +102,7 @@ class Log:
     """Writes a line for each row, as a plain loop does."""
 
     def __init__(self) -> None:
-        self._stack = ExitStack()
-        folder = self._stack.enter_context(tempfile.TemporaryDirectory())
-        self._file = self._stack.enter_context(Path(folder, "log.jsonl").open("w"))
+        self._file = tempfile.NamedTemporaryFile("w")  # noqa: SIM115  (closed by `close`)
 
     def write(self, job: Job, step: int, loss: torch.Tensor) -> None:
         """Read the numbers of a step and write them."""
@@ -116,4 +112,4 @@ class Log:
 
     def close(self) -> None:
         """Close the file and remove it."""
-        self._stack.close()
+        self._file.close()

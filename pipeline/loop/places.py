@@ -86,9 +86,8 @@ def read_ahead(
         times = times or ThreadTimes()
 
         def fill() -> None:
-            with transfer.on_device():
-                with times.clock(STAGES) as clock:
-                    _fill(channel, reader, transfer, is_fresh, makers, clock)
+            with transfer.on_device(), times.clock(STAGES) as clock:
+                _fill(channel, reader, transfer, is_fresh, makers, clock)
 
         threads = [
             scope.start(fill, name=f"prefetch/{number}" if number else "prefetch", stop=channel.abandon)
