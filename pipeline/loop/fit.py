@@ -140,11 +140,11 @@ def _train_epoch(run: Run, batches: Iterator[Batch]) -> None:
     step, clock = run.step, run.clock
     clock.restart()
     for batch in batches:
-        step.micro_batch(batch)
+        is_due = step.micro_batch(batch)
         run.num_samples += num_samples(batch)
         if run.count_tokens is not None:
             run.num_tokens += run.count_tokens(batch)
-        if step.is_due:
+        if is_due:
             _finish_step(run)
             if run.stop_reason:
                 return

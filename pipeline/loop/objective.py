@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 
@@ -67,18 +67,13 @@ def from_step(step: Step) -> Objective:
     return compute
 
 
-def check_graph(loss: torch.Tensor) -> None:
-    """Refuse a loss that nothing can be learned from.
-
-    Raises:
-        StageError: If the loss does not depend on a parameter.
-    """
-    if not loss.requires_grad:
-        raise StageError(
-            "the loss has no graph: it does not depend on any trainable parameter. Compute it from "
-            "the model's outputs, without detach(), .item() or torch.no_grad().",
-            stage="step",
-        )
+def refuse_graphless() -> NoReturn:
+    """Refuse a loss that nothing can be learned from: it does not depend on a parameter."""
+    raise StageError(
+        "the loss has no graph: it does not depend on any trainable parameter. Compute it from "
+        "the model's outputs, without detach(), .item() or torch.no_grad().",
+        stage="step",
+    )
 
 
 def _checked(loss: Any) -> torch.Tensor:

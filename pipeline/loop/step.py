@@ -10,7 +10,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pipeline.batch import Batch, Scalars
 from pipeline.errors import add_stage_note
 from pipeline.loop.clock import BACKWARD, FORWARD, OPTIMIZER, StepClock
-from pipeline.loop.objective import Computed, Objective, check_graph
+from pipeline.loop.objective import Computed, Objective, refuse_graphless
 from pipeline.loop.train_metrics import TrainMetrics
 from pipeline.settings import AUTOCAST_DTYPE, Settings
 from pipeline.state import TrainState
@@ -49,6 +49,7 @@ class TrainStep:
         self._settings, self._device, self.metrics = settings, device, metrics
         self._num_accumulated = settings.accumulate_grad_batches
         self._autocast_dtype = AUTOCAST_DTYPE[settings.precision]
+        self._handles_gradients = settings.log_grad_norm or settings.gradient_clip_val is not None
         self._steps_scheduler = (
             scheduler_interval == "step"
             and state.scheduler is not None
@@ -59,13 +60,11 @@ class TrainStep:
         self.num_pending = 0
         self._is_unscaled = False
 
-    @property
-    def is_due(self) -> bool:
-        """Whether the gradients of enough micro-batches are there for an update."""
-        return self.num_pending >= self._num_accumulated
-
-    def micro_batch(self, batch: Batch) -> None:
+    def micro_batch(self, batch: Batch) -> bool:
         """Forward and backward; the gradients add to those of the micro-batches before.
+
+        Returns:
+            Whether an update is due: the gradients of enough micro-batches are there.
 
         Raises:
             StageError: If the batch or the loss is not what it should be.
@@ -78,8 +77,9 @@ class TrainStep:
             else:
                 with torch.autocast(self._device.type, self._autocast_dtype):
                     computed = self._objective(self._model, batch)
-            check_graph(computed.loss)
             loss = computed.loss
+            if not loss.requires_grad:
+                refuse_graphless()
             if self._num_accumulated > 1:
                 loss = loss / self._num_accumulated
             if self._state.scaler is not None:
@@ -92,6 +92,7 @@ class TrainStep:
             raise
         self._note_scalars(computed, of_metrics)
         self.num_pending += 1
+        return self.num_pending >= self._num_accumulated
 
     def update(self) -> Scalars:
         """Clip, step the optimizer and what follows it, and return the step's scalars.
@@ -106,10 +107,8 @@ class TrainStep:
         # A tensor is what a scheduler changes in place: keep it as it was for this update.
         scalars["train/lr"] = rate.detach().clone() if isinstance(rate, torch.Tensor) else rate
         try:
-            if self._settings.log_grad_norm:
-                self._note_grad_norm(scalars)
-            if self._settings.gradient_clip_val is not None:
-                self._clip(self._settings.gradient_clip_val, scalars)
+            if self._handles_gradients:
+                self._handle_gradients(scalars)
             if state.scaler is None:
                 state.optimizer.step()
             else:
@@ -126,6 +125,12 @@ class TrainStep:
             raise
         state.step += 1
         return scalars
+
+    def _handle_gradients(self, scalars: Scalars) -> None:
+        if self._settings.log_grad_norm:
+            self._note_grad_norm(scalars)
+        if self._settings.gradient_clip_val is not None:
+            self._clip(self._settings.gradient_clip_val, scalars)
 
     def _clip(self, limit: float, scalars: Scalars) -> None:
         parameters = self._unscaled_parameters()
@@ -149,10 +154,8 @@ class TrainStep:
 
     def _note_scalars(self, computed: Computed, of_metrics: Scalars) -> None:
         if not computed.scalars and self._num_accumulated == 1:
-            self._scalars = {
-                "train/loss": computed.loss,
-                **of_metrics,
-            }  # its graph is freed; a detach costs 4 µs
+            # The loss as it is: its graph is freed, and a detach costs 4 µs.
+            self._scalars = {"train/loss": computed.loss, **of_metrics}
             return
         found: Scalars = {}
         for name, value in computed.scalars.items():
@@ -166,9 +169,10 @@ class TrainStep:
             self._scalars[name] = self._scalars[name] + value if name in self._scalars else value
 
     def _take_scalars(self) -> Scalars:
-        scalars, counts = self._scalars, self._counts
-        self._scalars, self._counts, self.num_pending = {}, {}, 0
-        for name, count in counts.items():
-            if count > 1:
-                scalars[name] = scalars[name] / count
+        scalars, self._scalars, self.num_pending = self._scalars, {}, 0
+        if self._counts:
+            counts, self._counts = self._counts, {}
+            for name, count in counts.items():
+                if count > 1:
+                    scalars[name] = scalars[name] / count
         return scalars
