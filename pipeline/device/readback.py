@@ -89,7 +89,7 @@ class Readback:
             Loop thread.
         """
         if self._streams is None:
-            return Pending({n: v.item() if isinstance(v, torch.Tensor) else v for n, v in scalars.items()})
+            return Pending({n: v if isinstance(v, (float, int)) else v.item() for n, v in scalars.items()})
         values = {name: v for name, v in scalars.items() if not isinstance(v, torch.Tensor)}
         tensors = {name: v for name, v in scalars.items() if isinstance(v, torch.Tensor)}
         for name, tensor in list(tensors.items()):

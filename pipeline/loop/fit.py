@@ -155,12 +155,12 @@ def _train_epoch(run: Run, batches: Iterator[Batch]) -> None:
 
 def _finish_step(run: Run) -> None:
     scalars = run.step.update()
-    step_s, data_wait_s = run.clock.step_ended()
+    step_ns, data_wait_ns = run.clock.step_ended()
     done = StepDone(
         run.state.step,
         run.state.epoch,
-        step_s,
-        data_wait_s,
+        step_ns,
+        data_wait_ns,
         run.clock.began_s,
         run.num_samples - run.num_samples_before,
         run.num_tokens - run.num_tokens_before,

@@ -23,8 +23,8 @@ class StepDone(NamedTuple):
     Args:
         step: Optimizer steps finished with this one.
         epoch: Its epoch.
-        step_s: Time since the step before it was queued, in seconds.
-        data_wait_s: How much of that was spent waiting for batches.
+        step_ns: Time since the step before it was queued, in nanoseconds.
+        data_wait_ns: How much of that was spent waiting for batches.
         ended_s: When it had been queued, by `time.perf_counter`.
         num_samples: Its samples.
         num_tokens: Its tokens; 0 where nobody counts them.
@@ -32,8 +32,8 @@ class StepDone(NamedTuple):
 
     step: int
     epoch: int
-    step_s: float
-    data_wait_s: float
+    step_ns: int
+    data_wait_ns: int
     ended_s: float
     num_samples: int
     num_tokens: int
@@ -68,11 +68,12 @@ class Rates:
             values: Written to.
             done: The step.
         """
-        _, _, step_s, data_wait_s, ended_s, samples, tokens = done
-        values["time/step_ms"] = step_s * 1e3
-        values["time/data_wait_ms"] = data_wait_s * 1e3
-        if step_s <= 0:
+        _, _, step_ns, data_wait_ns, ended_s, samples, tokens = done
+        values["time/step_ms"] = step_ns / 1e6
+        values["time/data_wait_ms"] = data_wait_ns / 1e6
+        if step_ns <= 0:
             return  # a clock that did not move
+        step_s = step_ns / 1e9
         values["rate/samples_per_s"] = samples / step_s
         if tokens:
             values["rate/tokens_per_s"] = tokens / step_s

@@ -90,7 +90,11 @@ class TrainStep:
         except Exception as error:
             add_stage_note(error, "step", step=self._state.step)
             raise
-        self._note_scalars(computed, of_metrics)
+        if computed.scalars or self._num_accumulated > 1:
+            self._add_scalars(computed, of_metrics)
+        else:
+            # The loss as it is: its graph is freed, and a detach costs 4 µs.
+            self._scalars = {"train/loss": computed.loss, **of_metrics}
         self.num_pending += 1
         return self.num_pending >= self._num_accumulated
 
@@ -102,10 +106,13 @@ class TrainStep:
             ``train/lr`` as it was for this update; ``train/grad_norm`` where it was computed.
         """
         self._enter_stage(OPTIMIZER)
-        state, scalars = self._state, self._take_scalars()
+        state, scalars = self._state, self._scalars
+        self._scalars, self.num_pending = {}, 0
+        if self._counts:
+            self._average(scalars)
         rate = state.optimizer.param_groups[0]["lr"]
         # A tensor is what a scheduler changes in place: keep it as it was for this update.
-        scalars["train/lr"] = rate.detach().clone() if isinstance(rate, torch.Tensor) else rate
+        scalars["train/lr"] = rate if isinstance(rate, float) else _kept(rate)
         try:
             if self._handles_gradients:
                 self._handle_gradients(scalars)
@@ -152,11 +159,7 @@ class TrainStep:
             self._is_unscaled = True  # once an update, or it raises
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def _note_scalars(self, computed: Computed, of_metrics: Scalars) -> None:
-        if not computed.scalars and self._num_accumulated == 1:
-            # The loss as it is: its graph is freed, and a detach costs 4 µs.
-            self._scalars = {"train/loss": computed.loss, **of_metrics}
-            return
+    def _add_scalars(self, computed: Computed, of_metrics: Scalars) -> None:
         found: Scalars = {}
         for name, value in computed.scalars.items():
             # A snapshot: what the user returned may be a live buffer, or a weight about to change.
@@ -168,11 +171,12 @@ class TrainStep:
             self._counts[name] = self._counts.get(name, 0) + 1
             self._scalars[name] = self._scalars[name] + value if name in self._scalars else value
 
-    def _take_scalars(self) -> Scalars:
-        scalars, self._scalars, self.num_pending = self._scalars, {}, 0
-        if self._counts:
-            counts, self._counts = self._counts, {}
-            for name, count in counts.items():
-                if count > 1:
-                    scalars[name] = scalars[name] / count
-        return scalars
+    def _average(self, scalars: Scalars) -> None:
+        for name, count in self._counts.items():
+            if count > 1:
+                scalars[name] = scalars[name] / count
+        self._counts = {}
+
+
+def _kept(rate: torch.Tensor | float) -> torch.Tensor | float:
+    return rate.detach().clone() if isinstance(rate, torch.Tensor) else rate
