@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         NonFiniteError,
         PipelineError,
         StageError,
+        StallError,
         WorkerDiedError,
     )
     from pipeline.every import Every
@@ -64,6 +65,7 @@ __all__ = [
     "Row",
     "SimulatedBackend",
     "StageError",
+    "StallError",
     "StepFinished",
     "StepRead",
     "Trainer",
@@ -86,6 +88,7 @@ _HOMES = {
         "NonFiniteError",
         "PipelineError",
         "StageError",
+        "StallError",
         "WorkerDiedError",
     ],
     "every": ["Every"],

@@ -4,6 +4,7 @@ PipelineError
 ├── ConfigError (ValueError)   a wrong setting; every problem at once, each with its key
 ├── StageError                 a stage failed without an exception of the user's own
 │   └── WorkerDiedError        a process that belongs to the run has gone
+├── StallError (TimeoutError)  a stage that hangs: where, with its stack and its channel's statistics
 ├── NonFiniteError             the loss became NaN or infinite
 ├── GilAccountError            the GIL cannot be sampled here, or no longer
 └── CheckpointError            unreadable, incomplete, or from another model
@@ -61,6 +62,40 @@ class GilAccountError(PipelineError):
 
 class WorkerDiedError(StageError):
     """A process that belongs to the run has gone without saying why."""
+
+
+class StallError(PipelineError, TimeoutError):
+    """A stage gave nothing for so long that it must hang.
+
+    Args:
+        timeout_s: How long was waited: `Settings.stall_timeout_s`.
+        waited_for: What did not come, in words.
+        statistics: Of the channel that was waited on; None where there is none.
+
+    Attributes:
+        stage: Where it hangs; None where that is not known.
+        index: The sample's index, or None.
+        stack: The stack of the stuck thread or process, as text; None where it cannot be seen.
+    """
+
+    def __init__(self, timeout_s: float, waited_for: str = "batch", statistics: object = None) -> None:
+        super().__init__(timeout_s)
+        self.timeout_s, self.waited_for, self.statistics = timeout_s, waited_for, statistics
+        self.stage: str | None = None
+        self.index: int | None = None
+        self.stack: str | None = None
+
+    def __str__(self) -> str:
+        where = "" if self.stage is None else f"{describe_stage(self.stage, index=self.index)}: "
+        lines = [
+            f"{where}no {self.waited_for} for {self.timeout_s:g} s, so it is taken to hang. If it is only "
+            "slow, set stall_timeout_s higher, or to null (None) to wait for ever."
+        ]
+        if self.statistics is not None:
+            lines.append(f"The channel: {self.statistics}.")
+        if self.stack is not None:
+            lines.append(f"It stands at:\n{self.stack.rstrip()}")
+        return "\n".join(lines)
 
 
 class NonFiniteError(PipelineError):

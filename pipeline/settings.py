@@ -18,7 +18,8 @@ from pipeline.device import Backend
 from pipeline.errors import ConfigError
 
 Schedule = Literal["auto", "overlap", "textbook"]
-Placement = Literal["auto", "inline"]
+PlaceName = Literal["textbook", "inline", "thread", "process"]
+Placement = Literal["auto", "inline", "thread", "process"]
 GilMode = Literal["account", "signals", "off"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -79,10 +80,15 @@ class Settings:
             writer thread. Losses and weights are the same. ``auto`` is overlap on a device that
             runs ahead of the host, and textbook on one that does not, where a thread would compete
             with the step for the cores and the GIL.
-        placement: Where batches are made in ``overlap``: ``inline``, on the prefetch thread.
-        num_workers: Workers that make batches; 0, as ``inline`` has none.
+        placement: Where batches are made: ``inline``, on the prefetch thread; ``thread``, on several, which
+            is for work that releases the GIL; ``process``, in worker processes, for work that holds it.
+            The batches are the same.
+        num_workers: Threads or processes; 0 is as many as there are cores for this process.
         prefetch_depth: Batches that may wait for the loop.
         max_steps_in_flight: Steps that may be queued on the device before the loop waits.
+        stall_timeout_s: How long the loop waits for one batch, or for a logger, before it is taken to
+            hang: a StallError names the stage and the sample and shows the stack. ``textbook``, which
+            has no thread to wait with, shows the stack and waits on. None waits for ever.
         gil: ``signals`` counts how often the GIL changes hands and warns, once, if the loop loses much
             of its steps to another thread (the convoy); it looks closer for a second if it must.
             ``account`` measures for the whole run who holds the GIL and who waits for it, by thread
@@ -130,6 +136,7 @@ class Settings:
     num_workers: int = 0
     prefetch_depth: int = 8
     max_steps_in_flight: int = 4
+    stall_timeout_s: float | None = 600.0
     gil: GilMode = "signals"
     seed: int = 0
     device: str | torch.device | Backend = "auto"
@@ -163,10 +170,10 @@ def _range_problems(found: dict[str, Any]) -> list[str]:
             f"max_epochs={found['max_epochs']} and max_steps={found['max_steps']} contradict: each says "
             "when to stop. Give one, and set the other to null (None)."
         )
-    if found.get("num_workers", 0) > 0:
+    if found.get("schedule") == "textbook" and found.get("placement", "auto") != "auto":
         problems.append(
-            f"num_workers must be 0, got {found['num_workers']}: batches are made on the prefetch "
-            "thread. For worker processes pass a DataLoader with num_workers of its own."
+            f"schedule=textbook makes batches on the loop thread, placement={found['placement']} elsewhere. "
+            "Leave one of them at auto."
         )
     clip, decay = found.get("gradient_clip_val"), found.get("ema_decay")
     if clip is not None and not clip > 0:
@@ -174,6 +181,9 @@ def _range_problems(found: dict[str, Any]) -> list[str]:
     peak = found.get("peak_tflops")
     if peak is not None and not peak > 0:
         problems.append(f"peak_tflops must be above 0, got {peak}. Use null (None) to leave it out.")
+    stall_s = found.get("stall_timeout_s")
+    if stall_s is not None and not stall_s > 0:
+        problems.append(f"stall_timeout_s must be above 0, got {stall_s}. Use null (None) to wait for ever.")
     if decay is not None and not 0 < decay < 1:
         problems.append(f"ema_decay must be between 0 and 1, got {decay}.")
     for name in ("limit_train_batches", "limit_val_batches"):

@@ -13,7 +13,7 @@ import torch
 from pipeline.batch import Batch
 from pipeline.checkpoint import load_model
 from pipeline.concurrency import Scope
-from pipeline.data import EVALUATION_EPOCH, Source, as_source
+from pipeline.data import EVALUATION_EPOCH, Source, as_source, refuse_in_nursery
 from pipeline.device import select_backend
 from pipeline.loop import setup, wiring
 from pipeline.loop.callback import Callback
@@ -30,6 +30,7 @@ from pipeline.loop.clock import StepClock
 from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
 from pipeline.loop.fit import Run, fit
 from pipeline.loop.gil import GilWatch
+from pipeline.loop.inbound import Inbound
 from pipeline.loop.objective import Objective
 from pipeline.loop.schedule import Belts
 from pipeline.loop.summary import make_result
@@ -111,6 +112,7 @@ class Trainer(Settings):
             The calling thread is the loop thread. When this returns or raises, every thread that it
             started has ended.
         """
+        refuse_in_nursery()
         objective = setup.make_objective(loss_fn, step)
         check_model(model, optimizer, scheduler, val_data)
         metrics, train_metrics = metrics or {}, train_metrics or {}
@@ -127,7 +129,10 @@ class Trainer(Settings):
             val_source = make_source(
                 val_data, name="val_data", shuffle=False, drop_last=False, **val_batching
             )
-            evaluation = self._evaluation(belts, objective, val_source, metrics, merges_ranks=True)
+            val_inbound = belts.inbound(val_source)
+            evaluation = self._evaluation(
+                belts, objective, val_inbound, val_source, metrics, merges_ranks=True
+            )
         setup.place(self, belts.device, model, loss_fn, *metrics.values(), *train_metrics.values())
         if not model.training:
             model.train()  # a model that was evaluated; single modules put in eval mode stay so
@@ -136,6 +141,7 @@ class Trainer(Settings):
         state = TrainState(model, optimizer, scheduler, scaler, ema)
         run_dir = setup.make_run_dir(self.run_dir)
         with ExitStack() as stack:
+            stack.callback((inbound := belts.inbound(source)).close)
             stack.enter_context(setup.deterministic_algorithms(self.deterministic))
             num_batches = setup.at_most(source.num_batches, max_batches)
             group = wiring.make_logger_group(
@@ -157,7 +163,7 @@ class Trainer(Settings):
                 settings=self,
                 state=state,
                 step=train_step,
-                inbound=wiring.watch_batches(partial(belts.inbound, source), detector),
+                inbound=wiring.watch_batches(inbound.batches, detector),
                 outbound=outbound,
                 journal=journal,
                 limiter=belts.limiter(self.max_steps_in_flight),
@@ -209,11 +215,12 @@ class Trainer(Settings):
         """
         source = self._evaluation_source(data, batch_size, collate_fn)
         belts = self._belts()
-        evaluation = self._evaluation(belts, setup.make_objective(loss_fn, step), source, metrics)
+        objective = setup.make_objective(loss_fn, step)
         if checkpoint is not None:
             load_model(checkpoint, model)
         setup.place(self, belts.device, model, loss_fn, *(metrics or {}).values())
-        return evaluation(model)
+        with closing(belts.inbound(source)) as inbound:
+            return self._evaluation(belts, objective, inbound, source, metrics)(model)
 
     def predict(
         self,
@@ -245,7 +252,10 @@ class Trainer(Settings):
             load_model(checkpoint, model)
         setup.place(self, belts.device, model)
         limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
-        with closing(belts.inbound(source, EVALUATION_EPOCH, limit)) as batches:
+        with (
+            closing(belts.inbound(source)) as inbound,
+            closing(inbound.batches(EVALUATION_EPOCH, limit)) as batches,
+        ):
             outputs = predict_batches(
                 model, forward, batches, setup.make_autocast(self.precision, belts.device)
             )
@@ -273,6 +283,7 @@ class Trainer(Settings):
         self,
         belts: Belts,
         objective: Objective,
+        inbound: Inbound,
         source: Source,
         metrics: Metrics | None,
         *,
@@ -281,7 +292,7 @@ class Trainer(Settings):
         limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
         return Evaluation(
             objective=objective,
-            open_batches=partial(belts.inbound, source, EVALUATION_EPOCH, limit),
+            open_batches=partial(inbound.batches, EVALUATION_EPOCH, limit),
             metrics=metrics or {},
             autocast=setup.make_autocast(self.precision, belts.device),
             merges_ranks=merges_ranks,

@@ -1,7 +1,21 @@
 """From a user's data to host batches: sampler, fetch, collate."""
 
+from pipeline.data.main_module import refuse_in_nursery
+from pipeline.data.processes import Processes, ProcessReader
 from pipeline.data.randomness import UnhookableDrawError
-from pipeline.data.reader import END, EVALUATION_EPOCH, Reader, Source
+from pipeline.data.reader import END, EVALUATION_EPOCH, MapReader, MapSource, Reader, Source
 from pipeline.data.source import as_source
 
-__all__ = ["END", "EVALUATION_EPOCH", "Reader", "Source", "UnhookableDrawError", "as_source"]
+__all__ = [
+    "END",
+    "EVALUATION_EPOCH",
+    "MapReader",
+    "MapSource",
+    "ProcessReader",
+    "Processes",
+    "Reader",
+    "Source",
+    "UnhookableDrawError",
+    "as_source",
+    "refuse_in_nursery",
+]

@@ -54,7 +54,7 @@ class Run:
     settings: Settings
     state: TrainState
     step: TrainStep
-    inbound: Callable[[int, int | None], Generator[Batch]]
+    inbound: Callable[[int, int | None, int], Generator[Batch]]
     outbound: Outbound
     journal: Journal
     limiter: StepLimiter | None
@@ -127,7 +127,7 @@ def _train(run: Run) -> None:
     while not run.stop_reason:
         first_step = run.state.step
         try:
-            with closing(run.inbound(run.state.epoch, _batches_left(run))) as batches:
+            with closing(run.inbound(run.state.epoch, _batches_left(run), 0)) as batches:
                 _train_epoch(run, batches)
             _check_progress(run, run.state.step - first_step)
             _finish_epoch(run, first_step)

@@ -1,114 +1,16 @@
-"""The inbound belt: batches made ahead on one thread, or in line with the loop.
-
-sampler → fetch → collate → pin + H2D  ⇒  (a bounded channel)  ⇒  loop
-"""
+"""Batches ahead of a loop of the user's own: `prefetch`."""
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import closing
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import torch
 
 from pipeline.batch import Batch
-from pipeline.concurrency import Channel, ChannelClosedError, Scope
-from pipeline.data import END, Reader, Source, UnhookableDrawError, as_source
-from pipeline.device import Backend, Transfer, make_transfer, select_backend
-from pipeline.errors import ConfigError, add_stage_note
-from pipeline.gil import stage_cell, stage_id
-
-FETCH, TRANSFER, PUT = stage_id("fetch"), stage_id("transfer"), stage_id("put")
-
-
-def read_in_line(reader: Reader, transfer: Transfer) -> Generator[Batch]:
-    """Yield the batches of an epoch as a plain loop makes them: one when it is asked for."""
-    with closing(reader):
-        while (batch := reader.read()) is not END:
-            yield batch if transfer.is_identity else transfer.receive(transfer.send(batch))
-
-
-def read_ahead(source: Source, reader: Reader, transfer: Transfer, depth: int) -> Generator[Batch]:
-    """Yield the same batches, made ahead by a thread that ends with the generator.
-
-    The first one is made on the loop thread, which shows whether a thread can make the rest; where
-    one cannot, they are made there too, and a warning says why.
-
-    Args:
-        source: Where the reader comes from.
-        reader: One epoch's batches.
-        transfer: To the device.
-        depth: Batches that may wait for the loop.
-
-    Runs on:
-        Loop thread; blocks, with the GIL released, while no batch is there.
-    """
-    has_warned = False
-    with closing(reader):
-        while (batch := reader.first()) is not END:
-            sent = transfer.send(batch, is_fresh=source.makes_fresh_batches)
-            if reader.is_threadable:
-                # Until the epoch ends, or the thread meets a batch that it cannot make.
-                yield from _from_thread(source, reader, transfer, depth, sent)
-                continue
-            if not has_warned:
-                _warn_in_line(source)
-                has_warned = True
-            yield transfer.receive(sent)
-
-
-def _from_thread(
-    source: Source, reader: Reader, transfer: Transfer, depth: int, first: Any
-) -> Generator[Batch]:
-    with Scope() as scope:
-        channel: Channel[Any] = Channel(depth)
-
-        def fill() -> None:
-            with transfer.on_device():
-                _fill(channel, reader, transfer, source.makes_fresh_batches)
-
-        scope.start(fill, name="prefetch", stop=channel.abandon)
-        yield transfer.receive(first)
-        for sent in channel:
-            yield transfer.receive(sent)
-
-
-def _fill(channel: Channel[Any], reader: Reader, transfer: Transfer, is_fresh: bool) -> None:
-    """Make batches until they end; prefetch thread."""
-    error: BaseException | None = None
-    mark = stage_cell()
-    mark[0] = FETCH
-    try:
-        while reader.is_threadable and (batch := reader.read_in_thread()) is not END:
-            mark[0] = TRANSFER
-            sent = _send(transfer, batch, is_fresh, reader.position - 1)
-            mark[0] = PUT
-            channel.put(sent)
-            mark[0] = FETCH
-    except (ChannelClosedError, UnhookableDrawError):
-        pass  # nobody wants more; or the loop thread goes on from here
-    except BaseException as raised:
-        error = raised  # travels to the loop behind the batches that were made before it
-    channel.close(error)
-
-
-def _send(transfer: Transfer, batch: Batch, is_fresh: bool, position: int) -> Any:
-    try:
-        return transfer.send(batch, is_fresh=is_fresh)
-    except Exception as error:
-        add_stage_note(error, "transfer", batch=position)
-        raise
-
-
-def _warn_in_line(source: Source) -> None:
-    names = ", ".join(source.unhookable)
-    warnings.warn(
-        f"random numbers were drawn from {names} while a batch was made. Threads share that generator, so "
-        "batches are made on the loop thread from here on, with the same numbers and without overlap. "
-        "Draw from torch's functions that take a generator, or pass a DataLoader with num_workers=1.",
-        stacklevel=2,
-    )
+from pipeline.data import as_source
+from pipeline.device import Backend, make_transfer, select_backend
+from pipeline.errors import ConfigError
+from pipeline.loop.inbound import Inbound, Pinned, Place
 
 
 class prefetch:  # noqa: N801  (it is called like a function, as `enumerate` is)
@@ -154,13 +56,13 @@ class prefetch:  # noqa: N801  (it is called like a function, as `enumerate` is)
             collate_fn=None,
             seed=0,
         )
-        self._transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)
-        self._depth, self._num_iterations = depth, 0
+        transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)
+        self._inbound = Inbound(self._source, transfer, Pinned(Place("inline")), depth, None)
+        self._num_iterations = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        reader = self._source.open(self._num_iterations)
         self._num_iterations += 1
-        return read_ahead(self._source, reader, self._transfer, self._depth)
+        return self._inbound.batches(self._num_iterations - 1, None)
 
     def __len__(self) -> int:
         if self._source.num_batches is None:

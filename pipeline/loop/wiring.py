@@ -79,12 +79,12 @@ def make_detector(settings: Settings, backend: Backend, state: TrainState) -> Re
 
 
 def watch_batches(
-    inbound: Callable[[int, int | None], Generator[Batch]], detector: ReadDetector | None
-) -> Callable[[int, int | None], Generator[Batch]]:
+    inbound: Callable[[int, int | None, int], Generator[Batch]], detector: ReadDetector | None
+) -> Callable[[int, int | None, int], Generator[Batch]]:
     """Return the inbound belt, what is done with each of its batches watched by a detector, if any."""
     if detector is None:
         return inbound
-    return lambda epoch, limit: detector.watch(inbound(epoch, limit))
+    return lambda epoch, limit, start: detector.watch(inbound(epoch, limit, start))
 
 
 def installed(tool: Collector | ReadDetector | None) -> AbstractContextManager[None]:
