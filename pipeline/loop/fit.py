@@ -169,7 +169,8 @@ def _finish_step(run: Run) -> None:
     run.outbound.put_step(done, scalars)  # never waits for the device in `overlap`
     if run.limiter is not None:
         run.limiter.step_queued()  # waits for the step `max_steps_in_flight` ago
-    run.gil.step_done(run.state.step, run.state.epoch)
+    if run.clock.since_ns >= run.gil.next_ns:
+        run.gil.look(run.state.step, run.state.epoch)
     if run.collector is not None:
         run.collector.step_done(run.state.step)
     if _after_step(run, scalars):

@@ -42,7 +42,10 @@ def from_loss_fn(loss_fn: LossFn) -> Objective:
             )
         inputs, target = batch
         outputs = model(inputs)
-        return Computed(_checked(loss_fn(outputs, target)), {}, (outputs, target))
+        loss = loss_fn(outputs, target)
+        if not isinstance(loss, torch.Tensor) or loss.ndim:
+            _refuse_loss(loss)
+        return Computed(loss, {}, (outputs, target))
 
     return compute
 
@@ -77,17 +80,21 @@ def refuse_graphless() -> NoReturn:
 
 
 def _checked(loss: Any) -> torch.Tensor:
+    if not isinstance(loss, torch.Tensor) or loss.ndim:
+        _refuse_loss(loss)
+    return loss
+
+
+def _refuse_loss(loss: Any) -> NoReturn:
     if not isinstance(loss, torch.Tensor):
         raise StageError(
             f"the loss must be a scalar tensor, got {_describe(loss)}. Return the tensor itself.",
             stage="step",
         )
-    if loss.ndim:
-        raise StageError(
-            f"the loss must be a scalar, got shape {tuple(loss.shape)}. Reduce it with .mean().",
-            stage="step",
-        )
-    return loss
+    raise StageError(
+        f"the loss must be a scalar, got shape {tuple(loss.shape)}. Reduce it with .mean().",
+        stage="step",
+    )
 
 
 def _is_scalar(value: Any) -> bool:
