@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline import Callback, ConfigError, GilAccountError, StepFinished, Trainer, gil_account
+from pipeline.gil import signals
 from pipeline.gil.account import StageShare
 from pipeline.gil.report import make_signals_report
 from pipeline.gil.signals import Handoffs
@@ -240,6 +241,20 @@ def test_a_look_that_fails_says_nothing(monkeypatch):
     for _ in range(4):
         watched.pass_by(2, 800, 1.5)
     assert watched.windows >= 1
+
+
+def test_thread_time_is_read_for_a_step_every_twenty_milliseconds(monkeypatch):
+    """It is a system call at each stage; a step that takes longer is read each time."""
+    now_ns, read = [0], []
+    monkeypatch.setattr(signals, "perf_counter_ns", lambda: now_ns[0])
+    clock = StepClock()
+    clock.restart()
+    for step_ns in [5_000_000] * 9 + [30_000_000] * 3:
+        now_ns[0] += step_ns
+        read.append(clock.has_cpu_time)
+        clock.step_ended()
+    clock.leave()
+    assert read == [True, True, False, False, False, True, False, False, False, True, True, True]
 
 
 def test_the_clock_of_a_step_restarts_after_a_validation():
