@@ -30,7 +30,6 @@ from pipeline.loop.clock import StepClock
 from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
 from pipeline.loop.fit import Run, fit
 from pipeline.loop.gil import GilWatch
-from pipeline.loop.inbound import Inbound
 from pipeline.loop.objective import Objective
 from pipeline.loop.schedule import Belts
 from pipeline.loop.summary import make_result
@@ -129,10 +128,7 @@ class Trainer(Settings):
             val_source = make_source(
                 val_data, name="val_data", shuffle=False, drop_last=False, **val_batching
             )
-            val_inbound = belts.inbound(val_source)
-            evaluation = self._evaluation(
-                belts, objective, val_inbound, val_source, metrics, merges_ranks=True
-            )
+            evaluation = self._evaluation(belts, objective, val_source, metrics, merges_ranks=True)
         setup.place(self, belts.device, model, loss_fn, *metrics.values(), *train_metrics.values())
         if not model.training:
             model.train()  # a model that was evaluated; single modules put in eval mode stay so
@@ -141,7 +137,7 @@ class Trainer(Settings):
         state = TrainState(model, optimizer, scheduler, scaler, ema)
         run_dir = setup.make_run_dir(self.run_dir)
         with ExitStack() as stack:
-            stack.callback((inbound := belts.inbound(source)).close)
+            stack.enter_context(closing(belts))
             stack.enter_context(setup.deterministic_algorithms(self.deterministic))
             num_batches = setup.at_most(source.num_batches, max_batches)
             group = wiring.make_logger_group(
@@ -163,7 +159,7 @@ class Trainer(Settings):
                 settings=self,
                 state=state,
                 step=train_step,
-                inbound=wiring.watch_batches(inbound.batches, detector),
+                inbound=wiring.watch_batches(belts.inbound(source).batches, detector),
                 outbound=outbound,
                 journal=journal,
                 limiter=belts.limiter(self.max_steps_in_flight),
@@ -219,8 +215,8 @@ class Trainer(Settings):
         if checkpoint is not None:
             load_model(checkpoint, model)
         setup.place(self, belts.device, model, loss_fn, *(metrics or {}).values())
-        with closing(belts.inbound(source)) as inbound:
-            return self._evaluation(belts, objective, inbound, source, metrics)(model)
+        with closing(belts):
+            return self._evaluation(belts, objective, source, metrics)(model)
 
     def predict(
         self,
@@ -252,10 +248,7 @@ class Trainer(Settings):
             load_model(checkpoint, model)
         setup.place(self, belts.device, model)
         limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
-        with (
-            closing(belts.inbound(source)) as inbound,
-            closing(inbound.batches(EVALUATION_EPOCH, limit)) as batches,
-        ):
+        with closing(belts), closing(belts.inbound(source).batches(EVALUATION_EPOCH, limit)) as batches:
             outputs = predict_batches(
                 model, forward, batches, setup.make_autocast(self.precision, belts.device)
             )
@@ -283,7 +276,6 @@ class Trainer(Settings):
         self,
         belts: Belts,
         objective: Objective,
-        inbound: Inbound,
         source: Source,
         metrics: Metrics | None,
         *,
@@ -292,7 +284,7 @@ class Trainer(Settings):
         limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
         return Evaluation(
             objective=objective,
-            open_batches=partial(inbound.batches, EVALUATION_EPOCH, limit),
+            open_batches=partial(belts.inbound(source).batches, EVALUATION_EPOCH, limit),
             metrics=metrics or {},
             autocast=setup.make_autocast(self.precision, belts.device),
             merges_ranks=merges_ranks,

@@ -172,7 +172,7 @@ class WorkerPool:
         """Return the answers that are there; wait for the first.
 
         Returns:
-            An empty list after the time-out.
+            An empty list after the time-out, or if a worker has died, which `died` tells.
         """
         poller = select.poll()
         by_file = {worker.requests.fileno(): worker for worker in self._workers}

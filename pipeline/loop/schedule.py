@@ -41,14 +41,22 @@ class Belts:
             settings.schedule == "auto" and backend.streams is not None
         )
         self.schedule: Literal["overlap", "textbook"] = "overlap" if overlaps else "textbook"
+        self._inbound: list[Inbound] = []
         self._transfer = make_transfer(backend, overlaps=overlaps, prepare=prepare)
 
     def inbound(self, source: Source) -> Inbound:
-        """Return the belt that brings a source's batches; its owner closes it."""
+        """Return the belt that brings a source's batches; it is kept until `close`."""
         settings = self._settings
-        return Inbound(
+        inbound = Inbound(
             source, self._transfer, self._chooser(), settings.prefetch_depth, settings.stall_timeout_s
         )
+        self._inbound.append(inbound)
+        return inbound
+
+    def close(self) -> None:
+        """End what the inbound belts keep from epoch to epoch, such as processes."""
+        for inbound in self._inbound:
+            inbound.close()
 
     def _chooser(self) -> Chooser:
         settings = self._settings
