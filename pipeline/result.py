@@ -12,6 +12,7 @@ import torch
 from pipeline.batch import Row
 from pipeline.gil import GilReport, StageTime
 from pipeline.report import OutboundReport
+from pipeline.report.record import RunReport
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class FitResult:
         gil: The GIL account, with ``gil='account'``.
         ema_model: The averaged model, if one was kept.
         outbound: What logging cost, how far it was behind, and which lines made the loop wait.
+        report: Where the time went, which ceiling binds, and what to change next; ``print`` shows it.
     """
 
     metrics: dict[str, float]
@@ -55,3 +57,4 @@ class FitResult:
     gil: GilReport | None = field(repr=False)
     ema_model: torch.nn.Module | None = field(repr=False)
     outbound: OutboundReport = field(repr=False)
+    report: RunReport = field(repr=False)

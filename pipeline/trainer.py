@@ -159,7 +159,7 @@ class Trainer(Settings):
                 settings=self,
                 state=state,
                 step=train_step,
-                inbound=wiring.watch_batches(belts.inbound(source).batches, detector),
+                inbound=wiring.watch_batches(belts.inbound(source, belts.times).batches, detector),
                 outbound=outbound,
                 journal=journal,
                 limiter=belts.limiter(self.max_steps_in_flight),
@@ -178,7 +178,7 @@ class Trainer(Settings):
             )
             stack.enter_context(wiring.installed(detector))
             fit(run, run_dir)
-        return make_result(run, belts.schedule, run_dir)
+        return make_result(run, belts, run_dir, train_data)
 
     def evaluate(
         self,

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from pipeline.batch import Row
 from pipeline.errors import GilAccountError
 from pipeline.gil import GilAccount, GilReport, gil_account, to_json
 from pipeline.gil.interpreter import handoff_counter
 from pipeline.gil.signals import Handoffs
+from pipeline.gil.trace import write_trace
 from pipeline.loop.clock import STAGES, StepClock
 from pipeline.loop.convoy import ConvoyWatch, describe_convoy, warn_harmlessly
 from pipeline.settings import GilMode
@@ -33,6 +35,7 @@ class GilWatch:
     Attributes:
         next_ns: When to look, by the clock.
         report: The account of the whole run, once the `with` was left, if there was one.
+        trace: The same over time, in Chrome's JSON format.
 
     Runs on:
         Loop thread.
@@ -48,6 +51,7 @@ class GilWatch:
         self._handoffs: Handoffs | None = None
         self._has_warned = False
         self.report: GilReport | None = None
+        self.trace: dict[str, Any] | None = None
 
     def __enter__(self) -> GilWatch:
         self.next_ns = sys.maxsize
@@ -112,10 +116,12 @@ class GilWatch:
     def _finish(self, account: GilAccount) -> None:
         try:
             self.report = account.report()
+            if self.report.num_samples:
+                self.trace = account.trace()
             if self._run_dir is not None:
                 (self._run_dir / "gil.json").write_text(to_json(self.report))
-                if self.report.num_samples:
-                    account.write_trace(self._run_dir / "gil_trace.json")
+                if self.trace is not None:
+                    write_trace(self._run_dir / "gil_trace.json", self.trace)
         except (GilAccountError, OSError) as error:
             self._go_on_without(error)
         else:

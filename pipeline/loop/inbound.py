@@ -12,6 +12,7 @@ from pipeline.data import MapReader, MapSource, Processes, ProcessReader, Reader
 from pipeline.device import Transfer
 from pipeline.errors import ConfigError
 from pipeline.loop.places import read_ahead, read_in_line
+from pipeline.loop.threads import ThreadTimes
 from pipeline.settings import PlaceName
 
 
@@ -68,6 +69,7 @@ class Inbound:
         chooser: Of the place.
         depth: Batches that are made ahead.
         stall_timeout_s: Longest wait for a batch; None waits for ever.
+        times: Told how the threads that make batches spent theirs.
 
     Runs on:
         Loop thread.
@@ -80,7 +82,9 @@ class Inbound:
         chooser: Chooser,
         depth: int,
         stall_timeout_s: float | None,
+        times: ThreadTimes | None = None,
     ) -> None:
+        self._times = times
         self._source, self._transfer, self._chooser = source, transfer, chooser
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._processes: Processes | None = None
@@ -118,6 +122,7 @@ class Inbound:
             is_fresh=self._source.makes_fresh_batches,
             stall_timeout_s=self._stall_timeout_s,
             goes_on=goes_on,
+            times=self._times,
         )
 
     def _made_by_processes(self, num_workers: int, reader: Reader) -> Generator[Batch]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable
 from math import isfinite
 
@@ -11,6 +12,8 @@ from pipeline.errors import NonFiniteError
 from pipeline.loggers import LoggerGroup
 from pipeline.loop.rates import Rates, StepDone
 from pipeline.settings import Settings
+
+RECENT_STEPS = 256
 
 
 class Journal:
@@ -26,6 +29,9 @@ class Journal:
     Attributes:
         on_step: Told of every step's numbers, in order, a row or not; None for nobody.
         losses: Of every step, whatever becomes of its row.
+        step_s: The time of every step, in seconds.
+        wait_s: How much of it was spent waiting for batches.
+        recent: The last steps.
         last_values: The numbers of the last step.
         num_undelivered: Rows that the loggers have not been told yet.
         num_dropped: Rows that they never will be.
@@ -47,7 +53,8 @@ class Journal:
         self.last_step = last_step
         self.on_step: Callable[[StepDone, dict[str, float]], None] | None = None
         self._rows: list[Row] = []
-        self.losses = array("d")
+        self.losses, self.step_s, self.wait_s = array("d"), array("d"), array("d")
+        self.recent: deque[StepDone] = deque(maxlen=RECENT_STEPS)
         self.last_values: dict[str, float] = {}
         self.num_dropped = 0
 
@@ -59,6 +66,9 @@ class Journal:
         """Take a step's numbers; make a row if it is its turn."""
         loss = values["train/loss"]
         self.losses.append(loss)
+        self.step_s.append(done.step_s)
+        self.wait_s.append(done.data_wait_s)
+        self.recent.append(done)
         self.last_values = values
         if self.on_step is not None:
             self.on_step(done, values)

@@ -13,6 +13,7 @@ from pipeline.device import Backend, StepLimiter, make_transfer
 from pipeline.loop.inbound import Chooser, Inbound, Pinned, Place
 from pipeline.loop.journal import Journal
 from pipeline.loop.outbound import BeltOutbound, DirectOutbound, Outbound
+from pipeline.loop.threads import ThreadTimes
 from pipeline.settings import Settings
 
 
@@ -28,6 +29,7 @@ class Belts:
         schedule: ``overlap`` or ``textbook``. ``auto`` is resolved by one rule: overlap where the
             device runs ahead of the host, so that host work can hide behind it; textbook where it
             does not, since there a thread competes with the step for the cores and the GIL.
+        times: How the threads beside the loop spent theirs, those of a validation left out.
     """
 
     def __init__(
@@ -42,13 +44,19 @@ class Belts:
         )
         self.schedule: Literal["overlap", "textbook"] = "overlap" if overlaps else "textbook"
         self._inbound: list[Inbound] = []
+        self.times = ThreadTimes()
         self._transfer = make_transfer(backend, overlaps=overlaps, prepare=prepare)
 
-    def inbound(self, source: Source) -> Inbound:
+    def inbound(self, source: Source, times: ThreadTimes | None = None) -> Inbound:
         """Return the belt that brings a source's batches; it is kept until `close`."""
         settings = self._settings
         inbound = Inbound(
-            source, self._transfer, self._chooser(), settings.prefetch_depth, settings.stall_timeout_s
+            source,
+            self._transfer,
+            self._chooser(),
+            settings.prefetch_depth,
+            settings.stall_timeout_s,
+            times,
         )
         self._inbound.append(inbound)
         return inbound
@@ -77,4 +85,4 @@ class Belts:
         """Return where the loop puts its numbers; the scope owns the writer thread, if any."""
         if self.schedule == "textbook":
             return DirectOutbound(self.backend, journal)
-        return BeltOutbound(scope, self.backend, journal, self._settings)
+        return BeltOutbound(scope, self.backend, journal, self._settings, self.times)
