@@ -134,8 +134,9 @@ def _loop_stretches(run: Run) -> list[tuple[str, int, int]]:
     """Return each of the last steps as its wait for a batch and the rest."""
     found = []
     for done in run.journal.recent:
-        begin_ns, end_ns = int((done.ended_s - done.step_s) * 1e9), int(done.ended_s * 1e9)
-        there_ns = begin_ns + int(done.data_wait_s * 1e9)
+        end_ns = int(done.ended_s * 1e9)
+        begin_ns = end_ns - done.step_ns
+        there_ns = begin_ns + done.data_wait_ns
         found += [("data_wait", begin_ns, there_ns), ("step", there_ns, end_ns)]
     return found
 
@@ -153,7 +154,7 @@ def _device_stretches(run: Run, limiter: StepLimiter) -> list[tuple[str, int, in
     found: list[tuple[str, int, int]] = []
     before_ns = 0
     for end_ns, done in pairs:
-        launched_ns = int((done.ended_s - done.step_s + done.data_wait_s) * 1e9)
+        launched_ns = int(done.ended_s * 1e9) - done.step_ns + done.data_wait_ns
         if before_ns and end_ns > (begin_ns := max(before_ns, launched_ns)):
             found.append(("step", begin_ns, end_ns))
         before_ns = end_ns
