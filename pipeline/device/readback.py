@@ -91,12 +91,14 @@ class Readback:
         Runs on:
             Loop thread.
         """
+        if self._streams is None:
+            return Pending({n: v if isinstance(v, (float, int)) else v.item() for n, v in scalars.items()})
         values = {name: v for name, v in scalars.items() if not isinstance(v, torch.Tensor)}
         tensors = {name: v for name, v in scalars.items() if isinstance(v, torch.Tensor)}
         for name, tensor in list(tensors.items()):
-            if self._streams is None or tensor.device != self._device:  # the host's: nothing to wait for
+            if tensor.device != self._device:  # the host's: nothing to wait for
                 values[name] = tensors.pop(name).item()
-        if self._streams is None or not tensors:
+        if not tensors:
             return Pending(values)
         # float64 holds every float32, float16, bfloat16 and every integer up to 2**53 exactly.
         packed = torch.stack([tensor.detach().to(torch.float64) for tensor in tensors.values()])

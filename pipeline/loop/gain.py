@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -31,7 +31,7 @@ Kind = Literal["textbook", "overlap"]
 
 START_STEPS = 10  # of the run: allocators and caches settle
 WARM_TEXTBOOK_STEPS = 3
-MIN_STEPS, MAX_STEPS, WINDOW_S = 8, 2000, 0.1
+MIN_STEPS, MAX_STEPS, WINDOW_NS = 8, 2000, 100_000_000
 MAX_PAIRS, MIN_PAIRS = 20, 4
 GAP_S = 1e-3  # between two steps: a validation or the like, in which a belt goes on
 HEADSPACE_WAIT_RATIO = 0.05
@@ -53,7 +53,7 @@ class _Window:
         count = len(self.steps) - self.warm_steps
         if count < self.min_steps:
             return False
-        return count >= MAX_STEPS or sum(done.step_s for done in self.steps[self.warm_steps :]) >= WINDOW_S
+        return count >= MAX_STEPS or sum(done.step_ns for done in self.steps[self.warm_steps :]) >= WINDOW_NS
 
     @property
     def counted(self) -> list[StepDone]:
@@ -72,6 +72,9 @@ class GainMeter:
         chooser: Of the place in the windows of overlap, and from the last window on.
         settings: Depth of the belt, steps in flight, and the seed of the order of the windows.
 
+    Attributes:
+        is_ready: Says whether batches are made where they are meant to be: processes take a moment to start.
+
     Runs on:
         Loop thread; `goes_on` is asked on others too.
     """
@@ -86,6 +89,7 @@ class GainMeter:
         self._now: _Window | None = _Window("overlap", START_STEPS, 0)
         self._is_over = self._is_started = False
         self._final: Kind = "overlap"
+        self.is_ready: Callable[[], bool] = lambda: True
 
     @property
     def kind(self) -> Kind:
@@ -110,14 +114,18 @@ class GainMeter:
         """Take a step's time, and end the window if it has enough of them."""
         window = self._now
         if window is None:
-            return
+            return None
         steps = window.steps
-        if steps and done.ended_s - done.step_s > steps[-1].ended_s + GAP_S and not self._is_over:
+        began_s = done.ended_s - done.step_ns / 1e9
+        if not self.is_ready():
+            return steps.clear()
+        if steps and began_s > steps[-1].ended_s + GAP_S and not self._is_over:
             steps.clear()  # something else came between
         steps.append(done)
         if not self._is_over and window.is_full():
             window.num_counted = len(steps) - window.warm_steps
             self._is_over = True
+        return None
 
     def gain(self) -> Gain | None:
         """Return what was measured; None where the run was too short, or its epochs are."""
@@ -132,16 +140,21 @@ class GainMeter:
             low=low,
             high=high,
             textbook_ms=statistics.median(times["textbook"]),
-            overlap_ms=statistics.median(times["overlap"]),
-            headspace_ms=self._headspace_ms(pairs),
+            overlap_ms=(overlap_ms := statistics.median(times["overlap"])),
+            headspace_ms=min(self._headspace_ms(pairs), overlap_ms),
             num_windows=len(pairs),
             steps_per_window=int(statistics.median(counts)),
         )
 
+    def overlap_wait_ms(self) -> float:
+        """Return how long a step of overlap waited for its batch."""
+        steps = [done for pair in self._pairs if "overlap" in pair for done in pair["overlap"].counted]
+        return statistics.fmean(done.data_wait_ns for done in steps) / 1e6 if steps else 0.0
+
     def textbook_fetch_ms(self) -> float | None:
         """Return what making a step's batches takes with nothing beside it; None if nobody saw it."""
         steps = [done for pair in self._pairs if "textbook" in pair for done in pair["textbook"].counted]
-        return statistics.fmean(done.data_wait_s for done in steps) * 1e3 if steps else None
+        return statistics.fmean(done.data_wait_ns for done in steps) / 1e6 if steps else None
 
     @property
     def textbook_ratio(self) -> float:
@@ -179,15 +192,15 @@ class GainMeter:
 
     def _headspace_ms(self, pairs: list[dict[Kind, _Window]]) -> float:
         there = [
-            done.step_s * 1e3
+            done.step_ns / 1e6
             for pair in pairs
             for done in pair["overlap"].drained
-            if done.data_wait_s < HEADSPACE_WAIT_RATIO * done.step_s
+            if done.data_wait_ns < HEADSPACE_WAIT_RATIO * done.step_ns
         ]
         if len(there) >= MIN_STEPS:
             return statistics.median(there)
-        alone = [done.step_s - done.data_wait_s for pair in pairs for done in pair["textbook"].counted]
-        return statistics.median(alone) * 1e3
+        alone = [done.step_ns - done.data_wait_ns for pair in pairs for done in pair["textbook"].counted]
+        return statistics.median(alone) / 1e6
 
 
 class SwitchedOutbound:
@@ -256,4 +269,4 @@ def ratio_interval(base_ms: list[float], other_ms: list[float]) -> tuple[float, 
 
 
 def _step_ms(steps: list[StepDone]) -> float:
-    return statistics.fmean(done.step_s for done in steps) * 1e3
+    return statistics.fmean(done.step_ns for done in steps) / 1e6

@@ -33,6 +33,7 @@ class GilWatch:
         run_dir: Where ``gil.json`` and ``gil_trace.json`` go; None writes neither.
 
     Attributes:
+        next_ns: When to look, by the clock.
         report: The account of the whole run, once the `with` was left, if there was one.
         trace: The same over time, in Chrome's JSON format.
 
@@ -53,7 +54,7 @@ class GilWatch:
         self.trace: dict[str, Any] | None = None
 
     def __enter__(self) -> GilWatch:
-        self._next_ns = sys.maxsize
+        self.next_ns = sys.maxsize
         if self._mode == "off":
             return self
         if (read := handoff_counter()) is not None:
@@ -63,7 +64,7 @@ class GilWatch:
         elif self._handoffs is not None:
             self._convoy = ConvoyWatch(self._clock, self._handoffs)
             self._stack.callback(self._convoy.close)
-        self._next_ns = self._convoy.next_ns if self._convoy else self._clock.since_ns + LOG_NS
+        self.next_ns = self._convoy.next_ns if self._convoy else self._clock.since_ns + LOG_NS
         return self
 
     def __exit__(
@@ -76,14 +77,12 @@ class GilWatch:
         if self._account is not None:
             self._finish(self._account)
 
-    def step_done(self, step: int, epoch: int) -> None:
-        """Look at the GIL, if it is time."""
-        if self._clock.since_ns < self._next_ns:
-            return  # all that a step costs
-        self._next_ns = self._clock.since_ns + LOG_NS
+    def look(self, step: int, epoch: int) -> None:
+        """Look at the GIL; call it from `next_ns` on, so that a step costs a comparison."""
+        self.next_ns = self._clock.since_ns + LOG_NS
         if self._convoy is not None:
             self._convoy.look(step)
-            self._next_ns = self._convoy.next_ns
+            self.next_ns = self._convoy.next_ns
         elif self._account is not None:
             self._log(self._account, step, epoch)
 

@@ -98,6 +98,10 @@ class Inbound:
                 with closing(self._chooser.watch(self._made_in(place, reader))) as batches:
                     yield from batches
 
+    def is_ready(self) -> bool:
+        """Say whether batches are made in the place chosen last, and not still in its stead."""
+        return self._processes is None or self._processes.is_ready()
+
     def close(self) -> None:
         """End what is kept from epoch to epoch."""
         if self._processes is not None:

@@ -66,8 +66,8 @@ class Journal:
         """Take a step's numbers; make a row if it is its turn."""
         loss = values["train/loss"]
         self.losses.append(loss)
-        self.step_s.append(done.step_s)
-        self.wait_s.append(done.data_wait_s)
+        self.step_s.append(done.step_ns / 1e9)
+        self.wait_s.append(done.data_wait_ns / 1e9)
         self.recent.append(done)
         self.last_values = values
         if self.on_step is not None:

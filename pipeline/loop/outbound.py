@@ -9,8 +9,6 @@ from __future__ import annotations
 import time
 from typing import NamedTuple, Protocol, TypeAlias
 
-import torch
-
 from pipeline.batch import Media, Progress, Row, Scalars
 from pipeline.concurrency import Scope, Writer
 from pipeline.device import Backend, Pending, PendingTensor, Readback
@@ -65,7 +63,7 @@ class DirectOutbound:
 
     def put_step(self, done: StepDone, scalars: Scalars) -> None:
         values = {
-            name: self._read(value) if isinstance(value, torch.Tensor) else value
+            name: value if isinstance(value, (float, int)) else self._read(value)
             for name, value in scalars.items()
         }
         try:

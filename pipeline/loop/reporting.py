@@ -66,6 +66,8 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
     step_ms = run.clock.train_s / num_steps * 1e3 if num_steps else 0.0
     wait_ms = sum(journal.wait_s) / num_steps * 1e3 if num_steps else 0.0
     names = {loop: "loop"}
+    if gain is not None and belts.meter is not None:
+        step_ms, wait_ms = gain.overlap_ms, belts.meter.overlap_wait_ms()  # the textbook windows left out
     return RunReport(
         facts=_facts(run, belts, where, num_cores),
         settings=plain_settings(settings),
@@ -137,8 +139,9 @@ def _loop_stretches(run: Run) -> list[tuple[str, int, int]]:
     """Return each of the last steps as its wait for a batch and the rest."""
     found = []
     for done in run.journal.recent:
-        begin_ns, end_ns = int((done.ended_s - done.step_s) * 1e9), int(done.ended_s * 1e9)
-        there_ns = begin_ns + int(done.data_wait_s * 1e9)
+        end_ns = int(done.ended_s * 1e9)
+        begin_ns = end_ns - done.step_ns
+        there_ns = begin_ns + done.data_wait_ns
         found += [("data_wait", begin_ns, there_ns), ("step", there_ns, end_ns)]
     return found
 
@@ -156,7 +159,7 @@ def _device_stretches(run: Run, limiter: StepLimiter) -> list[tuple[str, int, in
     found: list[tuple[str, int, int]] = []
     before_ns = 0
     for end_ns, done in pairs:
-        launched_ns = int((done.ended_s - done.step_s + done.data_wait_s) * 1e9)
+        launched_ns = int(done.ended_s * 1e9) - done.step_ns + done.data_wait_ns
         if before_ns and end_ns > (begin_ns := max(before_ns, launched_ns)):
             found.append(("step", begin_ns, end_ns))
         before_ns = end_ns
@@ -188,9 +191,9 @@ def _gain_notes(belts: Belts, gain: Gain | None) -> tuple[str, ...]:
             "epochs of more than one window",
         )
     return (
-        f"measure_gain: {gain.num_windows} windows of each schedule, {gain.steps_per_window} steps counted in "
-        f"each of overlap; {belts.meter.textbook_ratio:.0%} of the steps meanwhile were textbook ones, and the "
-        "stages above have both kinds in them",
+        f"measure_gain: {gain.num_windows} windows of each schedule, {gain.steps_per_window} steps counted "
+        f"in each of overlap; {belts.meter.textbook_ratio:.0%} of the steps meanwhile were textbook ones, "
+        "and the stages above have both kinds in them",
     )
 
 

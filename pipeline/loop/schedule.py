@@ -61,6 +61,8 @@ class Belts:
             settings.stall_timeout_s,
             self.times if is_training else None,
         )
+        if is_training and self.meter is not None:
+            self.meter.is_ready = inbound.is_ready
         self._inbound.append(inbound)
         return inbound
 
