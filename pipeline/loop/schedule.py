@@ -10,9 +10,10 @@ import torch
 from pipeline.concurrency import Scope, available_cores
 from pipeline.data import Source
 from pipeline.device import Backend, StepLimiter, make_transfer
-from pipeline.loop.inbound import Chooser, Inbound, Pinned, Place
+from pipeline.loop.inbound import Inbound
 from pipeline.loop.journal import Journal
 from pipeline.loop.outbound import BeltOutbound, DirectOutbound, Outbound
+from pipeline.loop.placement import INLINE, TEXTBOOK, Place
 from pipeline.loop.threads import ThreadTimes
 from pipeline.settings import Settings
 
@@ -53,7 +54,7 @@ class Belts:
         inbound = Inbound(
             source,
             self._transfer,
-            self._chooser(),
+            self._place(),
             settings.prefetch_depth,
             settings.stall_timeout_s,
             times,
@@ -66,13 +67,14 @@ class Belts:
         for inbound in self._inbound:
             inbound.close()
 
-    def _chooser(self) -> Chooser:
+    def _place(self) -> Place | None:
+        """Return where the settings want batches made; None where it is to be measured."""
         settings = self._settings
         if settings.placement in ("thread", "process"):
-            return Pinned(Place(settings.placement, settings.num_workers or available_cores()))
-        if settings.placement == "inline" or self.schedule == "overlap":
-            return Pinned(Place("inline"))
-        return Pinned(Place("textbook"))
+            return Place(settings.placement, settings.num_workers or available_cores())
+        if settings.placement == "inline" or settings.schedule == "overlap":
+            return INLINE
+        return TEXTBOOK if settings.schedule == "textbook" else None
 
     def limiter(self, max_steps_in_flight: int) -> StepLimiter | None:
         """Return what bounds the run-ahead; None where each step's read already does."""
