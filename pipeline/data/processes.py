@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from pipeline.batch import Batch
-from pipeline.concurrency import Slot, SlotFile, WorkerPool
+from pipeline.concurrency import NurseryDiedError, Slot, SlotFile, WorkerPool
 from pipeline.data.main_module import main_preparation
 from pipeline.data.packing import Arena, Packed, pack, unpack
 from pipeline.data.reader import END, MapReader, MapSource
@@ -36,7 +36,7 @@ class Processes:
     """
 
     def __init__(self, source: MapSource, num_workers: int, stall_timeout_s: float | None = None) -> None:
-        self.num_workers, self._stall_timeout_s = num_workers, stall_timeout_s
+        self._stall_timeout_s = stall_timeout_s
         self._batch_bytes = 0
         self._tickets: dict[int, tuple[int, Slot, MapReader]] = {}
         payload, prepare = _packed_fetcher(source)
@@ -61,9 +61,21 @@ class Processes:
         """Slots of shared memory made so far; they are used again."""
         return self._slots.num_slots
 
-    def is_ready(self) -> bool:
-        """Say, without waiting, whether the workers are there; it takes two seconds the first time."""
-        return self._pool.is_ready()
+    def is_ready(self, num_workers: int) -> bool:
+        """Say, without waiting, whether so many workers are there; it takes two seconds the first time.
+
+        Raises:
+            PipelineError: If they never will be; it says why.
+        """
+        try:
+            return self._pool.is_ready() and self._pool.resize(num_workers)
+        except NurseryDiedError as error:
+            raise WorkerDiedError("the process that has the dataset is gone", stage="fetch") from error
+        except Exception as error:
+            raise ConfigError(
+                f"the dataset cannot be unpickled in a process: {type(error).__name__}: {error}. Set "
+                "placement=thread, or see why with pickle.loads(pickle.dumps(dataset))."
+            ) from error
 
     def wait_until_ready(self) -> bool:
         """Wait until the workers are there; False after the time-out."""

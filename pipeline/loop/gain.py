@@ -21,9 +21,11 @@ from typing import Literal
 
 from pipeline.batch import Batch, Media, Progress, Row, Scalars
 from pipeline.data import Reader
-from pipeline.loop.inbound import Chooser, Place
+from pipeline.loop.inbound import Chooser
 from pipeline.loop.outbound import BeltOutbound, DirectOutbound
+from pipeline.loop.placement import TEXTBOOK, Place
 from pipeline.loop.rates import StepDone
+from pipeline.report.placement import PlacementReport
 from pipeline.report.record import Gain
 from pipeline.settings import Settings
 
@@ -69,18 +71,15 @@ class GainMeter:
     """Chooses the window's schedule for each batch, and measures its steps.
 
     Args:
-        chooser: Of the place in the windows of overlap, and from the last window on.
         settings: Depth of the belt, steps in flight, and the seed of the order of the windows.
-
-    Attributes:
-        is_ready: Says whether batches are made where they are meant to be: processes take a moment to start.
 
     Runs on:
         Loop thread; `goes_on` is asked on others too.
     """
 
-    def __init__(self, chooser: Chooser, settings: Settings) -> None:
-        self._chooser = chooser
+    _chooser: Chooser
+
+    def __init__(self, settings: Settings) -> None:
         self._order = random.Random(settings.seed)  # its own: no draw of the run's is moved
         self._warm_steps = settings.prefetch_depth + settings.max_steps_in_flight + 2
         self._min_steps = max(MIN_STEPS, 2 * settings.prefetch_depth)
@@ -89,7 +88,16 @@ class GainMeter:
         self._now: _Window | None = _Window("overlap", START_STEPS, 0)
         self._is_over = self._is_started = False
         self._final: Kind = "overlap"
-        self.is_ready: Callable[[], bool] = lambda: True
+
+    def around(self, chooser: Chooser, is_ready: Callable[[], bool]) -> GainMeter:
+        """Return this, the chooser of an inbound belt from now on.
+
+        Args:
+            chooser: Of the place in the windows of overlap, and from the last window on.
+            is_ready: Says whether batches are made where they are meant to be: processes start slowly.
+        """
+        self._chooser, self._is_ready = chooser, is_ready
+        return self
 
     @property
     def kind(self) -> Kind:
@@ -100,13 +108,21 @@ class GainMeter:
 
     def choose(self, reader: Reader) -> Place:
         self._begin_window()
-        return Place("textbook") if self.kind == "textbook" else self._chooser.choose(reader)
+        return TEXTBOOK if self.kind == "textbook" else self._chooser.choose(reader)
 
     def goes_on(self) -> bool:
         return not self._is_over and (self.kind == "textbook" or self._chooser.goes_on())
 
     def watch(self, batches: Generator[Batch]) -> Generator[Batch]:
         return batches if self.kind == "textbook" else self._chooser.watch(batches)
+
+    @property
+    def is_settled(self) -> bool:
+        return self._now is None and self._chooser.is_settled
+
+    @property
+    def report(self) -> PlacementReport:
+        return self._chooser.report
 
     # ---- as a listener
 
@@ -117,7 +133,7 @@ class GainMeter:
             return None
         steps = window.steps
         began_s = done.ended_s - done.step_ns / 1e9
-        if not self.is_ready():
+        if not (self._is_ready() and self._chooser.is_settled):
             return steps.clear()
         if steps and began_s > steps[-1].ended_s + GAP_S and not self._is_over:
             steps.clear()  # something else came between

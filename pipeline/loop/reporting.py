@@ -47,7 +47,7 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
     """
     settings, journal, num_steps = run.settings, run.journal, run.clock.num_steps
     device = [] if run.limiter is None else _device_stretches(run, run.limiter)
-    where, num_cores = _where(settings.placement, belts.schedule), available_cores()
+    where, num_cores = _where(belts), available_cores()
     clocks = RunClocks(
         times=[each for each in [*run.clock.times(), *belts.times.times] if each.stage not in NOT_TRAINING],
         loop_thread=(loop := threading.current_thread().name),
@@ -84,7 +84,7 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
         advice=advise(step_ms, cost, where, predictions, {"textbook", *get_args(Placement)}, gain),
         series=make_series(journal.step_s, journal.wait_s, run.state.step - num_steps),
         lanes=_lanes(run, belts, device, names),
-        notes=(*_gain_notes(belts, gain), *str(outbound).splitlines(), *_gil_notes(run)),
+        notes=(*_belt_notes(belts, gain), *str(outbound).splitlines(), *_gil_notes(run)),
     )
 
 
@@ -121,9 +121,9 @@ def _facts(run: Run, belts: Belts, where: Where, num_cores: int) -> dict[str, An
     }
 
 
-def _where(placement: str, schedule: str) -> Where:
-    found = next((each for each in WHERE if each == placement), None)
-    return found or ("textbook" if schedule == "textbook" else "inline")
+def _where(belts: Belts) -> Where:
+    place = "textbook" if belts.placement is None else belts.placement.place.partition(" ")[0]
+    return next(each for each in WHERE if each == place)
 
 
 def _lanes(
@@ -182,15 +182,18 @@ def _undisturbed(cost: StepCost | None, belts: Belts) -> StepCost | None:
     return replace(cost, fetch_ms=alone_ms, fetch_core_ms=cost.fetch_core_ms * scale, fetch_held_ms=held_ms)
 
 
-def _gain_notes(belts: Belts, gain: Gain | None) -> tuple[str, ...]:
+def _belt_notes(belts: Belts, gain: Gain | None) -> tuple[str, ...]:
+    place = str(belts.placement)
     if belts.meter is None:
-        return ()
+        return (place,)
     if gain is None:
         return (
+            place,
             "measure_gain: the run or its epochs were too short to tell; it takes some hundred steps, and "
             "epochs of more than one window",
         )
     return (
+        place,
         f"measure_gain: {gain.num_windows} windows of each schedule, {gain.steps_per_window} steps counted "
         f"in each of overlap; {belts.meter.textbook_ratio:.0%} of the steps meanwhile were textbook ones, "
         "and the stages above have both kinds in them",

@@ -11,10 +11,12 @@ from pipeline.concurrency import Scope, available_cores
 from pipeline.data import Source
 from pipeline.device import Backend, StepLimiter, make_transfer
 from pipeline.loop.gain import GainMeter, SwitchedOutbound
-from pipeline.loop.inbound import Chooser, Inbound, Pinned, Place
+from pipeline.loop.inbound import Inbound
 from pipeline.loop.journal import Journal
 from pipeline.loop.outbound import BeltOutbound, DirectOutbound, Outbound
+from pipeline.loop.placement import INLINE, TEXTBOOK, Place
 from pipeline.loop.threads import ThreadTimes
+from pipeline.report.placement import PlacementReport
 from pipeline.settings import Settings
 
 
@@ -48,7 +50,8 @@ class Belts:
         self.times = ThreadTimes()
         self._inbound: list[Inbound] = []
         self._transfer = make_transfer(backend, overlaps=overlaps, prepare=prepare)
-        self.meter = GainMeter(self._chooser(), settings) if settings.measure_gain else None
+        self.meter = GainMeter(settings) if settings.measure_gain else None
+        self._training: Inbound | None = None
 
     def inbound(self, source: Source, *, is_training: bool = False) -> Inbound:
         """Return the belt that brings a source's batches; it is kept until `close`."""
@@ -56,28 +59,36 @@ class Belts:
         inbound = Inbound(
             source,
             self._transfer,
-            self.meter if is_training and self.meter else self._chooser(),
+            self._place(),
             settings.prefetch_depth,
             settings.stall_timeout_s,
             self.times if is_training else None,
         )
-        if is_training and self.meter is not None:
-            self.meter.is_ready = inbound.is_ready
+        if is_training:
+            self._training = inbound
+            if self.meter is not None:
+                inbound.chooser = self.meter.around(inbound.chooser, inbound.is_ready)
         self._inbound.append(inbound)
         return inbound
+
+    @property
+    def placement(self) -> PlacementReport | None:
+        """Where training batches are made, and why; None before any is."""
+        return None if self._training is None else self._training.chooser.report
 
     def close(self) -> None:
         """End what the inbound belts keep from epoch to epoch, such as processes."""
         for inbound in self._inbound:
             inbound.close()
 
-    def _chooser(self) -> Chooser:
+    def _place(self) -> Place | None:
+        """Return where the settings want batches made; None where it is to be measured."""
         settings = self._settings
         if settings.placement in ("thread", "process"):
-            return Pinned(Place(settings.placement, settings.num_workers or available_cores()))
-        if settings.placement == "inline" or self.schedule == "overlap":
-            return Pinned(Place("inline"))
-        return Pinned(Place("textbook"))
+            return Place(settings.placement, settings.num_workers or available_cores())
+        if settings.placement == "inline" or settings.schedule == "overlap":
+            return INLINE
+        return TEXTBOOK if settings.schedule == "textbook" else None
 
     def limiter(self, max_steps_in_flight: int) -> StepLimiter | None:
         """Return what bounds the run-ahead; None where each step's read already does."""

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from pipeline import ConfigError, SimulatedBackend, Trainer
 from pipeline.loop import gain
 from pipeline.loop.gain import GainMeter, ratio_interval
-from pipeline.loop.inbound import Pinned, Place
+from pipeline.loop.inbound import Pinned
+from pipeline.loop.placement import Place
 from pipeline.loop.rates import StepDone
 from pipeline.settings import Settings
 from pipeline.testing import InMemoryLogger
@@ -33,6 +34,8 @@ class Augmented(torch.utils.data.Dataset):
 def short_windows(monkeypatch):
     """Make windows of a few steps, so that a short run changes its schedule some twenty times."""
     monkeypatch.setattr(gain, "WINDOW_NS", 0)
+    monkeypatch.setattr("pipeline.loop.chooser.LOOK_S", 0)
+    monkeypatch.setattr("pipeline.loop.chooser.TRIAL_S", 0)
     monkeypatch.setattr(gain, "MIN_STEPS", 3)
     monkeypatch.setattr(gain, "GAP_S", 10.0)  # a busy machine's pause is no validation
 
@@ -55,7 +58,7 @@ def fit(data=None, **settings):
     "settings",
     [
         {"schedule": "overlap"},
-        {"schedule": "auto"},
+        {"schedule": "auto", "max_epochs": 16},
         {"schedule": "overlap", "placement": "thread", "num_workers": 2},
         {"schedule": "overlap", "placement": "process", "num_workers": 1, "max_epochs": 16},
         {"schedule": "overlap", "accumulate_grad_batches": 3},
@@ -140,7 +143,7 @@ class Fed:
 
     def __init__(self, textbook_ms, overlap_ms, drained_ms, depth=4):
         settings = Settings(prefetch_depth=depth, max_steps_in_flight=1)
-        self.meter = GainMeter(Pinned(Place("inline")), settings)
+        self.meter = GainMeter(settings).around(Pinned(Place("inline")), lambda: True)
         self.times = {"textbook": textbook_ms, "overlap": overlap_ms, "drained": drained_ms}
         self.depth, self.now_s, self.step = depth, 0.0, 0
         self.kinds = []
