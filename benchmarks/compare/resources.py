@@ -1,8 +1,8 @@
 """What does each loop cost besides time: memory of the whole tree, processor time, time to the first step?
 
 Baseline: the textbook loop. Units: MB (PSS, the highest seen), ms of processor time a sample, ms to the first
-step. Each variant runs in a process of its own, which another one looks at every 20 ms; imports are not counted as
-time, but they are in the memory.
+step. Each variant runs in a process of its own, which another one looks at every 20 ms; imports are not
+counted as time, but they are in the memory.
 
     python -m benchmarks.compare.resources [--only python] [--rounds 3]
 """
