@@ -13,7 +13,7 @@ import torch
 from pipeline.batch import Batch
 from pipeline.checkpoint import load_model
 from pipeline.concurrency import Scope
-from pipeline.data import EVALUATION_EPOCH, Source, as_source
+from pipeline.data import EVALUATION_EPOCH, Source, as_source, own_generators
 from pipeline.device import select_backend
 from pipeline.loop import setup, wiring
 from pipeline.loop.callback import Callback
@@ -28,10 +28,13 @@ from pipeline.loop.check import (
 )
 from pipeline.loop.clock import StepClock
 from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
-from pipeline.loop.fit import Run, fit
+from pipeline.loop.fit import fit
 from pipeline.loop.gil import GilWatch
 from pipeline.loop.objective import Objective
+from pipeline.loop.resume import open_run_dir
+from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
+from pipeline.loop.signals import handling_signals
 from pipeline.loop.summary import make_result
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
 from pipeline.result import FitResult
@@ -103,6 +106,7 @@ class Trainer(Settings):
         Raises:
             ConfigError: For settings that do not fit each other or the data, before the first step.
             StageError: If a batch, a loss or the data is not what it should be.
+            CheckpointError: If the run is to be resumed and cannot be.
             NonFiniteError: If the loss becomes NaN or infinite, unless ``on_nonfinite='ignore'``.
             Exception: The user's own, from any stage, with a note that says where. Ctrl-C is such a
                 one: the rows so far are on disk, the checkpoint is that of the last epoch.
@@ -134,12 +138,13 @@ class Trainer(Settings):
         called_model = setup.compile_model(model, self.compile)
         scaler, ema = setup.make_scaler(self.precision, belts.device), setup.make_ema(model, self.ema_decay)
         state = TrainState(model, optimizer, scheduler, scaler, ema)
-        run_dir = setup.make_run_dir(self.run_dir)
+        opened = open_run_dir(self)
+        run_dir, rows = opened.run_dir, wiring.make_rows(opened.run_dir)
         with ExitStack() as stack:
             stack.enter_context(setup.deterministic_algorithms(self.deterministic))
             num_batches = setup.at_most(source.num_batches, max_batches)
             group = wiring.make_logger_group(
-                self, loggers, run_dir, num_batches, hparams or {}, belts.schedule
+                self, loggers, run_dir, num_batches, hparams or {}, belts.schedule, rows, opened.resumed_step
             )
             stack.enter_context(group.closing())
             stack.callback((clock := StepClock()).leave)
@@ -162,7 +167,10 @@ class Trainer(Settings):
                 journal=journal,
                 limiter=belts.limiter(self.max_steps_in_flight),
                 callbacks=CallbackList(callbacks),
-                checkpoints=setup.make_checkpoints(self, run_dir),
+                saver=wiring.make_saver(self, opened.folder, belts.backend, rows, belts.schedule),
+                checkpoint=opened.checkpoint,
+                generators=own_generators(train_data, val_data),
+                ends_at_s=wiring.deadline_s(self, clock),
                 validate=None
                 if evaluation is None
                 else partial(evaluation, ema.module if ema else called_model),
@@ -175,8 +183,9 @@ class Trainer(Settings):
                 count_tokens=count_tokens,
             )
             stack.enter_context(wiring.installed(detector))
+            stack.enter_context(handling_signals(run))
             fit(run, run_dir)
-        return make_result(run, belts.schedule, run_dir)
+        return make_result(run, belts.schedule, run_dir, opened.path)
 
     def evaluate(
         self,

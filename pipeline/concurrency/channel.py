@@ -1,34 +1,38 @@
-"""A bounded channel from one producer thread to one consumer thread, handed over in bursts.
+"""A bounded channel from producer threads to one consumer thread: in order, handed over in bursts.
+
+A producer claims the next **position**, makes what belongs there, and puts it. However many producers
+there are and whoever is first, the consumer sees the positions in order.
 
 Waking a thread costs the consumer two lost GILs, some 100 µs a step when it happens per item. So a
-producer that found the channel full sleeps until it has drained to the **low-water mark**, then
-fills it in one go; and while there is something to take the consumer takes no lock, but for the one
-wake-up of each burst.
+producer that found every position within the depth claimed sleeps until the consumer has drained what is
+ready to the **low-water mark**; and while the next item is there the consumer takes no lock but one that is
+free. A producer that is awake claims what there is, so those that are not needed to keep up sleep until
+they are.
 
-Why that is safe. Only the producer appends and only the consumer pops; `deque` makes each of the
-two atomic, with the GIL and without it. A producer goes to sleep only when the channel is full, and
-until it wakes only pops happen, so the length passes through `low_water` exactly once: the consumer
-that sees that length takes the lock and wakes it. Either the producer was already waiting, or it
-still holds the lock and will see the drained channel before it waits: no wake-up is lost. The
-producer takes the lock for each append, so a consumer that found the channel empty under the lock
-is always woken.
+Why that is safe. What is ready lies in a dict: a producer adds a key, the consumer takes it out, and each
+of the two is atomic, with the GIL and without it. Everything else changes under the lock. A producer goes
+to sleep under the lock, having seen too many positions claimed; the consumer, whenever that may have
+changed, takes the lock and wakes it. A producer puts under the lock, so a consumer that found nothing
+under the lock is always woken.
 """
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from pipeline.errors import StallError
 
 Item = TypeVar("Item")
 
+_NOTHING: Any = object()
+
 
 class ChannelClosedError(Exception):
-    """The consumer has gone: the producer may stop."""
+    """Nothing more is wanted: the producer may stop."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,9 +41,9 @@ class ChannelStatistics:
 
     Args:
         num_items: Items put so far.
-        num_full: How often the producer had to wait because the channel was full.
-        num_empty: How often the consumer had to wait because the channel was empty.
-        depth: The most items that the channel holds.
+        num_full: How often a producer had to wait because the channel was full.
+        num_empty: How often the consumer had to wait because the next item was not there.
+        depth: The most items that are made ahead.
     """
 
     num_items: int
@@ -55,107 +59,133 @@ class ChannelStatistics:
 
 
 class Channel(Generic[Item]):
-    """Bounded first-in-first-out hand-over between two threads.
+    """Bounded, ordered hand-over from any number of threads to one.
 
     Args:
-        depth: The most items in it; a `put` into a full channel waits. 1 or more.
-        low_water: Wake a waiting producer when this many items are left. A quarter of the depth
-            unless told; it must cover the slowest item, or the consumer runs dry.
+        depth: The most positions claimed and not yet taken: items in the making and items that wait.
+        low_water: Wake waiting producers when this many items wait. A quarter of the depth unless told;
+            it must cover the slowest item, or the consumer runs dry.
+        start: The first position.
         stall_timeout_s: How long the consumer waits for one item; None for ever.
+
+    Attributes:
+        position: Of the item that the consumer takes next.
     """
 
     def __init__(
-        self, depth: int, low_water: int | None = None, stall_timeout_s: float | None = None
+        self,
+        depth: int,
+        low_water: int | None = None,
+        start: int = 0,
+        stall_timeout_s: float | None = None,
     ) -> None:
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._low_water = min(depth // 4 if low_water is None else low_water, depth - 1)
-        self._items: deque[Item] = deque()
+        self._ready: dict[int, Item] = {}
         # Reentrant: the collector may close an abandoned belt while this thread holds the lock.
         lock = threading.RLock()
         self._lock = lock
         self._drained = threading.Condition(lock)
         self._filled = threading.Condition(lock)
         self._is_consumer_waiting = False
-        self._is_closed = False  # no more items will come
-        self._is_abandoned = False  # nobody will take any more
+        self.position = self._claimed = start
+        self._end = sys.maxsize  # no item at this position or behind it
         self._error: BaseException | None = None
         self._num_items = self._num_full = self._num_empty = 0
 
-    def put(self, item: Item) -> None:
-        """Append an item; wait while the channel is full.
+    def claim(self) -> int:
+        """Return the next position to be made; wait while the channel is full.
 
         Raises:
-            ChannelClosedError: If the consumer has gone.
+            ChannelClosedError: If nothing more is wanted.
 
         Runs on:
-            The producer's thread. Blocks with the GIL released, without polling.
+            A producer's thread. Blocks with the GIL released, without polling.
         """
         with self._lock:
-            if len(self._items) >= self._depth:
+            if self._claimed - self.position >= self._depth:
                 self._num_full += 1
-                while len(self._items) > self._low_water and not self._is_abandoned:
+                while self._must_sleep() and self._claimed < self._end:
                     self._drained.wait()
-            if self._is_abandoned:
+            if self._claimed >= self._end:
                 raise ChannelClosedError
-            self._items.append(item)
-            self._num_items += 1
-            if self._is_consumer_waiting:
-                self._filled.notify()
+            self._claimed += 1
+            return self._claimed - 1
 
-    def close(self, error: BaseException | None = None) -> None:
-        """End the stream; the consumer raises `error`, if any, after the items before it."""
+    def put(self, position: int, item: Item) -> None:
+        """Hand over what belongs at a claimed position."""
         with self._lock:
-            self._is_closed, self._error = True, error
+            if position < self._end:
+                self._ready[position] = item
+                self._num_items += 1
+                if self._is_consumer_waiting:
+                    self._filled.notify()
+
+    def end(self, position: int, error: BaseException | None = None) -> None:
+        """End the stream before this position; the consumer raises `error`, if any, when it gets there."""
+        with self._lock:
+            if position < self._end:
+                self._end, self._error = position, error
+            self._drained.notify_all()
             self._filled.notify()
 
-    def abandon(self) -> None:
-        """Tell the producer that nobody takes items any more, and drop those that wait."""
+    def stop(self) -> None:
+        """Let nobody claim any more; the consumer still gets what was claimed."""
         with self._lock:
-            self._is_abandoned = True
-            self._items.clear()
-            self._drained.notify()
+            self.end(self._claimed)
+
+    def abandon(self) -> None:
+        """Tell the producers that nobody takes items any more, and drop those that wait."""
+        with self._lock:
+            self.end(-1)
+            self._ready.clear()
 
     def __iter__(self) -> Iterator[Item]:
-        """Yield the items in order until the channel is closed.
+        """Yield the items in order until the stream ends.
 
         Raises:
-            StallError: If no item came for `stall_timeout_s`.
-            BaseException: What the channel was closed with.
+            StallError: If the next item did not come for `stall_timeout_s`.
+            BaseException: What the stream was ended with.
 
         Runs on:
-            The consumer's thread. Blocks, with the GIL released, only while the channel is empty.
+            The consumer's thread. Blocks, with the GIL released, only while the next item is missing.
         """
-        items, low_water = self._items, self._low_water
+        ready, low_water = self._ready, self._low_water
         while True:
-            try:
-                item = items.popleft()
-            except IndexError:
+            item = ready.pop(self.position, _NOTHING)
+            if item is _NOTHING:
                 if not self._wait_for_item():
                     return
                 continue
-            if len(items) == low_water:
+            self.position += 1
+            if len(ready) <= low_water:
                 with self._lock:
-                    self._drained.notify()
+                    self._drained.notify_all()
             yield item
 
     def statistics(self) -> ChannelStatistics:
         """Return the counts so far; exact once both sides have finished."""
         return ChannelStatistics(self._num_items, self._num_full, self._num_empty, self._depth)
 
+    def _must_sleep(self) -> bool:
+        return self._claimed - self.position >= self._depth or len(self._ready) > self._low_water
+
     def _wait_for_item(self) -> bool:
+        """Return whether the next item is there, or the stream has ended before it."""
         with self._lock:
-            if not self._items and not self._is_closed:
+            if self.position not in self._ready and self.position < self._end:
                 self._num_empty += 1
                 self._is_consumer_waiting = True
                 try:
-                    is_there = self._filled.wait_for(
-                        lambda: self._items or self._is_closed, self._stall_timeout_s
+                    is_known = self._filled.wait_for(
+                        lambda: self.position in self._ready or self.position >= self._end,
+                        self._stall_timeout_s,
                     )
                 finally:
                     self._is_consumer_waiting = False
-                if not is_there and self._stall_timeout_s is not None:
+                if not is_known and self._stall_timeout_s is not None:
                     raise StallError(self._stall_timeout_s, statistics=self.statistics())
-            if self._items:
+            if self.position in self._ready:
                 return True
             if self._error is not None:
                 raise self._error

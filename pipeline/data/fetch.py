@@ -29,6 +29,7 @@ class Fetcher:
 
     Attributes:
         is_drawless: Whether it is known, not only observed, that no random number is drawn.
+        makes_fresh_batches: Whether each batch is known to have memory of its own.
     """
 
     def __init__(self, dataset: Any, collate_fn: CollateFn | None, seed: int) -> None:
@@ -36,7 +37,9 @@ class Fetcher:
         self._collate_fn = collate_fn or default_collate
         self._has_getitems = _has_getitems(dataset)
         # The plain case, many times faster than sample by sample, and equal to it bit for bit.
-        self.is_drawless = type(dataset) is TensorDataset and collate_fn is None
+        collates_itself = self._collate_fn is default_collate
+        self.is_drawless = type(dataset) is TensorDataset and collates_itself
+        self.makes_fresh_batches = collates_itself
 
     def fetch(self, indices: torch.Tensor, epoch: int, position: int, seed_sample: SeedSample) -> Batch:
         """Make the batch of these samples.
@@ -51,7 +54,7 @@ class Fetcher:
             Exception: The dataset's own, or the collate function's, with a note.
 
         Runs on:
-            Prefetch thread or loop thread.
+            Any thread, several at once; a worker process too.
         """
         if self.is_drawless:
             return [tensor[indices] for tensor in self._dataset.tensors]

@@ -134,10 +134,9 @@ class Watch:
         """Return the generators drawn from since `start`."""
         return [each for each in self._generators if each.fingerprint() != self._before[each.name][0]]
 
-    def forget(self, generators: Iterable[GlobalGenerator]) -> None:
+    def forget(self, names: Container[str]) -> None:
         """Watch these no longer."""
-        gone = tuple(generators)
-        self._generators = tuple(each for each in self._generators if each not in gone)
+        self._generators = tuple(each for each in self._generators if each.name not in names)
 
     def restore(self, generators: Iterable[GlobalGenerator]) -> None:
         """Put these back to where they stood at `start`."""
@@ -147,8 +146,7 @@ class Watch:
 
 def global_generators() -> list[GlobalGenerator]:
     """Return the generators that a dataset could draw from: NumPy's only where it is imported."""
-    found: list[GlobalGenerator] = [TorchGenerator(), PythonGenerator()]
-    return [*found, NumpyGenerator()] if "numpy.random" in sys.modules else found
+    return [_TORCH, _PYTHON, _NUMPY] if "numpy.random" in sys.modules else [_TORCH, _PYTHON]
 
 
 def _python_state_address() -> int | None:
@@ -163,3 +161,6 @@ def _python_state_address() -> int | None:
     expected = struct.pack("=i624I", position, *words)
     address = id(instance) + offset
     return address if ctypes.string_at(address, _MT19937_BYTES) == expected else None
+
+
+_TORCH, _PYTHON, _NUMPY = TorchGenerator(), PythonGenerator(), NumpyGenerator()

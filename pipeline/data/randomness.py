@@ -11,7 +11,7 @@ How it is kept, cheapest first:
   after each batch; if one has moved, it is put back and the batch is made again, isolated.
 - **Isolated** (loop thread). The generators that were seen to move are seeded for each sample and
   put back after the batch. This is the definition; the other two give the same numbers.
-- **Hooked** (prefetch thread). The loop thread draws from the same global generators, so they cannot
+- **Hooked** (prefetch threads). The loop thread draws from the same global generators, so they cannot
   be seeded here. A torch function mode, which is thread-local, hands each torch draw a generator of
   the sample's own. Python's and NumPy's generators have no such hook, nor do draws that take no
   generator (`F.dropout`): these are noticed and raise `UnhookableDrawError` before their batch is
@@ -24,7 +24,7 @@ draws from Python's or NumPy's generator while the model draws from the same one
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -147,22 +147,16 @@ class SampleRandomness:
     """Makes batches so that their samples draw from seeds of their own; see the module's text.
 
     Attributes:
-        has_suspects: Whether a generator moved while the prefetch thread made a batch, and it is not
-            known yet who drew from it; `on_loop_thread` finds out.
+        suspects: The threads that met a draw of which it is not known yet whether the dataset made it;
+            `on_loop_thread` finds out.
+        innocent: Names of generators that the model draws from: they move at any time.
     """
 
     def __init__(self) -> None:
-        generators = global_generators()
         self._drawn: list[GlobalGenerator] = []
-        self._loop_watch = Watch(generators)
-        self._thread_watch = Watch(each for each in generators if each.name != TorchGenerator.name)
-        self._generator = torch.Generator()
-        self._mode = GeneratorMode(self._generator, refuses=True)
-        self._suspects: list[GlobalGenerator] = []
-
-    @property
-    def has_suspects(self) -> bool:
-        return bool(self._suspects)
+        self._watch = Watch(global_generators())
+        self.suspects: list[ThreadRandomness] = []
+        self.innocent: set[str] = set()
 
     @property
     def drawn(self) -> tuple[str, ...]:
@@ -173,39 +167,20 @@ class SampleRandomness:
         """Make a batch watched, or isolated once anything has been drawn.
 
         Runs on:
-            Loop thread.
+            Loop thread, or the only thread of a worker process.
         """
         while True:
-            self._loop_watch.start(self._drawn)
+            self._watch.start(self._drawn)
             try:
                 made = make(self._seed_drawn)
             finally:
-                moved = self._loop_watch.moved()
-                self._loop_watch.restore(moved)
+                moved = self._watch.moved()
+                self._watch.restore(moved)
             unknown = [each for each in moved if each not in self._drawn]
             if not unknown:
                 self._settle()
                 return made
             self._drawn.extend(unknown)  # seeded from now on, for this batch too
-
-    def in_thread(self, make: Make[Made]) -> Made:
-        """Make a batch hooked.
-
-        Raises:
-            UnhookableDrawError: If that could not be done; the batch must not be used.
-
-        Runs on:
-            Prefetch thread.
-        """
-        self._mode.unhookable.clear()
-        self._thread_watch.start()
-        with self._mode:
-            made = make(self._seed_hook)
-        # Not put back here: it may have been the model that drew, in the loop thread, meanwhile.
-        self._suspects = self._thread_watch.moved()
-        if self._suspects:
-            raise UnhookableDrawError([each.name for each in self._suspects], is_certain=False)
-        return made
 
     def probe(self, make: Make[Made]) -> Made:
         """Make a batch hooked on the loop thread, where torch's generator can be watched as well.
@@ -213,19 +188,19 @@ class SampleRandomness:
         So a draw is found that is in none of the tables above, before a thread makes one like it.
 
         Raises:
-            UnhookableDrawError: As `in_thread`; here it is certain.
+            UnhookableDrawError: As in a thread; here it is certain.
 
         Runs on:
             Loop thread.
         """
-        self._loop_watch.start(self._drawn)
-        self._mode.unhookable.clear()
+        self._watch.start(self._drawn)
+        hook = ThreadRandomness(self)
         try:
-            with _watching_hands() as hands, self._mode:
-                made = make(self._seed_hook)
+            with _watching_hands() as hands:
+                made = hook.hooked(make)
         finally:
-            moved = self._loop_watch.moved()
-            self._loop_watch.restore(moved)
+            moved = self._watch.moved()
+            self._watch.restore(moved)
         names = [each.name for each in moved] or ["torch.random"] * hands.is_touched
         if names:
             raise UnhookableDrawError(names, is_certain=True)
@@ -235,15 +210,63 @@ class SampleRandomness:
         for generator in self._drawn:
             generator.seed(seed)
 
-    def _seed_hook(self, seed: int) -> None:
-        self._generator.manual_seed(seed)
-
     def _settle(self) -> None:
         """Say of each suspect whether the dataset drew from it, which the batch made again shows.
 
-        If it did, what it drew in the prefetch thread is put back. If it did not, the model draws
-        from that generator, which moves at any time: watching it tells nothing any more.
+        If it did, what it drew in the threads is put back to where it was before the first of them. If it
+        did not, the model draws from that generator: watching it tells nothing any more.
         """
-        self._thread_watch.restore(each for each in self._suspects if each in self._drawn)
-        self._thread_watch.forget(each for each in self._suspects if each not in self._drawn)
-        self._suspects = []
+        for thread in reversed(self.suspects):
+            thread.restore(self._drawn)
+            self.innocent.update(each.name for each in thread.moved if each not in self._drawn)
+        self.suspects = []
+
+
+class ThreadRandomness:
+    """Makes batches hooked, on one thread that is not the loop thread.
+
+    Args:
+        shared: Of the dataset.
+
+    Attributes:
+        moved: The global generators that moved while the last batch was made.
+    """
+
+    def __init__(self, shared: SampleRandomness) -> None:
+        self._shared = shared
+        self._watch = Watch(each for each in global_generators() if each.name != TorchGenerator.name)
+        self._generator = torch.Generator()
+        self._mode = GeneratorMode(self._generator, refuses=True)
+        self.moved: list[GlobalGenerator] = []
+
+    def make(self, make: Make[Made]) -> Made:
+        """Make a batch hooked.
+
+        Raises:
+            UnhookableDrawError: If that could not be done; the batch must not be used.
+
+        Runs on:
+            A prefetch thread.
+        """
+        self._watch.forget(self._shared.innocent)
+        self._watch.start()
+        made = self.hooked(make)
+        # Not put back here: it may have been the model that drew, in the loop thread, meanwhile.
+        self.moved = self._watch.moved()
+        if self.moved:
+            self._shared.suspects.append(self)
+            raise UnhookableDrawError([each.name for each in self.moved], is_certain=False)
+        return made
+
+    def hooked(self, make: Make[Made]) -> Made:
+        """Make a batch whose torch draws come from each sample's own generator."""
+        self._mode.unhookable.clear()
+        with self._mode:
+            return make(self._seed_hook)
+
+    def restore(self, drawn: Container[GlobalGenerator]) -> None:
+        """Put back those that moved and that the dataset draws from."""
+        self._watch.restore(each for each in self.moved if each in drawn)
+
+    def _seed_hook(self, seed: int) -> None:
+        self._generator.manual_seed(seed)

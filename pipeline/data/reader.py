@@ -1,25 +1,21 @@
-"""The batches of one epoch, made one at a time, in order, on whichever thread asks.
+"""The batches of one epoch, made one at a time, on whichever thread asks.
 
-A `Source` opens a `Reader` for each epoch. It starts on the loop thread, may go on in a prefetch
-thread, and can come back; the batches are the same.
+A `Source` opens a `Reader` for each epoch. It starts on the loop thread, may go on in prefetch
+threads, and can come back; the batches are the same.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch.utils.data import DataLoader, default_collate
 
 from pipeline.batch import Batch
-from pipeline.data.fetch import CollateFn, Fetcher
-from pipeline.data.generators import Watch, global_generators
-from pipeline.data.randomness import GeneratorMode, SampleRandomness, UnhookableDrawError
-from pipeline.data.sampler import BatchPlan, num_batches
-from pipeline.errors import add_stage_note
-from pipeline.seeding import sample_seed
+from pipeline.data.fetch import Fetcher
+from pipeline.data.generators import TorchGenerator
+from pipeline.data.randomness import SampleRandomness, ThreadRandomness, UnhookableDrawError
+from pipeline.data.sampler import Plan
 
 END: Any = object()
 """What a reader returns after the last batch of its epoch."""
@@ -30,7 +26,15 @@ EVALUATION_EPOCH = -1
 
 
 class Reader(Protocol):
-    """The batches of one epoch, in order; `END` after the last one."""
+    """The batches of one epoch, in order; `END` after the last one.
+
+    Attributes:
+        position: Of the batch that is made next; counted from 0.
+        is_random_access: Whether batches may be made in any order, by several threads.
+    """
+
+    position: int
+    is_random_access: bool
 
     def first(self) -> Batch:
         """Make the next batch on the loop thread and find out whether a thread can make more.
@@ -42,11 +46,11 @@ class Reader(Protocol):
     def read(self) -> Batch:
         """Make the next batch on the loop thread."""
 
-    def read_in_thread(self) -> Batch:
-        """Make the next batch on the prefetch thread.
+    def thread_maker(self) -> Callable[[int], Batch]:
+        """Return what makes the batch at a position, for one thread that is not the loop thread.
 
-        Raises:
-            UnhookableDrawError: If only the loop thread can make this batch; nothing is consumed.
+        It raises an UnhookableDrawError if only the loop thread can make this batch; nothing is
+        consumed then. Without random access the positions must be asked for in order.
         """
 
     def close(self) -> None:
@@ -54,11 +58,7 @@ class Reader(Protocol):
 
     @property
     def is_threadable(self) -> bool:
-        """Whether, as far as is known, the prefetch thread can make the next batch."""
-
-    @property
-    def position(self) -> int:
-        """The batches of the epoch made so far, by this reader or before its start."""
+        """Whether, as far as is known, a thread can make the next batch."""
 
 
 class Source(Protocol):
@@ -75,57 +75,41 @@ class Source(Protocol):
     makes_fresh_batches: bool
 
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> Reader:
-        """Begin an epoch of at most so many batches; loop thread.
-
-        Args:
-            epoch: Counted from 0.
-            max_batches: Of the whole epoch, those before `start` included.
-            start: Batches to leave out, as a run that is resumed has used them already.
-        """
+        """Begin an epoch of at most so many batches, at a position; loop thread."""
 
 
 class MapSource:
-    """A map-style dataset: its batches depend on ``(seed, epoch, step)`` alone."""
+    """A map-style dataset: its batches depend on ``(seed, epoch, step)`` alone.
 
-    def __init__(
-        self,
-        dataset: Any,
-        *,
-        batch_size: int,
-        shuffle: bool,
-        drop_last: bool,
-        collate_fn: CollateFn | None,
-        seed: int,
-    ) -> None:
-        self._num_samples = len(dataset)
-        self._batch_size, self._shuffle, self._drop_last = batch_size, shuffle, drop_last
-        self._seed = seed
-        self.fetcher = Fetcher(dataset, collate_fn, seed)
+    Args:
+        fetcher: Makes a batch of samples.
+        num_batches: Of an epoch.
+        make_plan: Returns the sample indices of an epoch's batches; loop thread.
+    """
+
+    def __init__(self, fetcher: Fetcher, num_batches: int, make_plan: Callable[[int], Plan]) -> None:
+        self.fetcher, self._make_plan = fetcher, make_plan
+        self.num_batches: int | None = num_batches
         self.randomness = SampleRandomness()
-        self.num_batches: int | None = num_batches(self._num_samples, batch_size, drop_last)
         self.unhookable: tuple[str, ...] = ()
-        self.makes_fresh_batches = collate_fn is None
+        self.makes_fresh_batches = fetcher.makes_fresh_batches
 
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> MapReader:
-        plan = BatchPlan(
-            self._num_samples,
-            batch_size=self._batch_size,
-            shuffle=self._shuffle,
-            drop_last=self._drop_last,
-            seed=self._seed,
-            epoch=epoch,
-        )
-        return MapReader(self, plan, epoch, _at_most(len(plan), max_batches), start)
+        plan = self._make_plan(epoch)
+        num_batches = len(plan) if max_batches is None else min(len(plan), max_batches)
+        if start:
+            plan.indices(min(start, len(plan)) - 1)  # a sampler draws as it goes on
+        return MapReader(self, plan, epoch, num_batches, start)
 
 
 class MapReader:
     """One epoch of a `MapSource`."""
 
-    def __init__(
-        self, source: MapSource, plan: BatchPlan, epoch: int, num_batches: int, start: int = 0
-    ) -> None:
-        self._source, self._plan, self._epoch = source, plan, epoch
-        self._num_batches = num_batches
+    is_random_access = True
+
+    def __init__(self, source: MapSource, plan: Plan, epoch: int, num_batches: int, start: int) -> None:
+        self._source, self._plan, self.epoch = source, plan, epoch
+        self.num_batches = num_batches
         self._randomness = source.randomness
         self.position = start
 
@@ -134,140 +118,53 @@ class MapReader:
         return not self._source.unhookable
 
     def first(self) -> Batch:
-        if self.is_threadable and not self._randomness.has_suspects:
+        if self.is_threadable and not self._randomness.suspects:
             try:
                 return self._next(self._randomness.probe)
             except UnhookableDrawError as found:
                 self._source.unhookable = found.names
         batch = self.read()
-        self._source.unhookable = self._source.unhookable or self._randomness.drawn
+        # Draws from torch's generator can be hooked; a probe would have found those that cannot.
+        drawn = tuple(name for name in self._randomness.drawn if name != TorchGenerator.name)
+        self._source.unhookable = self._source.unhookable or drawn
         return batch
 
     def read(self) -> Batch:
         return self._next(self._randomness.on_loop_thread)
 
-    def read_in_thread(self) -> Batch:
-        try:
-            return self._next(self._randomness.in_thread)
-        except UnhookableDrawError as found:
-            if found.is_certain:
-                self._source.unhookable = found.names
-            raise
+    def thread_maker(self) -> Callable[[int], Batch]:
+        randomness = ThreadRandomness(self._randomness)
+
+        def make(position: int) -> Batch:
+            try:
+                return self._make(position, randomness.make)
+            except UnhookableDrawError as found:
+                if found.is_certain:
+                    self._source.unhookable = found.names
+                raise
+
+        return make
+
+    def indices(self, position: int) -> torch.Tensor:
+        """Return the sample indices of the batch at this position: int64 ``[B]``."""
+        return self._plan.indices(position)
 
     def close(self) -> None:
         """Hold nothing."""
 
     def _next(self, isolate: Any) -> Batch:
-        position, fetcher = self.position, self._source.fetcher
-        if position >= self._num_batches:
+        batch = self._make(self.position, isolate)
+        self.position += batch is not END
+        return batch
+
+    def _make(self, position: int, isolate: Any) -> Batch:
+        if position >= self.num_batches:
             return END
-        indices = self._plan.indices(position)
+        fetcher, indices = self._source.fetcher, self._plan.indices(position)
         if fetcher.is_drawless:
-            batch = fetcher.fetch(indices, self._epoch, position, _no_seed)
-        else:
-            batch = isolate(lambda seed: fetcher.fetch(indices, self._epoch, position, seed))
-        self.position = position + 1
-        return batch
+            return fetcher.fetch(indices, self.epoch, position, no_seed)
+        return isolate(lambda seed: fetcher.fetch(indices, self.epoch, position, seed))
 
 
-def _no_seed(seed: int) -> None:
-    pass
-
-
-class IterableSource:
-    """A DataLoader, or any iterable of batches, run as it is.
-
-    The iterator is made and its first batch taken on the loop thread, where a DataLoader draws its
-    base seed and its order from torch's global generator, just as in a plain loop. Later batches'
-    torch draws come from ``(seed, epoch)``, in either schedule, so that a prefetch thread never
-    draws from the generator that the model's dropout uses. Where it cannot be kept from that
-    (`F.dropout` in a transform), or the first batch moves Python's or NumPy's generator, the loop thread
-    makes the batches.
-    """
-
-    def __init__(self, batches: Iterable[Batch], seed: int) -> None:
-        self._batches, self._seed = batches, seed
-        self.num_batches: int | None = length_or_none(batches)
-        self.unhookable: tuple[str, ...] = ()
-        self.makes_fresh_batches = isinstance(batches, (list, tuple)) or (
-            isinstance(batches, DataLoader)
-            and (batches.num_workers > 0 or batches.collate_fn is default_collate)
-        )
-
-    def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> IterableReader:
-        generator = torch.Generator().manual_seed(sample_seed(self._seed, epoch, 0))
-        is_plain = type(self._batches) in (list, tuple)  # nothing that could draw
-        batches = itertools.islice(iter(self._batches), max_batches)
-        reader = IterableReader(self, batches, None if is_plain else GeneratorMode(generator), epoch)
-        reader.skip(start)
-        return reader
-
-
-class IterableReader:
-    """One epoch of an `IterableSource`."""
-
-    def __init__(
-        self, source: IterableSource, batches: Iterator[Batch], mode: GeneratorMode | None, epoch: int
-    ) -> None:
-        self._source, self._batches, self._mode, self._epoch = source, batches, mode, epoch
-        self.position = 0
-
-    @property
-    def is_threadable(self) -> bool:
-        return not self._source.unhookable
-
-    def first(self) -> Batch:
-        if self._mode is None or self.position > 0:
-            return self.read()
-        listener, watch = GeneratorMode(None), Watch(global_generators()[1:])  # torch's moves anyway
-        watch.start()
-        with listener:
-            batch = self._next()
-        found = (*listener.unhookable, *(each.name for each in watch.moved()))
-        self._source.unhookable = self._source.unhookable or found
-        return batch
-
-    def read(self) -> Batch:
-        if self._mode is None or self.position == 0:
-            return self._next()
-        with self._mode:
-            return self._next()
-
-    def skip(self, count: int) -> None:
-        """Make batches and drop them, drawing what they draw; loop thread."""
-        while self.position < count:
-            if (self.first() if self.position == 0 else self.read_in_thread()) is END:
-                return
-
-    def read_in_thread(self) -> Batch:
-        batch = self.read()
-        if self._mode is not None and self._mode.unhookable:
-            # Too late for this batch, which cannot be made again; not for the next one.
-            self._source.unhookable = tuple(self._mode.unhookable)
-        return batch
-
-    def close(self) -> None:
-        self._batches = iter(())  # a DataLoader's workers end with its iterator
-
-    def _next(self) -> Batch:
-        try:
-            batch = next(self._batches)
-        except StopIteration:
-            return END
-        except Exception as error:
-            add_stage_note(error, "fetch", batch=self.position, epoch=self._epoch)
-            raise
-        self.position += 1
-        return batch
-
-
-def _at_most(count: int, limit: int | None) -> int:
-    return count if limit is None else min(count, limit)
-
-
-def length_or_none(data: Any) -> int | None:
-    """Return the length of whatever has one."""
-    try:
-        return len(data)
-    except TypeError:
-        return None
+def no_seed(seed: int) -> None:
+    """Seed nothing: for data that is known to draw nothing."""

@@ -1,10 +1,28 @@
-"""Which samples make which batch: a function of `(seed, epoch, step)` alone."""
+"""Which samples make which batch: a function of `(seed, epoch, step)` alone, or a DataLoader's own order."""
 
 from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Protocol
 
 import torch
 
 from pipeline.seeding import shuffle_generator
+
+
+class Plan(Protocol):
+    """The sample indices of each batch of one epoch."""
+
+    def __len__(self) -> int:
+        """Return the number of batches."""
+
+    def indices(self, position: int) -> torch.Tensor:
+        """Return the sample indices of the batch at this position: int64 ``[B]``.
+
+        Runs on:
+            Any thread.
+        """
 
 
 class BatchPlan:
@@ -39,10 +57,36 @@ class BatchPlan:
         return self._num_batches
 
     def indices(self, position: int) -> torch.Tensor:
-        """Return the sample indices of the batch at this position: int64 ``[B]``."""
         start = position * self._batch_size
         stop = min(start + self._batch_size, self._num_samples)
         return torch.arange(start, stop) if self._order is None else self._order[start:stop]
+
+
+class SamplerPlan:
+    """The order of a torch batch sampler, taken from it as far as it is needed.
+
+    Args:
+        batch_sampler: Yields lists of sample indices. Its first one is taken here, on the loop thread: that
+            is where torch's samplers draw, once an epoch, from the global generator.
+        num_batches: How many there are.
+    """
+
+    def __init__(self, batch_sampler: Iterable[Sequence[int]], num_batches: int) -> None:
+        self._num_batches = num_batches
+        self._batches: Iterator[Sequence[int]] = iter(batch_sampler)
+        self._taken: list[torch.Tensor] = []
+        self._lock = threading.Lock()
+        if num_batches:
+            self.indices(0)
+
+    def __len__(self) -> int:
+        return self._num_batches
+
+    def indices(self, position: int) -> torch.Tensor:
+        with self._lock:
+            while len(self._taken) <= position:
+                self._taken.append(torch.tensor(next(self._batches)))
+            return self._taken[position]
 
 
 def num_batches(num_samples: int, batch_size: int, drop_last: bool) -> int:

@@ -4,13 +4,26 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Iterable, Sized
+from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Dataset, IterableDataset
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    Dataset,
+    DistributedSampler,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
 
-from pipeline.data.fetch import CollateFn
-from pipeline.data.reader import IterableSource, MapSource, Source, length_or_none
+from pipeline.data.fetch import CollateFn, Fetcher
+from pipeline.data.iterable import IterableSource, length_or_none
+from pipeline.data.reader import MapSource, Source
+from pipeline.data.sampler import BatchPlan, SamplerPlan, num_batches
 from pipeline.errors import ConfigError
 
 
@@ -42,7 +55,7 @@ def as_source(
         problem = _batches_problem(data, name, shuffle or drop_last or collate_fn is not None)
         if problem:
             raise ConfigError(problem)
-        return IterableSource(data, seed)
+        return take_apart(data, seed) if _is_safe_to_take_apart(data) else IterableSource(data, seed)
     if isinstance(data, IterableDataset):
         loader = DataLoader(data, batch_size, drop_last=drop_last, collate_fn=collate_fn)
         return as_source(
@@ -60,14 +73,63 @@ def as_source(
 drop_last leaves none. Lower batch_size or set drop_last=False."
     if problem:
         raise ConfigError(problem)
-    return MapSource(
-        data,
-        batch_size=batch_size,
-        shuffle=shuffle,
-        drop_last=drop_last,
-        collate_fn=collate_fn,
-        seed=seed,
+    make_plan = partial(
+        _plan, len(data), batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed
     )
+    return MapSource(
+        Fetcher(data, collate_fn, seed), num_batches(len(data), batch_size, drop_last), make_plan
+    )
+
+
+def take_apart(loader: DataLoader[Any], seed: int) -> MapSource:
+    """Return the parts of a DataLoader as a source whose batches may be made anywhere.
+
+    The order is the loader's own, drawn from the global generator as a plain loop over it draws; random
+    numbers of a sample come from ``(seed, epoch, index)``.
+    """
+    batch_sampler: Any = loader.batch_sampler
+
+    def make_plan(epoch: int) -> SamplerPlan:
+        # The seed that a DataLoader draws for its workers, though it has none: what the model draws next
+        # must not depend on who runs the loader.
+        torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
+        return SamplerPlan(batch_sampler, len(batch_sampler))
+
+    return MapSource(Fetcher(loader.dataset, loader.collate_fn, seed), len(batch_sampler), make_plan)
+
+
+def _plan(num_samples: int, epoch: int, **settings: Any) -> BatchPlan:
+    return BatchPlan(num_samples, epoch=epoch, **settings)
+
+
+_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+
+
+def _is_safe_to_take_apart(data: Any) -> bool:
+    """Say whether a DataLoader is no more than its parts.
+
+    Its samplers are torch's own, which draw at the start of an epoch if at all; it has no workers, whose
+    number is its user's choice; and nothing that is called in a worker.
+    """
+    if type(data) is not DataLoader or isinstance(data.dataset, IterableDataset):
+        return False
+    batches: Any = data.batch_sampler
+    return (
+        type(batches) is BatchSampler
+        and type(batches.sampler) in _SAMPLERS
+        and data.num_workers == 0
+        and data.worker_init_fn is None
+    )
+
+
+def own_generators(*data: Any) -> list[torch.Generator]:
+    """Return the generators that DataLoaders and their samplers keep for themselves."""
+    found = []
+    for loader in data:
+        if isinstance(loader, DataLoader):
+            samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+            found += [getattr(each, "generator", None) for each in (loader, *samplers)]
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
 def _batches_problem(data: Any, name: str, has_sample_settings: bool) -> str | None:

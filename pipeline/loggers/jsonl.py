@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from math import isfinite
 from pathlib import Path
 
@@ -31,6 +32,12 @@ class JsonlLogger:
             parts.append(repr(float(value)) if isfinite(value) else "null")
         parts.append("}\n")
         self._file.write("".join(parts))
+
+    def sync(self) -> int:
+        """Have the disk hold every row so far; return how many bytes they are."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def flush(self) -> None:
         self._file.flush()

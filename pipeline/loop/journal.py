@@ -10,6 +10,7 @@ from pipeline.batch import Media, Row
 from pipeline.errors import NonFiniteError
 from pipeline.loggers import LoggerGroup
 from pipeline.loop.rates import Rates, StepDone
+from pipeline.report import SaveReport
 from pipeline.settings import Settings
 
 
@@ -50,6 +51,7 @@ class Journal:
         self.losses = array("d")
         self.last_values: dict[str, float] = {}
         self.num_dropped = 0
+        self._of_save: dict[str, float] = {}
 
     @property
     def num_undelivered(self) -> int:
@@ -67,9 +69,16 @@ class Journal:
                 self.num_dropped += 1
             else:
                 self._rates.add_to(values, done)
+                if self._of_save:
+                    values |= self._of_save
+                    self._of_save = {}
                 self._rows.append(Row(done.step, done.epoch, values))
         if self._stops_on_nonfinite and not isfinite(loss):
             raise NonFiniteError(done.step - 1, self.last_step() - 1, loss)
+
+    def note_save(self, report: SaveReport) -> None:
+        """Take what a checkpoint cost; it stands in the next step's row."""
+        self._of_save = {"time/save_stall_ms": report.stall_s * 1e3, "time/save_ms": report.write_s * 1e3}
 
     def note_row(self, row: Row) -> None:
         """Take a row whose numbers the host already had; it is never dropped."""

@@ -31,9 +31,14 @@ def read_in_line(reader: Reader, transfer: Transfer) -> Generator[Batch]:
 
 
 def read_ahead(
-    source: Source, reader: Reader, transfer: Transfer, depth: int, stall_timeout_s: float | None = None
+    source: Source,
+    reader: Reader,
+    transfer: Transfer,
+    depth: int,
+    num_threads: int = 1,
+    stall_timeout_s: float | None = None,
 ) -> Generator[Batch]:
-    """Yield the same batches, made ahead by a thread that ends with the generator.
+    """Yield the same batches, made ahead by threads that end with the generator.
 
     The first one is made on the loop thread, which shows whether a thread can make the rest; where
     one cannot, they are made there too, and a warning says why.
@@ -42,7 +47,8 @@ def read_ahead(
         source: Where the reader comes from.
         reader: One epoch's batches.
         transfer: To the device.
-        depth: Batches that may wait for the loop.
+        depth: Batches that are made ahead.
+        num_threads: That make them; one where they can be made in order only.
         stall_timeout_s: How long the loop waits for one batch; None for ever.
 
     Raises:
@@ -57,7 +63,7 @@ def read_ahead(
             sent = transfer.send(batch, is_fresh=source.makes_fresh_batches)
             if reader.is_threadable:
                 # Until the epoch ends, or the thread meets a batch that it cannot make.
-                yield from _from_thread(source, reader, transfer, depth, sent, stall_timeout_s)
+                yield from _from_threads(source, reader, transfer, depth, num_threads, sent, stall_timeout_s)
                 continue
             if not has_warned:
                 _warn_in_line(source)
@@ -65,40 +71,54 @@ def read_ahead(
             yield transfer.receive(sent)
 
 
-def _from_thread(
-    source: Source, reader: Reader, transfer: Transfer, depth: int, first: Any, stall_timeout_s: float | None
+def _from_threads(
+    source: Source,
+    reader: Reader,
+    transfer: Transfer,
+    depth: int,
+    num_threads: int,
+    first: Any,
+    stall_timeout_s: float | None,
 ) -> Generator[Batch]:
     with Scope(stall_timeout_s) as scope:
-        channel: Channel[Any] = Channel(depth, stall_timeout_s=stall_timeout_s)
+        channel: Channel[Any] = Channel(depth, start=reader.position, stall_timeout_s=stall_timeout_s)
+        threads = []
 
         def fill() -> None:
             with transfer.on_device():
                 _fill(channel, reader, transfer, source.makes_fresh_batches)
 
-        thread = scope.start(fill, name="prefetch", stop=channel.abandon)
+        for number in range(num_threads):
+            name = "prefetch" if num_threads == 1 else f"prefetch/{number}"
+            threads.append(scope.start(fill, name=name, stop=channel.abandon))
         yield transfer.receive(first)
-        with locating(thread):
+        with locating(threads, channel):
             for sent in channel:
                 yield transfer.receive(sent)
+        if reader.is_random_access:
+            reader.position = channel.position  # threads may have made some of those behind it
 
 
 def _fill(channel: Channel[Any], reader: Reader, transfer: Transfer, is_fresh: bool) -> None:
     """Make batches until they end; prefetch thread."""
-    error: BaseException | None = None
-    mark = stage_cell()
-    mark[0] = FETCH
+    mark, make = stage_cell(), reader.thread_maker()
+    position = channel.position
     try:
-        while reader.is_threadable and (batch := reader.read_in_thread()) is not END:
-            mark[0] = TRANSFER
-            sent = _send(transfer, batch, is_fresh, reader.position - 1)
+        while True:
             mark[0] = PUT
-            channel.put(sent)
+            position = channel.claim()
             mark[0] = FETCH
-    except (ChannelClosedError, UnhookableDrawError):
-        pass  # nobody wants more; or the loop thread goes on from here
-    except BaseException as raised:
-        error = raised  # travels to the loop behind the batches that were made before it
-    channel.close(error)
+            if not reader.is_threadable or (batch := make(position)) is END:
+                break
+            mark[0] = TRANSFER
+            channel.put(position, _send(transfer, batch, is_fresh, position))
+    except ChannelClosedError:
+        return  # nobody wants more
+    except UnhookableDrawError:
+        pass  # the loop thread goes on from here
+    except BaseException as error:  # travels to the loop behind the batches that come before it
+        channel.end(position, error)
+    channel.end(position)
 
 
 def _send(transfer: Transfer, batch: Batch, is_fresh: bool, position: int) -> Any:

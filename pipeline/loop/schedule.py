@@ -52,7 +52,9 @@ class Belts:
         reader = source.open(epoch, max_batches, start)
         if self.schedule == "textbook":
             return read_in_line(reader, self._transfer)
-        return read_ahead(source, reader, self._transfer, self._depth, self._settings.stall_timeout_s)
+        return read_ahead(
+            source, reader, self._transfer, self._depth, stall_timeout_s=self._settings.stall_timeout_s
+        )
 
     def limiter(self, max_steps_in_flight: int) -> StepLimiter | None:
         """Return what bounds the run-ahead; None where each step's read already does."""

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import CheckpointFolder
 from pipeline.errors import ConfigError
 from pipeline.loop.objective import Objective, from_loss_fn, from_step
 from pipeline.protocols import LossFn, Step
@@ -71,13 +70,6 @@ def make_autocast(precision: Precision, device: torch.device) -> Callable[[], An
     return contextlib.nullcontext if dtype is None else partial(torch.autocast, device.type, dtype)
 
 
-def make_checkpoints(settings: Settings, run_dir: Path | None) -> CheckpointFolder | None:
-    """Return where checkpoints go, or None if there are to be none."""
-    if run_dir is None or not settings.enable_checkpointing:
-        return None
-    return CheckpointFolder(run_dir / "checkpoints", settings.monitor_mode)
-
-
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | None:
     """Return the loss scaling that float16 needs.
 
@@ -106,8 +98,8 @@ def make_run_dir(run_dir: str | Path | None) -> Path | None:
     if run_dir != AUTO_RUN_DIR:
         if (Path(run_dir) / "metrics.jsonl").exists():
             raise ConfigError(
-                f"run_dir must be a new folder, but {run_dir} holds a run already. Name another, or "
-                "leave it out for runs/<time>."
+                f"run_dir must be a new folder, but {run_dir} holds a run already. Name another, leave it "
+                "out for runs/<time>, or go on with that run with resume='auto'."
             )
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         return Path(run_dir)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -46,7 +46,7 @@ class TrainStep:
     ) -> None:
         self._enter_stage = clock.enter
         self._state, self._model, self._objective = state, forward_model, objective
-        self._settings, self._device, self.metrics = settings, device, metrics
+        self._settings, self.device, self.metrics = settings, device, metrics
         self._num_accumulated = settings.accumulate_grad_batches
         self._autocast_dtype = AUTOCAST_DTYPE[settings.precision]
         self._steps_scheduler = (
@@ -76,7 +76,7 @@ class TrainStep:
             if self._autocast_dtype is None:
                 computed = self._objective(self._model, batch)
             else:
-                with torch.autocast(self._device.type, self._autocast_dtype):
+                with torch.autocast(self.device.type, self._autocast_dtype):
                     computed = self._objective(self._model, batch)
             check_graph(computed.loss)
             loss = computed.loss
@@ -92,6 +92,36 @@ class TrainStep:
             raise
         self._note_scalars(computed, of_metrics)
         self.num_pending += 1
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the micro-batches since the last update have left: gradients and sums, live."""
+        if not self.num_pending:
+            return {"num_pending": 0}
+        gradients = [None if each.grad is None else each.grad for each in self._parameters()]
+        return {
+            "num_pending": self.num_pending,
+            "scalars": dict(self._scalars),
+            "counts": dict(self._counts),
+            "gradients": gradients,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with an accumulation."""
+        self.num_pending = state["num_pending"]
+        if not self.num_pending:
+            return
+        self._counts = dict(state["counts"])
+        self._scalars = {
+            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
+            for name, value in state["scalars"].items()
+        }
+        for parameter, gradient in zip(self._parameters(), state["gradients"], strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+    def _parameters(self) -> list[torch.Tensor]:
+        """Return every parameter once: the model's, and those that only the optimizer knows."""
+        of_optimizer = [each for group in self._state.optimizer.param_groups for each in group["params"]]
+        return list({id(each): each for each in [*self._state.model.parameters(), *of_optimizer]}.values())
 
     def update(self) -> Scalars:
         """Clip, step the optimizer and what follows it, and return the step's scalars.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pipeline.loop.fit import Run
+from pipeline.loop.run import Run
 from pipeline.report import OutboundReport
 from pipeline.result import FitResult
 
@@ -14,9 +14,10 @@ def make_result(
     run: Run,
     schedule: Literal["overlap", "textbook"],
     run_dir: Path | None,
+    resumed_from: Path | None,
 ) -> FitResult:
     """Sum up a run that has ended."""
-    checkpoints, metrics = run.checkpoints, dict(run.journal.last_values)
+    saver, metrics = run.saver, dict(run.journal.last_values)
     for row in run.history:
         metrics |= row.values
     return FitResult(
@@ -28,14 +29,16 @@ def make_result(
         schedule=schedule,
         samples_per_s=run.num_samples / run.clock.train_s if run.clock.train_s else 0.0,
         train_s=run.clock.train_s,
-        stop_reason=run.stop_reason,
+        stop_reason=run.interrupted_by or run.stop_reason,
         run_dir=run_dir,
-        last_checkpoint=None if checkpoints is None else checkpoints.last,
-        best_checkpoint=None if checkpoints is None else checkpoints.best,
+        last_checkpoint=None if saver is None else saver.folder.last,
+        best_checkpoint=None if saver is None else saver.folder.best_path,
         stage_times=run.clock.times(),
         handoffs_per_step=run.gil.handoffs_per_step(run.state.step),
         gil=run.gil.report,
         ema_model=None if run.state.ema is None else run.state.ema.module,
+        resumed_from=resumed_from,
+        saves=() if saver is None else tuple(saver.reports),
         outbound=_outbound_report(run),
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
@@ -13,31 +14,39 @@ from pipeline.errors import StallError
 from pipeline.testing import Gate
 
 
-@given(st.integers(1, 9), st.integers(0, 60), st.none() | st.integers(0, 9))
-def test_every_item_arrives_once_and_in_order(depth, count, low_water):
-    """Whatever the depth and the low-water mark, nothing is lost, doubled or overtaken."""
-    channel = Channel(depth, low_water)
+@given(
+    st.integers(1, 9), st.integers(0, 60), st.none() | st.integers(0, 9), st.integers(1, 4), st.integers(0, 5)
+)
+def test_every_item_arrives_once_and_in_order(depth, count, low_water, num_producers, start):
+    """Whatever the depth, the low-water mark and the producers, nothing is lost, doubled or overtaken."""
+    channel = Channel(depth, low_water, start)
 
     def produce():
-        for number in range(count):
-            channel.put(number)
-        channel.close()
+        with contextlib.suppress(ChannelClosedError):
+            while True:
+                position = channel.claim()
+                if position >= start + count:
+                    channel.end(position)
+                else:
+                    channel.put(position, position)
 
     with Scope() as scope:
-        scope.start(produce, name="producer", stop=channel.abandon)
-        assert list(channel) == list(range(count))
+        for number in range(num_producers):
+            scope.start(produce, name=f"producer/{number}", stop=channel.abandon)
+        assert list(channel) == list(range(start, start + count))
     assert channel.statistics().num_items == count
 
 
 def test_a_full_channel_blocks_its_producer():
-    """No more items wait than the depth; the producer sleeps until the low-water mark is reached."""
+    """No more positions are claimed than the depth; the producer sleeps until the low-water mark."""
     channel, made = Channel(4, low_water=1), []
 
     def produce():
-        for number in range(10):
-            channel.put(number)
-            made.append(number)
-        channel.close()
+        for _ in range(10):
+            position = channel.claim()
+            made.append(position)
+            channel.put(position, position)
+        channel.end(10)
 
     with Scope() as scope:
         scope.start(produce, name="producer", stop=channel.abandon)
@@ -49,11 +58,29 @@ def test_a_full_channel_blocks_its_producer():
         assert found + list(items) == list(range(10))
 
 
+def test_an_item_that_is_late_holds_up_those_behind_it():
+    """The consumer waits for the first position while the second lies ready."""
+    channel, gate = Channel(4), Gate()
+    first, second = channel.claim(), channel.claim()
+    channel.put(second, "second")
+
+    def produce():
+        gate.pass_through()
+        channel.put(first, "first")
+        channel.stop()
+
+    with Scope() as scope:
+        scope.start(produce, name="producer", stop=gate.open)
+        gate.open()
+        assert list(channel) == ["first", "second"]
+    assert channel.position == 2
+
+
 def test_an_error_arrives_behind_the_items_before_it():
     """The consumer sees what was made before the producer failed, then the very same exception."""
     channel, error = Channel(4), KeyError("mine")
-    channel.put(1)
-    channel.close(error)
+    channel.put(channel.claim(), 1)
+    channel.end(channel.claim(), error)
     items = iter(channel)
     assert next(items) == 1
     with pytest.raises(KeyError) as caught:
@@ -61,15 +88,37 @@ def test_an_error_arrives_behind_the_items_before_it():
     assert caught.value is error
 
 
+def test_the_error_of_the_first_position_is_the_one_that_counts():
+    """Two producers fail; the consumer raises what a plain loop would have met first."""
+    channel, first, second = Channel(4), KeyError("first"), KeyError("second")
+    positions = channel.claim(), channel.claim()
+    channel.end(positions[1], second)
+    channel.end(positions[0], first)
+    with pytest.raises(KeyError) as caught:
+        next(iter(channel))
+    assert caught.value is first
+
+
+def test_what_was_claimed_is_delivered_after_a_stop():
+    """Nobody claims after a stop, and nothing that was claimed is lost."""
+    channel = Channel(4)
+    position = channel.claim()
+    channel.stop()
+    with pytest.raises(ChannelClosedError):
+        channel.claim()
+    channel.put(position, "made")
+    assert list(channel) == ["made"]
+
+
 def test_a_producer_stops_when_the_consumer_has_gone():
-    """An abandoned channel wakes its producer, which learns that nobody takes items any more."""
+    """An abandoned channel wakes its producers, which learn that nobody takes items any more."""
     channel = Channel(1)
     gate = Gate()
 
     def produce():
         with pytest.raises(ChannelClosedError):
             while True:
-                channel.put(0)
+                channel.put(channel.claim(), 0)
                 gate.pass_through()
 
     gate.open()
@@ -161,14 +210,14 @@ def test_an_error_of_the_handler_is_raised_by_the_next_call():
 def test_a_consumer_does_not_wait_for_ever():
     """With a time-out, a channel that stays empty raises StallError with its statistics."""
     channel = Channel(3, stall_timeout_s=0.02)
-    channel.put(1)
+    channel.put(channel.claim(), 1)
     items = iter(channel)
     assert next(items) == 1
     with pytest.raises(StallError, match=r"no batch for 0\.02 s.*\n.*1 items put, at most 3") as caught:
         next(items)
     assert isinstance(caught.value, TimeoutError)
     assert caught.value.statistics == channel.statistics()
-    channel.put(2)
+    channel.put(channel.claim(), 2)
     assert next(iter(channel)) == 2
 
 
