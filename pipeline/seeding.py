@@ -55,7 +55,7 @@ def generator_states(more: Iterable[torch.Generator] = ()) -> dict[str, Any]:
     }
     if "numpy.random" in sys.modules:
         states["numpy"] = sys.modules["numpy.random"].get_state(legacy=False)
-    if torch.cuda.is_initialized():
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         states["cuda"] = torch.cuda.get_rng_state_all()
     return states
 

@@ -17,7 +17,8 @@ from pipeline.errors import ConfigError
 from pipeline.hints import describe, fits
 
 Schedule = Literal["auto", "overlap", "textbook"]
-Placement = Literal["auto", "inline"]
+PlaceName = Literal["textbook", "inline", "thread", "process"]
+Placement = Literal["auto", "inline", "thread", "process"]
 GilMode = Literal["account", "signals", "off"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
@@ -89,8 +90,10 @@ class Settings:
             writer thread. Losses and weights are the same. ``auto`` is overlap on a device that
             runs ahead of the host, and textbook on one that does not, where a thread would compete
             with the step for the cores and the GIL.
-        placement: Where batches are made in ``overlap``: ``inline``, on the prefetch thread.
-        num_workers: Workers that make batches; 0, as ``inline`` has none.
+        placement: Where batches are made: ``inline``, on the prefetch thread; ``thread``, on several, which
+            is for work that releases the GIL; ``process``, in worker processes, for work that holds it.
+            The batches are the same.
+        num_workers: Threads or processes; 0 is as many as there are cores for this process.
         prefetch_depth: Batches that may wait for the loop.
         max_steps_in_flight: Steps that may be queued on the device before the loop waits.
         stall_timeout_s: How long the loop waits for one batch, or for a logger, before it is taken to
@@ -184,10 +187,10 @@ def _range_problems(found: dict[str, Any]) -> list[str]:
             f"max_epochs={found['max_epochs']} and max_steps={found['max_steps']} contradict: each says "
             "when to stop. Give one, and set the other to null (None)."
         )
-    if found.get("num_workers", 0) > 0:
+    if found.get("schedule") == "textbook" and found.get("placement", "auto") != "auto":
         problems.append(
-            f"num_workers must be 0, got {found['num_workers']}: batches are made on the prefetch "
-            "thread. For worker processes pass a DataLoader with num_workers of its own."
+            f"schedule=textbook makes batches on the loop thread, placement={found['placement']} elsewhere. "
+            "Leave one of them at auto."
         )
     clip, decay = found.get("gradient_clip_val"), found.get("ema_decay")
     if clip is not None and not clip > 0:

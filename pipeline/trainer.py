@@ -13,23 +13,17 @@ import torch
 from pipeline.batch import Batch
 from pipeline.checkpoint import load_model
 from pipeline.concurrency import Scope
-from pipeline.data import EVALUATION_EPOCH, Source, as_source, own_generators
+from pipeline.data import EVALUATION_EPOCH, Source, as_source, own_generators, refuse_in_nursery
 from pipeline.device import select_backend
 from pipeline.loop import setup, wiring
 from pipeline.loop.callback import Callback
 from pipeline.loop.callback_list import CallbackList
-from pipeline.loop.check import (
-    check_choice,
-    check_listeners,
-    check_model,
-    check_monitor,
-    resolve_limit,
-    split_batching,
-)
+from pipeline.loop.check import check_listeners, check_model, check_targets, resolve_limit, split_batching
 from pipeline.loop.clock import StepClock
 from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
 from pipeline.loop.fit import fit
 from pipeline.loop.gil import GilWatch
+from pipeline.loop.inbound import Inbound
 from pipeline.loop.objective import Objective
 from pipeline.loop.resume import open_run_dir
 from pipeline.loop.run import Run
@@ -39,7 +33,6 @@ from pipeline.loop.summary import make_result
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
 from pipeline.result import FitResult
 from pipeline.settings import Settings
-from pipeline.state import TrainState
 
 
 class Trainer(Settings):
@@ -108,20 +101,20 @@ class Trainer(Settings):
             StageError: If a batch, a loss or the data is not what it should be.
             CheckpointError: If the run is to be resumed and cannot be.
             NonFiniteError: If the loss becomes NaN or infinite, unless ``on_nonfinite='ignore'``.
-            Exception: The user's own, from any stage, with a note that says where. Ctrl-C is such a
-                one: the rows so far are on disk, the checkpoint is that of the last epoch.
+            Exception: The user's own, from any stage, with a note that says where.
+            KeyboardInterrupt: At the second Ctrl-C or SIGTERM. After the first one the step is finished
+                and saved, and `FitResult.stop_reason` says which it was.
 
         Runs on:
             The calling thread is the loop thread. When this returns or raises, every thread that it
             started has ended.
         """
+        refuse_in_nursery()
         objective = setup.make_objective(loss_fn, step)
         check_model(model, optimizer, scheduler, val_data)
         metrics, train_metrics = metrics or {}, train_metrics or {}
-        for each in (metrics, train_metrics):
-            check_listeners(callbacks, loggers, each, val_data)
-        check_monitor(self.monitor, loss_fn, val_data, metrics)
-        check_choice("scheduler_interval", scheduler_interval, ("step", "epoch"))
+        check_listeners(callbacks, loggers, (metrics, train_metrics), val_data)
+        check_targets(self.monitor, loss_fn, val_data, metrics, scheduler_interval)
         make_source = partial(as_source, seed=self.seed)
         batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn)
         source = make_source(train_data, name="train_data", shuffle=shuffle, drop_last=drop_last, **batching)
@@ -131,16 +124,19 @@ class Trainer(Settings):
             val_source = make_source(
                 val_data, name="val_data", shuffle=False, drop_last=False, **val_batching
             )
-            evaluation = self._evaluation(belts, objective, val_source, metrics, merges_ranks=True)
+            val_inbound = belts.inbound(val_source)
+            evaluation = self._evaluation(
+                belts, objective, val_inbound, val_source, metrics, merges_ranks=True
+            )
         setup.place(self, belts.device, model, loss_fn, *metrics.values(), *train_metrics.values())
         if not model.training:
             model.train()  # a model that was evaluated; single modules put in eval mode stay so
         called_model = setup.compile_model(model, self.compile)
-        scaler, ema = setup.make_scaler(self.precision, belts.device), setup.make_ema(model, self.ema_decay)
-        state = TrainState(model, optimizer, scheduler, scaler, ema)
+        state = setup.make_state(self, model, optimizer, scheduler, belts.device)
         opened = open_run_dir(self)
         run_dir, rows = opened.run_dir, wiring.make_rows(opened.run_dir)
         with ExitStack() as stack:
+            stack.callback((inbound := belts.inbound(source)).close)
             stack.enter_context(setup.deterministic_algorithms(self.deterministic))
             num_batches = setup.at_most(source.num_batches, max_batches)
             group = wiring.make_logger_group(
@@ -162,7 +158,7 @@ class Trainer(Settings):
                 settings=self,
                 state=state,
                 step=train_step,
-                inbound=wiring.watch_batches(partial(belts.inbound, source), detector),
+                inbound=wiring.watch_batches(inbound.batches, detector),
                 outbound=outbound,
                 journal=journal,
                 limiter=belts.limiter(self.max_steps_in_flight),
@@ -173,7 +169,7 @@ class Trainer(Settings):
                 ends_at_s=wiring.deadline_s(self, clock),
                 validate=None
                 if evaluation is None
-                else partial(evaluation, ema.module if ema else called_model),
+                else partial(evaluation, state.ema.module if state.ema else called_model),
                 max_batches=max_batches,
                 scheduler_interval=scheduler_interval,
                 clock=clock,
@@ -218,11 +214,12 @@ class Trainer(Settings):
         """
         source = self._evaluation_source(data, batch_size, collate_fn)
         belts = self._belts()
-        evaluation = self._evaluation(belts, setup.make_objective(loss_fn, step), source, metrics)
+        objective = setup.make_objective(loss_fn, step)
         if checkpoint is not None:
             load_model(checkpoint, model)
         setup.place(self, belts.device, model, loss_fn, *(metrics or {}).values())
-        return evaluation(model)
+        with closing(belts.inbound(source)) as inbound:
+            return self._evaluation(belts, objective, inbound, source, metrics)(model)
 
     def predict(
         self,
@@ -254,7 +251,10 @@ class Trainer(Settings):
             load_model(checkpoint, model)
         setup.place(self, belts.device, model)
         limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
-        with closing(belts.inbound(source, EVALUATION_EPOCH, limit)) as batches:
+        with (
+            closing(belts.inbound(source)) as inbound,
+            closing(inbound.batches(EVALUATION_EPOCH, limit)) as batches,
+        ):
             outputs = predict_batches(
                 model, forward, batches, setup.make_autocast(self.precision, belts.device)
             )
@@ -282,6 +282,7 @@ class Trainer(Settings):
         self,
         belts: Belts,
         objective: Objective,
+        inbound: Inbound,
         source: Source,
         metrics: Metrics | None,
         *,
@@ -290,7 +291,7 @@ class Trainer(Settings):
         limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
         return Evaluation(
             objective=objective,
-            open_batches=partial(belts.inbound, source, EVALUATION_EPOCH, limit),
+            open_batches=partial(inbound.batches, EVALUATION_EPOCH, limit),
             metrics=metrics or {},
             autocast=setup.make_autocast(self.precision, belts.device),
             merges_ranks=merges_ranks,

@@ -115,7 +115,8 @@ def sync_folder(folder: Path) -> None:
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     flat = tensor.contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy() if flat.numel() else b"")
+    array: Any = flat.view(torch.uint8).numpy() if flat.numel() else b""
+    return memoryview(array)
 
 
 def _header(

@@ -2,16 +2,31 @@
 
 from pipeline.concurrency.channel import Channel, ChannelClosedError, ChannelStatistics
 from pipeline.concurrency.child import Child, ChildDiedError
+from pipeline.concurrency.cores import available_cores
+from pipeline.concurrency.fork_server import is_nursery, pickled_error
+from pipeline.concurrency.pool import NurseryDiedError, WorkerPool, fork_server, preparation
 from pipeline.concurrency.scope import Scope, stack_of
+from pipeline.concurrency.shared import HAS_SHARED_MEMORY, Slot, SlotFile, view_file
 from pipeline.concurrency.writer import Writer
 
 __all__ = [
+    "HAS_SHARED_MEMORY",
     "Channel",
     "ChannelClosedError",
     "ChannelStatistics",
     "Child",
     "ChildDiedError",
+    "NurseryDiedError",
     "Scope",
+    "Slot",
+    "SlotFile",
+    "WorkerPool",
     "Writer",
+    "available_cores",
+    "fork_server",
+    "is_nursery",
+    "pickled_error",
+    "preparation",
     "stack_of",
+    "view_file",
 ]

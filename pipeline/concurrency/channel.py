@@ -144,8 +144,8 @@ class Channel(Generic[Item]):
         """Yield the items in order until the stream ends.
 
         Raises:
-            StallError: If the next item did not come for `stall_timeout_s`.
-            BaseException: What the stream was ended with.
+            StallError: If no item came for `stall_timeout_s`.
+            BaseException: What the stream ended with.
 
         Runs on:
             The consumer's thread. Blocks, with the GIL released, only while the next item is missing.
@@ -173,20 +173,20 @@ class Channel(Generic[Item]):
     def _wait_for_item(self) -> bool:
         """Return whether the next item is there, or the stream has ended before it."""
         with self._lock:
-            if self.position not in self._ready and self.position < self._end:
+            if not self._has_word():
                 self._num_empty += 1
                 self._is_consumer_waiting = True
                 try:
-                    is_known = self._filled.wait_for(
-                        lambda: self.position in self._ready or self.position >= self._end,
-                        self._stall_timeout_s,
-                    )
+                    has_word = self._filled.wait_for(self._has_word, self._stall_timeout_s)
                 finally:
                     self._is_consumer_waiting = False
-                if not is_known and self._stall_timeout_s is not None:
+                if not has_word and self._stall_timeout_s is not None:
                     raise StallError(self._stall_timeout_s, statistics=self.statistics())
             if self.position in self._ready:
                 return True
             if self._error is not None:
                 raise self._error
             return False
+
+    def _has_word(self) -> bool:
+        return self.position in self._ready or self.position >= self._end

@@ -14,9 +14,10 @@ import pickle
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, TypeAlias
+
+from pipeline.concurrency.fork_server import pickled_error
 
 Call: TypeAlias = tuple[str, tuple[Any, ...]]
 
@@ -115,7 +116,7 @@ def serve() -> None:
                 served = _handle(served, message)
             except BaseException as raised:
                 error = raised
-        replies.write(_pickled(error))
+        replies.write(pickle.dumps(None) if error is None else pickled_error(error))
         replies.flush()
 
 
@@ -126,16 +127,3 @@ def _handle(served: Any, message: Any) -> Any:
     for method, arguments in message:
         getattr(served, method)(*arguments)
     return served
-
-
-def _pickled(error: BaseException | None) -> bytes:
-    """Return an error as bytes: itself if it survives that, else one with its text."""
-    if error is None:
-        return pickle.dumps(None)
-    frames = "".join(traceback.format_exception(error))
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:
-        error = RuntimeError(f"{type(error).__name__}: {error}")
-    error.add_note(f"raised in a process of its own:\n{frames}")
-    return pickle.dumps(error)

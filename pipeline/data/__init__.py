@@ -1,5 +1,7 @@
 """From a user's data to host batches: sampler, fetch, collate."""
 
+from pipeline.data.main_module import refuse_in_nursery
+from pipeline.data.processes import Processes, ProcessReader
 from pipeline.data.randomness import UnhookableDrawError
 from pipeline.data.reader import END, EVALUATION_EPOCH, MapReader, MapSource, Reader, Source
 from pipeline.data.source import as_source, own_generators
@@ -9,9 +11,12 @@ __all__ = [
     "EVALUATION_EPOCH",
     "MapReader",
     "MapSource",
+    "ProcessReader",
+    "Processes",
     "Reader",
     "Source",
     "UnhookableDrawError",
     "as_source",
     "own_generators",
+    "refuse_in_nursery",
 ]

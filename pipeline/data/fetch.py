@@ -33,15 +33,21 @@ class Fetcher:
     """
 
     def __init__(self, dataset: Any, collate_fn: CollateFn | None, seed: int) -> None:
-        self._dataset, self._seed = dataset, seed
+        self.dataset, self._seed = dataset, seed
         self._collate_fn = collate_fn or default_collate
         self._has_getitems = _has_getitems(dataset)
         # The plain case, many times faster than sample by sample, and equal to it bit for bit.
-        collates_itself = self._collate_fn is default_collate
-        self.is_drawless = type(dataset) is TensorDataset and collates_itself
-        self.makes_fresh_batches = collates_itself
+        self.makes_fresh_batches = self._collate_fn is default_collate
+        self.is_drawless = type(dataset) is TensorDataset and self.makes_fresh_batches
 
-    def fetch(self, indices: torch.Tensor, epoch: int, position: int, seed_sample: SeedSample) -> Batch:
+    def fetch(
+        self,
+        indices: torch.Tensor,
+        epoch: int,
+        position: int,
+        seed_sample: SeedSample,
+        default_collate_fn: CollateFn | None = None,
+    ) -> Batch:
         """Make the batch of these samples.
 
         Args:
@@ -49,6 +55,7 @@ class Fetcher:
             epoch: Counted from 0.
             position: The batch's place in its epoch, for the note on an error.
             seed_sample: Called with each sample's seed before that sample is made.
+            default_collate_fn: What stands in for torch's `default_collate`, and does the same.
 
         Raises:
             Exception: The dataset's own, or the collate function's, with a note.
@@ -57,12 +64,13 @@ class Fetcher:
             Any thread, several at once; a worker process too.
         """
         if self.is_drawless:
-            return [tensor[indices] for tensor in self._dataset.tensors]
+            return [tensor[indices] for tensor in self.dataset.tensors]
         with FETCHING:
             samples = self._samples(indices.tolist(), epoch, position, seed_sample)
         try:
             with COLLATING:
-                return self._collate_fn(samples)
+                collate = default_collate_fn if self.makes_fresh_batches else None
+                return (collate or self._collate_fn)(samples)
         except Exception as error:
             add_stage_note(error, "collate", batch=position, epoch=epoch)
             raise
@@ -74,11 +82,11 @@ class Fetcher:
         try:
             if self._has_getitems:
                 seed_sample(sample_seed(self._seed, epoch, indices[0]))
-                return list(self._dataset.__getitems__(list(indices)))
+                return list(self.dataset.__getitems__(list(indices)))
             samples = []
             for index in indices:
                 seed_sample(sample_seed(self._seed, epoch, index))
-                samples.append(self._dataset[index])
+                samples.append(self.dataset[index])
             return samples
         except Exception as error:
             add_stage_note(error, "fetch", index=index, batch=position, epoch=epoch)

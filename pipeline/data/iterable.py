@@ -42,9 +42,7 @@ class IterableSource:
         is_plain = type(self._batches) in (list, tuple)  # nothing that could draw
         batches = itertools.islice(iter(self._batches), max_batches)
         reader = IterableReader(self, batches, None if is_plain else GeneratorMode(generator), epoch)
-        make = reader.thread_maker()  # the first batch shows whether a thread can make the rest
-        while reader.position < start and (reader.first() if not reader.position else make(0)) is not END:
-            pass  # what was consumed before; only the iterable itself could skip it
+        reader.skip(start)
         return reader
 
 
@@ -57,7 +55,7 @@ class IterableReader:
         self, source: IterableSource, batches: Iterator[Batch], mode: GeneratorMode | None, epoch: int
     ) -> None:
         self._source, self._batches, self._mode, self._epoch = source, batches, mode, epoch
-        self.position = 0
+        self.position, self.is_exhausted = 0, False
 
     @property
     def is_threadable(self) -> bool:
@@ -80,6 +78,13 @@ class IterableReader:
         with self._mode:
             return self._next()
 
+    def skip(self, count: int) -> None:
+        """Make batches and drop them, drawing what they draw; loop thread."""
+        make = self.thread_maker()
+        while self.position < count:
+            if (self.first() if self.position == 0 else make(self.position)) is END:
+                return
+
     def thread_maker(self) -> Callable[[int], Batch]:
         def make(position: int) -> Batch:
             batch = self.read()
@@ -97,6 +102,7 @@ class IterableReader:
         try:
             batch = next(self._batches)
         except StopIteration:
+            self.is_exhausted = True
             return END
         except Exception as error:
             add_stage_note(error, "fetch", batch=self.position, epoch=self._epoch)

@@ -29,7 +29,7 @@ class Reader(Protocol):
     """The batches of one epoch, in order; `END` after the last one.
 
     Attributes:
-        position: Of the batch that is made next; counted from 0.
+        position: Of the batch that is made next, in its epoch; counted from 0.
         is_random_access: Whether batches may be made in any order, by several threads.
     """
 
@@ -60,6 +60,10 @@ class Reader(Protocol):
     def is_threadable(self) -> bool:
         """Whether, as far as is known, a thread can make the next batch."""
 
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether it is known that there is no further batch."""
+
 
 class Source(Protocol):
     """A user's data.
@@ -75,7 +79,13 @@ class Source(Protocol):
     makes_fresh_batches: bool
 
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> Reader:
-        """Begin an epoch of at most so many batches, at a position; loop thread."""
+        """Begin an epoch; loop thread.
+
+        Args:
+            epoch: Counted from 0.
+            max_batches: Of the whole epoch, those before `start` included.
+            start: Batches to leave out, as a run that is resumed has used them already.
+        """
 
 
 class MapSource:
@@ -116,6 +126,10 @@ class MapReader:
     @property
     def is_threadable(self) -> bool:
         return not self._source.unhookable
+
+    @property
+    def is_exhausted(self) -> bool:
+        return self.position >= self.num_batches
 
     def first(self) -> Batch:
         if self.is_threadable and not self._randomness.suspects:

@@ -51,9 +51,15 @@ class Transfer(Protocol):
     def is_identity(self) -> bool:
         """Whether a fresh batch comes out as it went in."""
 
+    @property
+    def runs_ahead(self) -> bool:
+        """Whether a copy is queued and goes on beside the loop: worth a thread that queues it early."""
+
 
 class EagerTransfer:
     """The copy of a plain loop, made when the batch is received; nothing at all for the CPU."""
+
+    runs_ahead = False
 
     def __init__(self, backend: Backend, prepare: Callable[[torch.Tensor], torch.Tensor] | None):
         self._backend, self._prepare = backend, prepare
@@ -92,7 +98,7 @@ class StreamTransfer:
         handed over. Several prefetch threads may send at once.
     """
 
-    is_identity = False
+    is_identity, runs_ahead = False, True
 
     def __init__(
         self,

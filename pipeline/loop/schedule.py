@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Literal
 
 import torch
 
-from pipeline.batch import Batch
-from pipeline.concurrency import Scope
+from pipeline.concurrency import Scope, available_cores
 from pipeline.data import Source
 from pipeline.device import Backend, StepLimiter, make_transfer
+from pipeline.loop.inbound import Chooser, Inbound, Pinned, Place
 from pipeline.loop.journal import Journal
 from pipeline.loop.outbound import BeltOutbound, DirectOutbound, Outbound
-from pipeline.loop.prefetch import read_ahead, read_in_line
 from pipeline.settings import Settings
 
 
@@ -37,24 +36,27 @@ class Belts:
         backend: Backend,
         prepare: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:
-        self.backend, self.device = backend, backend.device
-        self._settings, self._depth = settings, settings.prefetch_depth
+        self.backend, self.device, self._settings = backend, backend.device, settings
         overlaps = settings.schedule == "overlap" or (
             settings.schedule == "auto" and backend.streams is not None
         )
         self.schedule: Literal["overlap", "textbook"] = "overlap" if overlaps else "textbook"
         self._transfer = make_transfer(backend, overlaps=overlaps, prepare=prepare)
 
-    def inbound(
-        self, source: Source, epoch: int, max_batches: int | None, start: int = 0
-    ) -> Generator[Batch]:
-        """Return the batches of an epoch, on the device; those before `start` left out."""
-        reader = source.open(epoch, max_batches, start)
-        if self.schedule == "textbook":
-            return read_in_line(reader, self._transfer)
-        return read_ahead(
-            source, reader, self._transfer, self._depth, stall_timeout_s=self._settings.stall_timeout_s
+    def inbound(self, source: Source) -> Inbound:
+        """Return the belt that brings a source's batches; its owner closes it."""
+        settings = self._settings
+        return Inbound(
+            source, self._transfer, self._chooser(), settings.prefetch_depth, settings.stall_timeout_s
         )
+
+    def _chooser(self) -> Chooser:
+        settings = self._settings
+        if settings.placement in ("thread", "process"):
+            return Pinned(Place(settings.placement, settings.num_workers or available_cores()))
+        if settings.placement == "inline" or self.schedule == "overlap":
+            return Pinned(Place("inline"))
+        return Pinned(Place("textbook"))
 
     def limiter(self, max_steps_in_flight: int) -> StepLimiter | None:
         """Return what bounds the run-ahead; None where each step's read already does."""

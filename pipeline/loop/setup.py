@@ -15,8 +15,9 @@ import torch
 
 from pipeline.errors import ConfigError
 from pipeline.loop.objective import Objective, from_loss_fn, from_step
-from pipeline.protocols import LossFn, Step
+from pipeline.protocols import LossFn, Scheduler, Step
 from pipeline.settings import AUTO_RUN_DIR, AUTOCAST_DTYPE, Precision, Settings
+from pipeline.state import TrainState
 
 
 def make_objective(loss_fn: LossFn | None, step: Step | None) -> Objective:
@@ -142,6 +143,18 @@ def deterministic_algorithms(is_enabled: bool) -> Iterator[None]:
 def to_channels_last(tensor: torch.Tensor) -> torch.Tensor:
     """Lay out images ``[B, C, H, W]`` with the channels last; leave everything else as it is."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
+def make_state(
+    settings: Settings,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Scheduler | None,
+    device: torch.device,
+) -> TrainState:
+    """Return what training changes, with the loss scaling and the average that the settings ask for."""
+    scaler = make_scaler(settings.precision, device)
+    return TrainState(model, optimizer, scheduler, scaler, make_ema(model, settings.ema_decay))
 
 
 def make_ema(model: torch.nn.Module, decay: float | None) -> Any:

@@ -1,0 +1,182 @@
+"""The processes behind a `WorkerPool`: a fork server, a nursery for each pool, and its workers.
+
+    this process ─ starts once ─→ fork server ─ forks ─→ nursery ─ forks ─→ workers
+                                  (has torch)            (has the dataset)   (make batches)
+
+A process with threads must not fork: a lock that another thread holds stays locked in the child for ever.
+So forks are made by a process that has never had a second thread. Importing torch takes two seconds, once;
+a **nursery** is forked in milliseconds, is given the dataset once, and forks workers that share it with
+it, page by page, until they write to it. A worker that has died is replaced as quickly.
+
+Nobody outlives this process. The fork server sees it end, by a descriptor of the process and not by its
+parent's death, which would be reported when the *thread* ends that started it. Nurseries and workers are
+killed by the kernel when their parent dies; each of those has one thread. All are deaf to Ctrl-C, which a
+terminal sends to every process and which is the trainer's to handle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import importlib
+import os
+import pickle
+import select
+import signal
+import socket
+import sys
+import traceback
+from collections.abc import Callable
+from multiprocessing import spawn
+from typing import Any, TypeAlias
+
+RunWorker: TypeAlias = Callable[[socket.socket], None]
+MAX_MESSAGE_BYTES = 1 << 16
+MAX_FILES = 2
+
+_PR_SET_PDEATHSIG = 1
+_nursery_pid = 0
+
+
+def is_nursery() -> bool:
+    """Say whether this process is a nursery or a worker of one."""
+    return _nursery_pid != 0
+
+
+def serve(control_file: int, owner: int, modules: list[str]) -> None:
+    """Fork a nursery for each message, until the owner is gone; runs in the fork server."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries nurseries
+    control, owner_file = socket.socket(fileno=control_file), os.pidfd_open(owner)
+    for name in modules:
+        importlib.import_module(name)
+    poller = select.poll()
+    for file in (control.fileno(), owner_file):
+        poller.register(file, select.POLLIN)
+    while True:
+        if any(file == owner_file for file, _ in poller.poll()):
+            return
+        message, files = receive(control)
+        if not message:
+            return
+        if not _is_open(files[0]):  # the pool was closed before its turn came
+            os.close(files[0])
+            continue
+        if os.fork() == 0:
+            control.close()
+            os.close(owner_file)
+            _run_to_the_end(lambda: _nurse(socket.socket(fileno=files[0])))  # noqa: B023
+        os.close(files[0])
+
+
+def _is_open(file: int) -> bool:
+    poller = select.poll()
+    poller.register(file, 0)
+    return not poller.poll(0)  # nothing but the end of the other side is reported
+
+
+def _nurse(control: socket.socket) -> None:
+    """Get the pool's program and data, then fork a worker for each socket that is sent."""
+    global _nursery_pid
+    _nursery_pid = os.getpid()
+    _die_with_parent()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    with contextlib.suppress(BrokenPipeError):
+        control.send(pickle.dumps(("born", os.getpid())))
+    try:
+        message, files = receive(control)
+        preparation, home, name, arguments = pickle.loads(message)
+        spawn.prepare(preparation)
+        run_worker: RunWorker = getattr(importlib.import_module(home), name)(*files, *arguments)
+    except BaseException as error:
+        with contextlib.suppress(BrokenPipeError):
+            control.send(pickle.dumps(("failed", pickled_error(error))))
+        return
+    with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody wants it any more
+        control.send(pickle.dumps(("ready", None)))
+        _fork_workers(control, run_worker)
+
+
+def _fork_workers(control: socket.socket, run_worker: RunWorker) -> None:
+    workers: dict[int, int] = {}  # a process's descriptor to its number
+    poller = select.poll()
+    poller.register(control.fileno(), select.POLLIN)
+    while True:
+        for file, _ in poller.poll():
+            if file in workers:
+                status = os.waitpid(workers[file], 0)[1]
+                control.send(pickle.dumps(("died", workers.pop(file), os.waitstatus_to_exitcode(status))))
+                poller.unregister(file)
+                os.close(file)
+                continue
+            message, files = receive(control)
+            if not message:  # the pool is closed, or its owner dead
+                for worker in workers.values():
+                    os.kill(worker, signal.SIGKILL)
+                for worker in workers.values():
+                    os.waitpid(worker, 0)
+                return
+            if (child := os.fork()) == 0:
+                control.close()
+                for other in workers:
+                    os.close(other)
+                _run_to_the_end(lambda: _work(run_worker, socket.socket(fileno=files[0])))  # noqa: B023
+            os.close(files[0])
+            file = os.pidfd_open(child)
+            workers[file] = child
+            poller.register(file, select.POLLIN)
+            control.send(pickle.dumps(("started", child)))
+
+
+def _work(run_worker: RunWorker, requests: socket.socket) -> None:
+    _die_with_parent()
+    run_worker(requests)
+
+
+def _run_to_the_end(run: Callable[[], None]) -> None:
+    """Run in a forked process, which must never return to the code of its parent."""
+    code = 1
+    try:
+        run()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        with contextlib.suppress(Exception):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def _die_with_parent() -> None:
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
+
+
+def receive(sender: socket.socket) -> tuple[bytes, list[int]]:
+    """Return a message and the descriptors sent along; an empty message when the sender is gone."""
+    try:
+        message, files, _, _ = socket.recv_fds(sender, MAX_MESSAGE_BYTES, MAX_FILES)
+    except ConnectionResetError:
+        return b"", []
+    return message, files
+
+
+def pickled_error(error: BaseException) -> bytes:
+    """Return an error as bytes: itself if it survives that, else one with its text."""
+    frames = "".join(traceback.format_exception(error))[-MAX_MESSAGE_BYTES // 4 :]
+    try:
+        revived: Any = pickle.loads(pickle.dumps(error))
+        is_itself = type(revived) is type(error) and len(pickle.dumps(error)) < MAX_MESSAGE_BYTES // 2
+    except Exception:
+        is_itself = False
+    if not is_itself:
+        text = f"{type(error).__name__}: {error}"
+        notes, error = getattr(error, "__notes__", []), RuntimeError(text[: MAX_MESSAGE_BYTES // 4])
+        for note in notes:
+            error.add_note(note)
+    with contextlib.suppress(Exception):  # an exception that takes no notes still travels as itself
+        error.add_note(f"raised in a process of its own:\n{frames}")
+    return pickle.dumps(error)

@@ -1,0 +1,273 @@
+"""Worker processes that answer jobs: given to the least busy, done again where one has died.
+
+A job and its answer are short messages, and at most one descriptor; what is large lies in shared memory.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import select
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pipeline.concurrency.fork_server import receive
+
+_PROGRAM = (
+    "import sys; sys.path[:] = {path!r}; from pipeline.concurrency.fork_server import serve; "
+    "serve({file}, {owner}, {modules!r})"
+)
+# A library's pool of threads, started by its import, would make forks unsafe; a worker has one core.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+MAX_DEATHS = 2
+_CLOSE_TIMEOUT_S = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a worker has answered, or that workers died of the job.
+
+    Args:
+        ticket: Of the job.
+        message: The worker's; empty if workers died.
+        files: Descriptors sent along; whoever takes the answer closes them.
+        exit_code: Of the last worker that died of it; negative for a signal.
+    """
+
+    ticket: int
+    message: bytes
+    files: Sequence[int] = ()
+    exit_code: int | None = None
+
+
+@dataclass(slots=True)
+class _Worker:
+    requests: socket.socket
+    pid: int = 0
+    jobs: deque[tuple[int, bytes]] = field(default_factory=deque)
+
+
+class ForkServer:
+    """The one process of this process that forks nurseries; it is kept, for the next run starts warm.
+
+    Args:
+        modules: What it imports before the first fork.
+    """
+
+    def __init__(self, modules: Sequence[str]) -> None:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        program = _PROGRAM.format(
+            path=sys.path, file=theirs.fileno(), owner=os.getpid(), modules=list(modules)
+        )
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", program],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env={**os.environ, **_ONE_THREAD},
+            )
+        self._control = ours
+        self.owner = os.getpid()
+
+    @property
+    def is_usable(self) -> bool:
+        """Whether it belongs to this process, which may be a fork, and is alive."""
+        return self.owner == os.getpid() and self._process.poll() is None
+
+    def open_nursery(self) -> socket.socket:
+        """Have a nursery forked; it answers once the server has finished its imports."""
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
+        return ours
+
+    def close(self) -> None:
+        """End it, and wait for it."""
+        self._control.close()
+        self._process.wait()
+
+
+_server: ForkServer | None = None
+_server_lock = threading.Lock()
+
+
+def fork_server(modules: Sequence[str] = ()) -> ForkServer:
+    """Return the process's fork server, started if there is none."""
+    global _server
+    with _server_lock:
+        if _server is None or not _server.is_usable:
+            _server = ForkServer(modules)
+        return _server
+
+
+def preparation() -> dict[str, Any]:
+    """Return what a fresh process needs to find the modules of this one, `__main__` left out."""
+    return {"sys_path": list(sys.path), "sys_argv": list(sys.argv), "dir": os.getcwd()}
+
+
+class WorkerPool:
+    """Processes that answer jobs, in any order.
+
+    It is ready some time after it was made; until then nothing waits for it.
+
+    Args:
+        entry: Module and function, called once; returns what each worker runs.
+        files: Descriptors, the function's first arguments; closed here by their owner.
+        arguments: Its further arguments.
+        num_workers: How many.
+        modules: What the fork server imports if it must be started.
+        prepare: What the nursery is prepared with; see `multiprocessing.spawn.prepare`.
+
+    Runs on:
+        One thread, but for `close`.
+    """
+
+    def __init__(
+        self,
+        entry: tuple[str, str],
+        files: Sequence[int],
+        arguments: Sequence[Any],
+        num_workers: int,
+        modules: Sequence[str],
+        prepare: dict[str, Any],
+    ) -> None:
+        self._num_workers, self._workers = num_workers, list[_Worker]()
+        self._is_ready, self._next_ticket, self._nursery = False, 0, 0
+        self._deaths: dict[int, int] = {}
+        self._exit_codes: dict[int, int] = {}  # by process
+        self._control = fork_server(modules).open_nursery()
+        socket.send_fds(self._control, [pickle.dumps((prepare, *entry, arguments))], list(files))
+        self.died: list[tuple[int, int]] = []  # a job's ticket and its worker's exit code
+
+    def is_ready(self) -> bool:
+        """Say whether the workers are there, without waiting; raises as `wait_until_ready` does."""
+        return self.wait_until_ready(0)
+
+    def wait_until_ready(self, timeout_s: float | None = None) -> bool:
+        """Wait until the workers are there; say whether they are.
+
+        Raises:
+            Exception: What went wrong where the nursery was made ready.
+        """
+        while not self._is_ready and _is_readable(self._control, timeout_s):
+            self._start_workers()
+        return self._is_ready
+
+    def submit(self, message: bytes) -> int:
+        """Give a job to the worker with the fewest; return its ticket. Never waits."""
+        self._next_ticket += 1
+        worker = min(self._workers, key=lambda each: len(each.jobs))
+        self._send(worker, self._next_ticket, message)
+        return self._next_ticket
+
+    def answers(self, timeout_s: float | None) -> list[Answer]:
+        """Return the answers that are there; wait for the first.
+
+        Returns:
+            An empty list after the time-out.
+        """
+        poller = select.poll()
+        by_file = {worker.requests.fileno(): worker for worker in self._workers}
+        for file in by_file:
+            poller.register(file, select.POLLIN)
+        ready = poller.poll(None if timeout_s is None else timeout_s * 1e3)
+        return [answer for file, _ in ready for answer in self._take(by_file[file])]
+
+    def pid_of(self, ticket: int) -> int | None:
+        """Return the process that has a job, if any has."""
+        return next((each.pid for each in self._workers for job in each.jobs if job[0] == ticket), None)
+
+    def close(self) -> None:
+        """Kill the workers, and wait until they are gone."""
+        with contextlib.suppress(OSError, NurseryDiedError):
+            if self._is_ready:
+                self._control.shutdown(socket.SHUT_WR)
+                while _is_readable(self._control, _CLOSE_TIMEOUT_S):
+                    self._next_word()  # until the nursery has ended, which it does after every worker
+            while _is_readable(self._control, 0):  # it is not ready, or does not hear
+                if (word := self._next_word())[0] == "born":
+                    self._nursery = word[1]
+            if self._nursery:
+                os.kill(self._nursery, signal.SIGKILL)
+        self._control.close()  # a nursery that has not been forked yet never will be
+        for worker in self._workers:
+            worker.requests.close()
+        self._workers.clear()
+
+    def _start_workers(self) -> None:
+        kind, found = self._next_word()
+        if kind == "born":
+            self._nursery = found
+            return
+        if kind == "failed":
+            raise pickle.loads(found)
+        self._workers = [self._start_worker() for _ in range(self._num_workers)]
+        self._is_ready = True
+
+    def _start_worker(self) -> _Worker:
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
+        worker = _Worker(ours)
+        while not worker.pid:
+            kind, *found = self._next_word()
+            if kind == "died":
+                self._exit_codes[found[0]] = found[1]
+            else:
+                worker.pid = found[0]
+        return worker
+
+    def _next_word(self) -> Any:
+        message, _ = receive(self._control)
+        if not message:
+            raise NurseryDiedError
+        return pickle.loads(message)
+
+    def _send(self, worker: _Worker, ticket: int, message: bytes) -> None:
+        worker.jobs.append((ticket, message))
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `answers` sees that it died
+            worker.requests.send(message)
+
+    def _take(self, worker: _Worker) -> list[Answer]:
+        message, files = receive(worker.requests)
+        if message:
+            return [Answer(worker.jobs.popleft()[0], message, files)]
+        return self._replace(worker)
+
+    def _replace(self, worker: _Worker) -> list[Answer]:
+        """Start another worker for one that has died, and give it the jobs that were left."""
+        worker.requests.close()
+        while worker.pid not in self._exit_codes:
+            _, pid, exit_code = self._next_word()
+            self._exit_codes[pid] = exit_code
+        exit_code, jobs = self._exit_codes.pop(worker.pid), worker.jobs
+        self._workers[self._workers.index(worker)] = replacement = self._start_worker()
+        given_up = []
+        if jobs:
+            ticket = jobs[0][0]  # the one under way: a worker answers in order
+            self.died.append((ticket, exit_code))
+            self._deaths[ticket] = self._deaths.get(ticket, 0) + 1
+            if self._deaths[ticket] >= MAX_DEATHS:
+                jobs.popleft()
+                given_up.append(Answer(ticket, b"", exit_code=exit_code))
+        for ticket, message in jobs:
+            self._send(replacement, ticket, message)
+        return given_up
+
+
+class NurseryDiedError(Exception):
+    """The process that has the dataset is gone, without a word."""
+
+
+def _is_readable(readable: socket.socket, timeout_s: float | None) -> bool:
+    poller = select.poll()
+    poller.register(readable.fileno(), select.POLLIN)
+    return bool(poller.poll(None if timeout_s is None else timeout_s * 1e3))

@@ -1,0 +1,75 @@
+"""Can a dataset be taken to a process, and what must be imported there first?
+
+A class that is defined in the script that was started must be imported from it in the process, and
+importing a script runs it. That is done only where the dataset needs it and the script has a guard.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+import sys
+from typing import Any
+
+from pipeline.concurrency import is_nursery, preparation
+from pipeline.errors import ConfigError
+
+_GUARD = """Put what the script does under a guard, so that a process can import it:
+
+    if __name__ == "__main__":
+        main()
+
+or move the dataset to a module of its own, or set placement=thread."""
+
+
+def main_preparation(skeleton: bytes) -> dict[str, Any]:
+    """Return what a process needs before it can unpickle something.
+
+    Args:
+        skeleton: The pickled bytes.
+
+    Raises:
+        ConfigError: If it needs what only the started script has, and that cannot be imported.
+    """
+    prepare = preparation()
+    if b"__main__" not in skeleton:
+        return prepare
+    main = sys.modules["__main__"]
+    spec = getattr(main, "__spec__", None)
+    if spec is not None and spec.name:
+        return {**prepare, "init_main_from_name": spec.name}
+    path = getattr(main, "__file__", None)
+    if path is None or not os.path.exists(path):
+        raise ConfigError(
+            "placement=process needs the dataset in a process, but its class or a function of it is "
+            "defined in a notebook or an interactive session, which a process cannot import. Move it to a "
+            "module, or set placement=thread."
+        )
+    if not _is_guarded(path):
+        raise ConfigError(
+            f"placement=process needs the dataset in a process, but its class or a function of it is "
+            f"defined in {os.path.basename(path)}, which has no guard: to import it would train again.\n"
+            + _GUARD
+        )
+    return {**prepare, "init_main_from_path": os.path.abspath(path)}
+
+
+def refuse_in_nursery() -> None:
+    """Refuse to train in a process that only imports the script.
+
+    Raises:
+        ConfigError: If this is such a process.
+    """
+    if is_nursery():
+        raise ConfigError("the script trains when a worker process imports it.\n" + _GUARD)
+
+
+def _is_guarded(path: str) -> bool:
+    with open(path, encoding="utf-8", errors="replace") as file:
+        try:
+            tree = ast.parse(file.read())
+        except SyntaxError:
+            return False  # no Python that could be imported
+    tests = [node.test for node in tree.body if isinstance(node, ast.If)]
+    names = [name.id for test in tests for name in ast.walk(test) if isinstance(name, ast.Name)]
+    return "__name__" in names

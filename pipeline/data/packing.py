@@ -1,0 +1,225 @@
+"""Batches in shared memory: tensors and arrays lie there as they are, the rest is pickled beside them.
+
+What is pickled is the batch's skeleton: its containers, strings and numbers, with each tensor or array
+replaced by where it lies. A tensor that was made in the memory (see `Arena.tensor`) is not copied at all;
+another is copied once. Whatever does not fit goes to a second file, made for this one batch. Tensors of an
+unusual kind (sparse, of a class of their own, with a gradient) are pickled whole.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+import numpy
+import torch
+
+from pipeline.concurrency import view_file
+
+ALIGNMENT_BYTES = 64
+Buffer: TypeAlias = Any
+"""Something with the buffer protocol: a memory map, or what `SlotFile.lend` returns."""
+
+
+class Arena:
+    """Hands out pieces of a buffer, one behind the other.
+
+    Args:
+        buffer: Writable memory; None has room for nothing.
+    """
+
+    def __init__(self, buffer: Buffer | None) -> None:
+        self.buffer = buffer
+        self.nbytes = 0 if buffer is None else len(buffer)
+        self._start = _address(buffer) if self.nbytes else 0
+        self._used = 0
+
+    def take(self, nbytes: int) -> int | None:
+        """Return the offset of a piece of so many bytes, or None if there is no room."""
+        offset = -(-self._used // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        if offset + nbytes > self.nbytes:
+            return None
+        self._used = offset + nbytes
+        return offset
+
+    def clear(self) -> None:
+        """Begin again at the start."""
+        self._used = 0
+
+    def tensor(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
+        """Return an uninitialised tensor in the buffer, or None if there is no room."""
+        count = shape.numel()
+        offset = self.take(count * dtype.itemsize) if count else None
+        return None if offset is None else view(self.buffer, offset, dtype, count).view(shape)
+
+    def offset_of(self, tensor: torch.Tensor) -> int | None:
+        """Return where a tensor lies in the buffer, or None if it lies elsewhere."""
+        offset = tensor.data_ptr() - self._start
+        return offset if self.nbytes and 0 <= offset < self._used else None
+
+
+def view(buffer: Any, offset: int, dtype: torch.dtype, count: int) -> torch.Tensor:
+    """Return a flat tensor over a piece of a buffer, which lives as long as the tensor."""
+    return torch.frombuffer(buffer, dtype=dtype, count=count, offset=offset)
+
+
+def _address(buffer: Any) -> int:
+    return torch.frombuffer(buffer, dtype=torch.uint8, count=1).data_ptr()
+
+
+@dataclass(slots=True)
+class Packed:
+    """A packed object.
+
+    Args:
+        offset: Where its skeleton lies; in the arena, or in the overflow if there is one.
+        nbytes: The skeleton's length.
+        overflow: A descriptor of the file with what did not fit the arena, or -1.
+        wanted_bytes: How large an arena it would have fitted.
+    """
+
+    offset: int
+    nbytes: int
+    overflow: int
+    wanted_bytes: int
+
+
+@dataclass(slots=True)
+class _Overflow:
+    """What did not fit, and where it will lie."""
+
+    pieces: list[tuple[int, torch.Tensor]] = field(default_factory=list)
+    used: int = 0
+
+    def add(self, flat: torch.Tensor) -> int:
+        offset = -(-self.used // ALIGNMENT_BYTES) * ALIGNMENT_BYTES
+        self.pieces.append((offset, flat))
+        self.used = offset + flat.nbytes
+        return offset
+
+
+class _Packer(pickle.Pickler):
+    def __init__(self, file: io.BytesIO, arena: Arena) -> None:
+        super().__init__(file, pickle.HIGHEST_PROTOCOL)
+        self._arena, self.overflow = arena, _Overflow()
+
+    def persistent_id(self, found: Any) -> Any:
+        if type(found) is torch.Tensor and _is_plain(found):
+            flat, stride = _flat(found)
+            return "tensor", *self._put(flat), found.dtype, flat.numel(), tuple(found.shape), stride
+        if type(found) is numpy.ndarray and found.flags.c_contiguous and not found.dtype.hasobject:
+            flat = torch.frombuffer(_readable(found), dtype=torch.uint8) if found.nbytes else _EMPTY
+            return "array", *self._put(flat), found.dtype, found.size, found.shape, None
+        return None
+
+    def _put(self, flat: torch.Tensor) -> tuple[bool, int]:
+        """Put it into memory; return whether that is the overflow, and the offset."""
+        if not flat.numel():
+            return False, 0
+        if (offset := self._arena.offset_of(flat)) is not None:
+            return False, offset
+        if (offset := self._arena.take(flat.nbytes)) is not None:
+            view(self._arena.buffer, offset, flat.dtype, flat.numel()).copy_(flat)
+            return False, offset
+        return True, self.overflow.add(flat)
+
+
+_EMPTY = torch.empty(0, dtype=torch.uint8)
+
+
+def pack(packed: Any, arena: Arena) -> Packed:
+    """Put an object into an arena, and what does not fit into a file of its own.
+
+    Raises:
+        Exception: What pickling raises, of which the object's own methods are a part.
+    """
+    file = io.BytesIO()
+    packer = _Packer(file, arena)
+    packer.dump(packed)
+    skeleton = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
+    overflow, nbytes = packer.overflow, len(skeleton)
+    offset = None if overflow.pieces else arena.take(nbytes)
+    if offset is not None:
+        view(arena.buffer, offset, torch.uint8, nbytes).copy_(skeleton)
+        return Packed(offset, nbytes, -1, 0)
+    offset = overflow.add(skeleton)
+    # Twice the alignment: pieces that fit one behind the other here may not, in another order.
+    wanted = arena.nbytes + overflow.used + ALIGNMENT_BYTES * (2 + len(overflow.pieces))
+    return Packed(offset, nbytes, _write(overflow), wanted)
+
+
+def unpack(packed: Packed, buffer: Buffer, *, is_private: bool = False) -> Any:
+    """Return the packed object; its tensors and arrays are views, and keep what they view alive.
+
+    Args:
+        packed: As `pack` returned it, the descriptor being one of this process.
+        buffer: Over the arena's memory.
+        is_private: Writing to a view of the overflow is seen by no other process.
+    """
+    overflow = None if packed.overflow < 0 else view_file(packed.overflow, is_private=is_private)
+    place = buffer if overflow is None else overflow
+    skeleton = memoryview(place)[packed.offset : packed.offset + packed.nbytes]
+    return _Unpacker(io.BytesIO(skeleton), buffer, overflow).load()
+
+
+class _Unpacker(pickle.Unpickler):
+    def __init__(self, file: io.BytesIO, buffer: Buffer, overflow: Buffer | None) -> None:
+        super().__init__(file)
+        self._buffers = buffer, overflow
+
+    def persistent_load(self, where: Any) -> Any:
+        kind, is_overflow, offset, dtype, count, shape, stride = where
+        buffer = self._buffers[is_overflow]
+        if kind == "array":
+            if not count:
+                return numpy.empty(shape, dtype)
+            return numpy.frombuffer(buffer, dtype, count, offset).reshape(shape)  # type: ignore[arg-type]
+        if not count:
+            return torch.empty(shape, dtype=dtype)
+        flat = view(buffer, offset, dtype, count)
+        return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return (
+        tensor.layout is torch.strided
+        and tensor.device.type == "cpu"
+        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+    )
+
+
+def _flat(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...] | None]:
+    """Return the memory that a tensor spans, and its strides unless they are the usual ones.
+
+    Strides are kept, for the kernels that read the batch may sum in the order of its memory. A tensor that
+    is a small part of what it spans is made dense.
+    """
+    if tensor.is_contiguous():
+        return tensor.view(-1), None
+    sizes = zip(tensor.shape, tensor.stride(), strict=True)
+    span = 1 + sum((size - 1) * stride for size, stride in sizes) if tensor.numel() else 0
+    if span > 2 * tensor.numel():
+        return tensor.contiguous().view(-1), None
+    return tensor.as_strided((span,), (1,)), tensor.stride()
+
+
+def _readable(array: Any) -> Any:
+    """Return an array's memory as a writable buffer, which `torch.frombuffer` insists on."""
+    flat = array.reshape(-1).view(numpy.uint8)
+    return flat if flat.flags.writeable else flat.copy()
+
+
+def _write(overflow: _Overflow) -> int:
+    file = os.memfd_create("oversized")
+    try:
+        os.ftruncate(file, overflow.used)
+        memory = view_file(os.dup(file))
+        for offset, flat in overflow.pieces:
+            view(memory, offset, flat.dtype, flat.numel()).copy_(flat)
+    except BaseException:
+        os.close(file)
+        raise
+    return file

@@ -1,0 +1,242 @@
+"""Batches of a map-style dataset from worker processes, in order, on whichever thread asks for them."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import warnings
+from collections.abc import Callable, Generator
+from typing import Any
+
+from pipeline.batch import Batch
+from pipeline.concurrency import Slot, SlotFile, WorkerPool
+from pipeline.data.main_module import main_preparation
+from pipeline.data.packing import Arena, Packed, pack, unpack
+from pipeline.data.reader import END, MapReader, MapSource
+from pipeline.data.worker import ANSWER, JOB
+from pipeline.errors import ConfigError, StallError, WorkerDiedError
+
+MODULES = ("numpy", "torch", "torch.utils.data", "pipeline.data.worker")
+_INDEX_BYTES = 8
+
+
+class Processes:
+    """Worker processes that make batches of one source.
+
+    Args:
+        source: The dataset is packed at once, and given to the processes once.
+        num_workers: How many.
+        stall_timeout_s: Longest wait for a batch; None waits for ever.
+
+    Raises:
+        ConfigError: If the dataset cannot be taken to a process; it says why.
+
+    Runs on:
+        One thread, but for `close`.
+    """
+
+    def __init__(self, source: MapSource, num_workers: int, stall_timeout_s: float | None = None) -> None:
+        self.num_workers, self._stall_timeout_s = num_workers, stall_timeout_s
+        self._wanted_bytes = 0
+        self._tickets: dict[int, tuple[int, Slot, MapReader]] = {}
+        payload, prepare = _packed_fetcher(source)
+        self._slots = SlotFile()
+        try:
+            self._pool = WorkerPool(
+                ("pipeline.data.worker", "open_worker"),
+                (payload.overflow, self._slots.file),
+                (payload.offset, payload.nbytes),
+                num_workers,
+                MODULES,
+                prepare,
+            )
+        except BaseException:
+            self._slots.close()
+            raise
+        finally:
+            os.close(payload.overflow)
+
+    def is_ready(self) -> bool:
+        """Say, without waiting, whether the workers are there; it takes two seconds the first time."""
+        return self._pool.is_ready()
+
+    def wait_until_ready(self) -> bool:
+        """Wait until the workers are there; False after the time-out."""
+        return self._pool.wait_until_ready(self._stall_timeout_s)
+
+    def close(self) -> None:
+        """Kill the workers, and wait until they are gone. Batches that somebody has stay valid."""
+        self._pool.close()
+        self._slots.close()
+
+    def batches(
+        self, reader: MapReader, depth: int, goes_on: Callable[[], bool] = lambda: True
+    ) -> Generator[Batch]:
+        """Yield the batches of an epoch from the reader's position on, and move it.
+
+        Args:
+            reader: The epoch.
+            depth: Batches that are asked for ahead.
+            goes_on: Asked before each further batch is; once not, those asked for are the last.
+
+        Raises:
+            WorkerDiedError: If workers died of a batch, again when it was tried again.
+            StallError: If there was no batch for too long.
+            Exception: The dataset's own.
+        """
+        ready: dict[int, tuple[bytes, Slot, int]] = {}  # what was answered, by position
+        asked = reader.position
+        while True:
+            while asked < reader.num_batches and asked - reader.position < depth and goes_on():
+                self._ask(reader, asked)
+                asked += 1
+            if reader.position == asked:
+                return
+            while reader.position not in ready:
+                self._collect(reader, ready)
+            batch = self._open(reader, *ready.pop(reader.position))
+            reader.position += 1
+            yield batch
+
+    def _ask(self, reader: MapReader, position: int) -> None:
+        indices = reader.indices(position)
+        nbytes = max(self._wanted_bytes, len(indices) * _INDEX_BYTES)
+        slot = self._slots.acquire(nbytes)
+        slot.memory[: len(indices) * _INDEX_BYTES] = indices.numpy().tobytes()
+        job = JOB.pack(reader.epoch, position, len(indices), slot.offset, slot.nbytes)
+        self._tickets[self._pool.submit(job)] = position, slot, reader
+
+    def _collect(self, reader: MapReader, ready: dict[int, tuple[bytes, Slot, int]]) -> None:
+        answers = self._pool.answers(self._stall_timeout_s)
+        self._warn_of_deaths()
+        if not answers:
+            raise self._stalled(reader)
+        for answer in answers:
+            position, slot, asker = self._tickets.pop(answer.ticket)
+            file = answer.files[0] if answer.files else -1
+            if asker is not reader:  # nobody wants it any more
+                self._slots.release(slot)
+                if file >= 0:
+                    os.close(file)
+            elif answer.exit_code is not None:
+                raise self._died(reader, position, answer.exit_code)
+            else:
+                ready[position] = answer.message, slot, file
+
+    def _open(self, reader: MapReader, message: bytes, slot: Slot, file: int) -> Batch:
+        is_batch, offset, nbytes, wanted_bytes = ANSWER.unpack_from(message)
+        if not is_batch:
+            self._slots.release(slot)
+            raise _error_in(message[ANSWER.size :])
+        if file >= 0:
+            # It came by a file of its own, and a copy: make the next slots large enough.
+            self._wanted_bytes = max(self._wanted_bytes, wanted_bytes + wanted_bytes // 8)
+        return unpack(Packed(offset, nbytes, file, 0), self._slots.lend(slot))
+
+    def _warn_of_deaths(self) -> None:
+        for ticket, exit_code in self._pool.died:
+            position, _, reader = self._tickets[ticket]
+            warnings.warn(
+                f"a worker process ended with {_describe_exit(exit_code)} while it made "
+                f"{_describe_batch(reader, position)}. Another one makes it again, with the same numbers.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        self._pool.died.clear()
+
+    def _died(self, reader: MapReader, position: int, exit_code: int) -> WorkerDiedError:
+        cause = " It may be out of memory." if exit_code == -signal.SIGKILL else ""
+        return WorkerDiedError(
+            f"worker processes ended with {_describe_exit(exit_code)}, twice, while they made "
+            f"{_describe_batch(reader, position)}.{cause} Make that batch with placement=inline to see why.",
+            stage="fetch",
+        )
+
+    def _stalled(self, reader: MapReader) -> StallError:
+        ticket = next(each for each, job in self._tickets.items() if job[::2] == (reader.position, reader))
+        if (pid := self._pool.pid_of(ticket)) is not None:
+            os.kill(pid, signal.SIGUSR1)  # it writes its stack to standard error
+        assert self._stall_timeout_s is not None
+        error = StallError(self._stall_timeout_s, _describe_batch(reader, reader.position))
+        error.stage = "fetch"
+        error.add_note(f"worker process {pid} has written its stack to standard error")
+        return error
+
+
+class ProcessReader:
+    """An epoch of a map-style source, its batches made by worker processes; a `Reader`.
+
+    Args:
+        processes: That make them.
+        reader: The epoch, which this moves.
+        depth: Batches that are asked for ahead.
+        goes_on: Asked before each further batch is; once not, those asked for are the last.
+    """
+
+    is_random_access, is_threadable = False, True
+
+    def __init__(
+        self, processes: Processes, reader: MapReader, depth: int, goes_on: Callable[[], bool]
+    ) -> None:
+        self._reader, self._batches = reader, processes.batches(reader, depth, goes_on)
+        self.position = reader.position
+
+    @property
+    def is_exhausted(self) -> bool:
+        return self._reader.is_exhausted
+
+    def first(self) -> Batch:
+        return self.read()
+
+    def read(self) -> Batch:
+        return next(self._batches, END)
+
+    def thread_maker(self) -> Callable[[int], Batch]:
+        return lambda position: self.read()
+
+    def close(self) -> None:
+        self._batches.close()
+
+
+def _packed_fetcher(source: MapSource) -> tuple[Packed, dict[str, Any]]:
+    """Pack what makes the batches, and find what a process needs to unpack it."""
+    try:
+        packed = pack(source.fetcher, Arena(None))
+    except Exception as error:
+        raise ConfigError(_unpicklable(source.fetcher.dataset, error)) from error
+    try:
+        skeleton = os.pread(packed.overflow, packed.nbytes, packed.offset)
+        return packed, main_preparation(skeleton)
+    except BaseException:
+        os.close(packed.overflow)
+        raise
+
+
+def _unpicklable(dataset: Any, error: Exception) -> str:
+    where = "the dataset"
+    for name, value in getattr(dataset, "__dict__", {}).items():
+        try:
+            pickle.dumps(value)
+        except Exception:
+            where = f"the dataset's attribute {name!r} ({type(value).__name__})"
+            break
+    return (
+        f"placement=process needs the dataset in a process, but {where} cannot be pickled: {error}. Make it "
+        "in __getitem__ when it is first needed, or set placement=thread."
+    )
+
+
+def _error_in(message: bytes) -> BaseException:
+    error: BaseException = pickle.loads(message)
+    return error
+
+
+def _describe_exit(exit_code: int) -> str:
+    return f"exit code {exit_code}" if exit_code >= 0 else f"signal {signal.Signals(-exit_code).name}"
+
+
+def _describe_batch(reader: MapReader, position: int) -> str:
+    indices = reader.indices(position).tolist()
+    shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
+    return f"batch {position} of epoch {reader.epoch} (samples {shown})"

@@ -1,0 +1,117 @@
+"""What a worker process runs: jobs in, batches made straight into slots of shared memory.
+
+Runs in processes of `concurrency.fork_server`, one thread each, with a GIL, global generators and an
+interpreter of its own: there the batches of a dataset may draw from anything (see `data/randomness.py`).
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import mmap
+import os
+import signal
+import socket
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data._utils.collate import collate, collate_tensor_fn, default_collate_fn_map
+
+from pipeline.concurrency import pickled_error
+from pipeline.data.fetch import Fetcher
+from pipeline.data.packing import Arena, Packed, pack, unpack, view
+from pipeline.data.randomness import SampleRandomness
+from pipeline.data.reader import no_seed
+
+JOB = struct.Struct("=qqqqq")
+"""Epoch, position, samples in the batch, offset of the slot, its bytes."""
+ANSWER = struct.Struct("=?qqq")
+"""Whether it is a batch; the skeleton's offset and bytes; the bytes that a slot should have had."""
+
+
+def open_worker(payload: int, slots: int, offset: int, nbytes: int) -> Callable[[socket.socket], None]:
+    """Take the dataset, once for all workers; return what each of them runs.
+
+    Args:
+        payload: A file with a `Fetcher`, packed.
+        slots: The file of the slots.
+        offset: Of the skeleton in the payload.
+        nbytes: Of the skeleton.
+
+    Runs on:
+        The nursery.
+    """
+    fetcher = unpack(Packed(offset, nbytes, payload, 0), None, is_private=True)
+
+    def run(requests: socket.socket) -> None:
+        torch.set_num_threads(1)
+        faulthandler.enable()
+        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        Worker(fetcher, slots, requests).run()
+
+    return run
+
+
+class Worker:
+    """Answers jobs until nobody asks any more."""
+
+    def __init__(self, fetcher: Fetcher, slots: int, requests: socket.socket) -> None:
+        self._fetcher, self._slots, self._requests = fetcher, slots, requests
+        self._randomness = SampleRandomness()
+        self._mapped: dict[tuple[int, int], mmap.mmap] = {}
+
+    def run(self) -> None:
+        """Answer one job after the other."""
+        while message := self._requests.recv(1 << 16):
+            answer, files = self._answer(message)
+            socket.send_fds(self._requests, [answer], files)
+            for file in files:
+                os.close(file)
+
+    def _answer(self, message: bytes) -> tuple[bytes, list[int]]:
+        try:
+            epoch, position, count, offset, nbytes = JOB.unpack(message)
+            slot = self._slot(offset, nbytes)
+            # The indices wait where the batch will be.
+            indices = view(slot, 0, torch.int64, count).clone()
+            arena = Arena(slot)
+            packed = pack(self._make(arena, indices, epoch, position), arena)
+            files = [packed.overflow] if packed.overflow >= 0 else []
+            return ANSWER.pack(True, packed.offset, packed.nbytes, packed.wanted_bytes), files
+        except BaseException as error:
+            return ANSWER.pack(False, 0, 0, 0) + pickled_error(error), []
+
+    def _make(self, arena: Arena, indices: torch.Tensor, epoch: int, position: int) -> Any:
+        fetcher, collate_fn = self._fetcher, _collate_into(arena)
+        if fetcher.is_drawless:
+            return fetcher.fetch(indices, epoch, position, no_seed)
+
+        def make(seed_sample: Callable[[int], None]) -> Any:
+            arena.clear()  # what was made before in vain
+            return fetcher.fetch(indices, epoch, position, seed_sample, collate_fn)
+
+        return self._randomness.on_loop_thread(make)
+
+    def _slot(self, offset: int, nbytes: int) -> mmap.mmap:
+        if (offset, nbytes) not in self._mapped:
+            self._mapped[offset, nbytes] = mmap.mmap(self._slots, nbytes, offset=offset)
+        return self._mapped[offset, nbytes]
+
+
+def _collate_into(arena: Arena) -> Callable[[list[Any]], Any]:
+    """Return torch's `default_collate`, with its tensors stacked into an arena as long as there is room."""
+
+    def stack(tensors: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> torch.Tensor:
+        first = tensors[0]
+        is_plain = all(
+            type(each) is torch.Tensor and each.dtype == first.dtype and each.layout is torch.strided
+            for each in tensors
+        )
+        out = arena.tensor(torch.Size((len(tensors), *first.shape)), first.dtype) if is_plain else None
+        if out is None or first.device.type != "cpu" or any(each.requires_grad for each in tensors):
+            return collate_tensor_fn(tensors, collate_fn_map=collate_fn_map)  # type: ignore[no-any-return]
+        return torch.stack(list(tensors), 0, out=out)
+
+    functions = {**default_collate_fn_map, torch.Tensor: stack}
+    return lambda samples: collate(samples, collate_fn_map=functions)

@@ -1,0 +1,170 @@
+"""The inbound belt of one source: its batches on the device, from the place where they are made best."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Generator
+from contextlib import closing
+from typing import Any, NamedTuple, Protocol
+
+from pipeline.batch import Batch
+from pipeline.data import MapReader, MapSource, Processes, ProcessReader, Reader, Source
+from pipeline.device import Transfer
+from pipeline.errors import ConfigError
+from pipeline.loop.places import read_ahead, read_in_line
+from pipeline.settings import PlaceName
+
+
+class Place(NamedTuple):
+    """Where batches are made.
+
+    Args:
+        name: ``textbook`` is the loop thread itself.
+        num_workers: Threads or processes; 0 where the name says it all.
+    """
+
+    name: PlaceName
+    num_workers: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name} × {self.num_workers}" if self.num_workers else self.name
+
+
+class Chooser(Protocol):
+    """Says where the next batches are made; told how it went."""
+
+    def choose(self, reader: Reader) -> Place:
+        """Return a place for the batches from here on; between two places."""
+
+    def goes_on(self) -> bool:
+        """Say whether to stay in the place chosen last; asked once a batch."""
+
+    def watch(self, batches: Generator[Batch]) -> Generator[Batch]:
+        """Pass on the batches of the place chosen last."""
+
+
+class Pinned:
+    """The place that the user named."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+
+    def choose(self, reader: Reader) -> Place:
+        return self._place
+
+    def goes_on(self) -> bool:
+        return True
+
+    def watch(self, batches: Generator[Batch]) -> Generator[Batch]:
+        return batches
+
+
+class Inbound:
+    """Brings a source's batches to the device, an epoch at a time.
+
+    Args:
+        source: Of the batches.
+        transfer: To the device.
+        chooser: Of the place.
+        depth: Batches that are made ahead.
+        stall_timeout_s: Longest wait for a batch; None waits for ever.
+
+    Runs on:
+        Loop thread.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        transfer: Transfer,
+        chooser: Chooser,
+        depth: int,
+        stall_timeout_s: float | None,
+    ) -> None:
+        self._source, self._transfer, self._chooser = source, transfer, chooser
+        self._depth, self._stall_timeout_s = depth, stall_timeout_s
+        self._processes: Processes | None = None
+        self._has_warned = False
+
+    def batches(self, epoch: int, max_batches: int | None, start: int = 0) -> Generator[Batch]:
+        """Open an epoch, at once, and return its batches, those before `start` left out."""
+        return self._batches(self._source.open(epoch, max_batches, start))
+
+    def _batches(self, opened: Reader) -> Generator[Batch]:
+        with closing(opened) as reader:
+            while not reader.is_exhausted:
+                place = self._chooser.choose(reader)
+                with closing(self._chooser.watch(self._made_in(place, reader))) as batches:
+                    yield from batches
+
+    def close(self) -> None:
+        """End what is kept from epoch to epoch."""
+        if self._processes is not None:
+            self._processes.close()
+
+    def _made_in(self, place: Place, reader: Reader) -> Generator[Batch]:
+        goes_on = self._chooser.goes_on
+        if place.name == "process":
+            return self._made_by_processes(place.num_workers, reader)
+        if place.name != "textbook":
+            if reader.is_threadable:
+                return self._made_ahead(reader, max(place.num_workers, 1), goes_on)
+            self._warn_in_line()
+        return read_in_line(reader, self._transfer, goes_on)
+
+    def _made_ahead(self, reader: Reader, num_threads: int, goes_on: Callable[[], bool]) -> Generator[Batch]:
+        return read_ahead(
+            reader,
+            self._transfer,
+            max(self._depth, 2 * num_threads) if reader.is_random_access else self._depth,
+            num_threads if reader.is_random_access else 1,
+            is_fresh=self._source.makes_fresh_batches,
+            stall_timeout_s=self._stall_timeout_s,
+            goes_on=goes_on,
+        )
+
+    def _made_by_processes(self, num_workers: int, reader: Reader) -> Generator[Batch]:
+        processes = self.processes(num_workers)
+        if not processes.is_ready():  # nobody waits for them to start
+            return read_in_line(reader, self._transfer, lambda: not processes.is_ready())
+        assert isinstance(reader, MapReader)
+        depth = max(self._depth, 2 * num_workers)
+        made = ProcessReader(processes, reader, depth, self._chooser.goes_on)
+        if self._transfer.runs_ahead:
+            return _closing(made, read_ahead(made, self._transfer, 2, stall_timeout_s=self._stall_timeout_s))
+        return _closing(made, read_in_line(made, self._transfer))
+
+    def processes(self, num_workers: int) -> Processes:
+        """Return the worker processes, started if there are none or not so many.
+
+        Raises:
+            ConfigError: If the data cannot be taken to a process; it says why.
+        """
+        if self._processes is not None and self._processes.num_workers != num_workers:
+            self._processes.close()
+            self._processes = None
+        if self._processes is None:
+            if not isinstance(self._source, MapSource):
+                raise ConfigError(
+                    "placement=process needs samples to share out: pass a map-style dataset with batch_size, "
+                    "or a DataLoader of one with num_workers=0. Batches of an iterable are made inline."
+                )
+            self._processes = Processes(self._source, num_workers, self._stall_timeout_s)
+        return self._processes
+
+    def _warn_in_line(self) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        names = ", ".join(self._source.unhookable)
+        warnings.warn(
+            f"random numbers were drawn from {names} while a batch was made. Threads share that generator, "
+            "so batches are made on the loop thread from here on, with the same numbers and without overlap. "
+            "Draw from torch's functions that take a generator, or set placement=process.",
+            stacklevel=2,
+        )
+
+
+def _closing(reader: Any, batches: Generator[Batch]) -> Generator[Batch]:
+    with closing(reader), closing(batches):
+        yield from batches
