@@ -84,7 +84,10 @@ class Settings:
         compile: Compile the model: True, or the keywords of `torch.compile`.
         channels_last: Keep model and images in channels-last memory format.
         deterministic: Use torch's deterministic algorithms for the length of the run.
-        on_nonfinite: ``stop`` with a NonFiniteError when the loss is NaN or infinite, or ``ignore``.
+        on_nonfinite: ``stop`` with a NonFiniteError when a step is not finite; ``skip`` its update and go
+            on, which ``train/skipped`` says in its row; or ``ignore`` it. Looked at is the loss, with
+            ``skip`` and on a device that runs ahead the gradients too. The weights stay clean, and
+            ``nonfinite.jsonl`` in the run folder has the samples.
         schedule: ``textbook`` fetches, steps, reads the loss and logs, one after the other on one
             thread. ``overlap`` fetches ahead on a prefetch thread and reads and logs behind on a
             writer thread. Losses and weights are the same. ``auto`` is overlap on a device that
@@ -147,7 +150,7 @@ class Settings:
     compile: bool | Mapping[str, Any] = False
     channels_last: bool = False
     deterministic: bool = False
-    on_nonfinite: Literal["stop", "ignore"] = "stop"
+    on_nonfinite: Literal["stop", "skip", "ignore"] = "stop"
     schedule: Schedule = "auto"
     placement: Placement = "auto"
     num_workers: int = 0

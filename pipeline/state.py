@@ -35,7 +35,10 @@ class TrainState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return the parts' states, live and not copied."""
-        states = {name: part.state_dict() for name, part in self._parts().items()}
+        states = {
+            name: _scaler_state(part) if name == "scaler" else part.state_dict()
+            for name, part in self._parts().items()
+        }
         if "scheduler" in states:  # functions, which a fresh scheduler has itself
             states["scheduler"] = {
                 name: value for name, value in states["scheduler"].items() if not callable(value)
@@ -54,7 +57,7 @@ class TrainState:
             raise CheckpointError(f"it has no {' and no '.join(missing)}: the run was set up differently.")
         for name, part in parts.items():
             try:
-                part.load_state_dict(found[name])
+                part.load_state_dict(_numbers(found[name]) if name == "scaler" else found[name])
             except (RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
                 raise CheckpointError(f"its {name} does not fit this run's: {error}") from error
         with torch.no_grad():
@@ -80,3 +83,19 @@ class TrainState:
         """Return the buffers that the model leaves out of its state: they may decide the next step too."""
         saved = self.model.state_dict().keys()
         return {name: value for name, value in self.model.named_buffers() if name not in saved}
+
+
+def _scaler_state(scaler: Any) -> dict[str, Any]:
+    """Return the scaler's state with its numbers still on the device: its own method waits for them."""
+    state: dict[str, Any] = {
+        "growth_factor": scaler.get_growth_factor(),
+        "backoff_factor": scaler.get_backoff_factor(),
+        "growth_interval": scaler.get_growth_interval(),
+    }
+    if getattr(scaler, "_scale", None) is None:  # not used yet
+        return dict(scaler.state_dict())
+    return {"scale": scaler._scale, **state, "_growth_tracker": scaler._growth_tracker}
+
+
+def _numbers(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: each.item() if isinstance(each, torch.Tensor) else each for name, each in state.items()}

@@ -145,13 +145,13 @@ class Trainer(Settings):
             stack.enter_context(group.closing())
             stack.callback((clock := StepClock()).leave)
             train_step = wiring.make_step(
-                self, state, called_model, objective, belts.device, scheduler_interval, clock, train_metrics
+                self, state, called_model, objective, belts.backend, scheduler_interval, clock, train_metrics
             )
             journal = wiring.make_journal(self, state, group, belts.device, train_step)
             detector = wiring.make_detector(self, belts.backend, state)
             collector = wiring.make_collector(self)
             stack.enter_context(wiring.installed(collector))
-            scope = stack.enter_context(Scope())
+            scope = stack.enter_context(Scope(self.stall_timeout_s))
             outbound = belts.outbound(scope, journal)
             watch = stack.enter_context(GilWatch(self.gil, clock, outbound.put_row, run_dir))
             run = Run(
@@ -165,6 +165,8 @@ class Trainer(Settings):
                 callbacks=CallbackList(callbacks),
                 saver=wiring.make_saver(self, opened.folder, belts.backend, rows, belts.schedule),
                 checkpoint=opened.checkpoint,
+                run_dir=run_dir,
+                sample_indices=inbound.sample_indices,
                 generators=own_generators(train_data, val_data),
                 ends_at_s=wiring.deadline_s(self, clock),
                 validate=None
@@ -180,7 +182,7 @@ class Trainer(Settings):
             )
             stack.enter_context(wiring.installed(detector))
             stack.enter_context(handling_signals(run))
-            fit(run, run_dir)
+            fit(run)
         return make_result(run, belts.schedule, run_dir, opened.path)
 
     def evaluate(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from pathlib import Path
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -27,12 +26,13 @@ from pipeline.loop.run import Run
 from pipeline.loop.save import save, save_epoch
 
 
-def fit(run: Run, run_dir: Path | None) -> None:
+def fit(run: Run) -> None:
     """Train, and tell the callbacks how it began and how it ended."""
+    run.journal.on_nonfinite = run.note_nonfinite
     if run.callbacks.has_read_listeners:
         run.journal.on_step = run.tell_read
     try:
-        run.tell(FitStarted, run_dir)
+        run.tell(FitStarted, run.run_dir)
         resume(run)
         _train(run)
         run.tell(FitFinished, run.interrupted_by or run.stop_reason)

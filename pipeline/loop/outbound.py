@@ -122,6 +122,8 @@ class BeltOutbound:
             name="writer",
             max_pending=settings.max_log_lag if settings.log_overflow == "wait" else None,
             finish=self._finish,
+            stall_timeout_s=settings.stall_timeout_s,
+            doing=lambda: f"log ({journal.loggers.busy})",
         )
 
     def put_step(self, done: StepDone, scalars: Scalars) -> None:
@@ -156,6 +158,7 @@ class BeltOutbound:
 
     def _write_chunk(self, items: list[_Item]) -> None:
         oldest: StepDone | None = None
+        self._writer.num_beats += 1
         for item in items:
             if isinstance(item, (Row, Progress, Media, _PendingMedia, SaveJob, BestJob)):
                 self._write_other(item)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -37,6 +39,8 @@ class Run:
         collector: Decides when garbage is collected; None leaves it to Python.
         detector: Finds the lines that wait for the device; None where nobody asked.
         saver: Writes checkpoints; None where there are to be none.
+        run_dir: The folder with the run's files; None if nothing is written.
+        sample_indices: Returns the samples of a batch of the epoch under way.
         generators: Those that the data keeps for itself.
         checkpoint: What a run that is resumed goes on from; None for a new one.
         ends_at_s: When `max_time` is up, by `time.perf_counter`.
@@ -75,6 +79,8 @@ class Run:
     num_tokens: int = 0
     num_samples_before: int = 0  # the step under way
     num_tokens_before: int = 0
+    run_dir: Path | None = None
+    sample_indices: Callable[[int], list[int] | None] = lambda position: None
     generators: Sequence[torch.Generator] = ()
     checkpoint: dict[str, Any] | None = None
     ends_at_s: float = math.inf
@@ -102,6 +108,18 @@ class Run:
     def tell_read(self, done: StepDone, values: dict[str, float]) -> None:
         """Tell the callbacks of a step's numbers; the thread of the loggers."""
         self.callbacks.tell_read(StepRead(done.step, done.epoch, values, self.stop))
+
+    def note_nonfinite(self, done: StepDone, loss: float) -> None:
+        """Write which batches and samples a step had that was not finite; the thread of the loggers."""
+        if self.run_dir is None:
+            return
+        each = self.settings.accumulate_grad_batches
+        first = (done.step - 1 - self.epoch_first_step) * each
+        batches = list(range(first, first + each))
+        samples = [self.sample_indices(position) for position in batches]
+        line = {"step": done.step - 1, "epoch": done.epoch, "loss": str(loss), "batches": batches}
+        with (self.run_dir / "nonfinite.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, "samples": samples}) + "\n")
 
     def log_media(self, kind: MediaKind, name: str, data: torch.Tensor | str) -> None:
         """Send an image, a histogram or a text to the loggers."""

@@ -10,6 +10,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pipeline.batch import Batch, Scalars
 from pipeline.errors import add_stage_note
 from pipeline.loop.clock import BACKWARD, FORWARD, OPTIMIZER, StepClock
+from pipeline.loop.guard import Guard
+from pipeline.loop.memory import note_out_of_memory
 from pipeline.loop.objective import Computed, Objective, check_graph
 from pipeline.loop.train_metrics import TrainMetrics
 from pipeline.settings import AUTOCAST_DTYPE, Settings
@@ -28,6 +30,7 @@ class TrainStep:
         scheduler_interval: Whether the scheduler moves with each ``step`` or each ``epoch``.
         clock: Told when forward, backward and the optimizer begin.
         metrics: Of the training batches; None for none.
+        guard: Keeps the weights clean of NaN; None lets them be.
 
     Runs on:
         Loop thread.
@@ -43,10 +46,12 @@ class TrainStep:
         scheduler_interval: Literal["step", "epoch"],
         clock: StepClock,
         metrics: TrainMetrics | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self._enter_stage = clock.enter
         self._state, self._model, self._objective = state, forward_model, objective
         self._settings, self.device, self.metrics = settings, device, metrics
+        self._guard = guard
         self._num_accumulated = settings.accumulate_grad_batches
         self._autocast_dtype = AUTOCAST_DTYPE[settings.precision]
         self._steps_scheduler = (
@@ -72,6 +77,8 @@ class TrainStep:
             Exception: The user's own, with a note.
         """
         self._enter_stage(FORWARD)
+        if self._guard is not None and not self.num_pending:
+            self._guard.begin()
         try:
             if self._autocast_dtype is None:
                 computed = self._objective(self._model, batch)
@@ -87,7 +94,10 @@ class TrainStep:
             self._enter_stage(BACKWARD)
             loss.backward()  # type: ignore[no-untyped-call]
             of_metrics = {} if self.metrics is None else self.metrics.add(computed, batch)
+            if self._guard is not None:
+                self._guard.look(computed.loss)
         except Exception as error:
+            note_out_of_memory(error, self.device, batch)
             add_stage_note(error, "step", step=self._state.step)
             raise
         self._note_scalars(computed, of_metrics)
@@ -140,7 +150,9 @@ class TrainStep:
                 self._note_grad_norm(scalars)
             if self._settings.gradient_clip_val is not None:
                 self._clip(self._settings.gradient_clip_val, scalars)
-            if state.scaler is None:
+            if self._guard is not None:
+                self._guard.step(scalars)
+            elif state.scaler is None:
                 state.optimizer.step()
             else:
                 state.scaler.step(state.optimizer)
@@ -152,6 +164,7 @@ class TrainStep:
             if state.ema is not None:
                 state.ema.update_parameters(state.model)
         except Exception as error:
+            note_out_of_memory(error, self.device)
             add_stage_note(error, "optimizer", step=state.step)
             raise
         state.step += 1

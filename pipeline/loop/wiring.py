@@ -16,6 +16,7 @@ from pipeline.device import Backend, ReadDetector
 from pipeline.loggers import JsonlLogger, LoggerGroup, ProgressBar
 from pipeline.loop.clock import StepClock
 from pipeline.loop.collector import Collector
+from pipeline.loop.guard import Guard
 from pipeline.loop.journal import Journal
 from pipeline.loop.objective import Objective
 from pipeline.loop.rates import CountingStep, Rates
@@ -33,7 +34,7 @@ def make_step(
     state: TrainState,
     called_model: torch.nn.Module,
     objective: Objective,
-    device: torch.device,
+    backend: Backend,
     scheduler_interval: Literal["step", "epoch"],
     clock: StepClock,
     metrics: Metrics,
@@ -41,7 +42,12 @@ def make_step(
     """Return the step; one that counts FLOPs where they are asked for."""
     kind = TrainStep if settings.peak_tflops is None else CountingStep
     of_batches = TrainMetrics(metrics) if metrics else None
-    return kind(state, called_model, objective, settings, device, scheduler_interval, clock, of_batches)
+    guard: Guard | None = None
+    if settings.on_nonfinite != "ignore" and state.scaler is None:  # which guards its updates itself
+        guard = Guard(state, backend, settings.on_nonfinite)
+    return kind(
+        state, called_model, objective, settings, backend.device, scheduler_interval, clock, of_batches, guard
+    )
 
 
 def make_rows(run_dir: Path | None) -> JsonlLogger | None:
