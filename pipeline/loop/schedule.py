@@ -13,6 +13,7 @@ from pipeline.device import Backend, StepLimiter, make_transfer
 from pipeline.loop.inbound import Chooser, Inbound, Pinned, Place
 from pipeline.loop.journal import Journal
 from pipeline.loop.outbound import BeltOutbound, DirectOutbound, Outbound
+from pipeline.loop.stall import watch_loop
 from pipeline.settings import Settings
 
 
@@ -68,5 +69,7 @@ class Belts:
     def outbound(self, scope: Scope, journal: Journal) -> Outbound:
         """Return where the loop puts its numbers; the scope owns the writer thread, if any."""
         if self.schedule == "textbook":
+            if self._settings.stall_timeout_s is not None:
+                watch_loop(scope, self._settings.stall_timeout_s, lambda: len(journal.losses))
             return DirectOutbound(self.backend, journal)
         return BeltOutbound(scope, self.backend, journal, self._settings)
