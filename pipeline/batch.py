@@ -112,7 +112,7 @@ def num_samples(batch: Batch) -> int:
     # The most common batch first: this runs at every step.
     is_pair = isinstance(batch, (tuple, list)) and batch and isinstance(batch[0], torch.Tensor)
     first = batch[0] if is_pair else _first_tensor(batch)
-    return first.shape[0] if first is not None and first.ndim else 1
+    return first.size(0) if first is not None and first.ndim else 1
 
 
 def _first_tensor(batch: Batch) -> torch.Tensor | None:

@@ -12,6 +12,7 @@ import torch
 from pipeline.batch import Row
 from pipeline.gil import GilReport, StageTime
 from pipeline.report import OutboundReport, SaveReport
+from pipeline.report.record import RunReport
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class FitResult:
         resumed_from: The checkpoint that the run went on from; None for a new run.
         saves: What each checkpoint cost.
         outbound: What logging cost, how far it was behind, and which lines made the loop wait.
+        report: Where the time went, which ceiling binds, and what to change next; ``print`` shows it.
     """
 
     metrics: dict[str, float]
@@ -60,3 +62,4 @@ class FitResult:
     resumed_from: Path | None
     saves: tuple[SaveReport, ...] = field(repr=False)
     outbound: OutboundReport = field(repr=False)
+    report: RunReport = field(repr=False)

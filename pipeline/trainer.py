@@ -23,7 +23,6 @@ from pipeline.loop.clock import StepClock
 from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
 from pipeline.loop.fit import fit
 from pipeline.loop.gil import GilWatch
-from pipeline.loop.inbound import Inbound
 from pipeline.loop.objective import Objective
 from pipeline.loop.resume import open_run_dir
 from pipeline.loop.run import Run
@@ -124,10 +123,7 @@ class Trainer(Settings):
             val_source = make_source(
                 val_data, name="val_data", shuffle=False, drop_last=False, **val_batching
             )
-            val_inbound = belts.inbound(val_source)
-            evaluation = self._evaluation(
-                belts, objective, val_inbound, val_source, metrics, merges_ranks=True
-            )
+            evaluation = self._evaluation(belts, objective, val_source, metrics, merges_ranks=True)
         setup.place(self, belts.device, model, loss_fn, *metrics.values(), *train_metrics.values())
         if not model.training:
             model.train()  # a model that was evaluated; single modules put in eval mode stay so
@@ -136,7 +132,7 @@ class Trainer(Settings):
         opened = open_run_dir(self)
         run_dir, rows = opened.run_dir, wiring.make_rows(opened.run_dir)
         with ExitStack() as stack:
-            stack.callback((inbound := belts.inbound(source)).close)
+            stack.enter_context(closing(belts))
             stack.enter_context(setup.deterministic_algorithms(self.deterministic))
             num_batches = setup.at_most(source.num_batches, max_batches)
             group = wiring.make_logger_group(
@@ -152,7 +148,7 @@ class Trainer(Settings):
             collector = wiring.make_collector(self)
             stack.enter_context(wiring.installed(collector))
             scope = stack.enter_context(Scope(self.stall_timeout_s))
-            outbound = belts.outbound(scope, journal)
+            outbound, inbound = belts.outbound(scope, journal), belts.inbound(source, belts.times)
             watch = stack.enter_context(GilWatch(self.gil, clock, outbound.put_row, run_dir))
             run = Run(
                 settings=self,
@@ -183,7 +179,7 @@ class Trainer(Settings):
             stack.enter_context(wiring.installed(detector))
             stack.enter_context(handling_signals(run))
             fit(run)
-        return make_result(run, belts.schedule, run_dir, opened.path)
+        return make_result(run, belts, run_dir, train_data, opened.path)
 
     def evaluate(
         self,
@@ -220,8 +216,8 @@ class Trainer(Settings):
         if checkpoint is not None:
             load_model(checkpoint, model)
         setup.place(self, belts.device, model, loss_fn, *(metrics or {}).values())
-        with closing(belts.inbound(source)) as inbound:
-            return self._evaluation(belts, objective, inbound, source, metrics)(model)
+        with closing(belts):
+            return self._evaluation(belts, objective, source, metrics)(model)
 
     def predict(
         self,
@@ -253,10 +249,7 @@ class Trainer(Settings):
             load_model(checkpoint, model)
         setup.place(self, belts.device, model)
         limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
-        with (
-            closing(belts.inbound(source)) as inbound,
-            closing(inbound.batches(EVALUATION_EPOCH, limit)) as batches,
-        ):
+        with closing(belts), closing(belts.inbound(source).batches(EVALUATION_EPOCH, limit)) as batches:
             outputs = predict_batches(
                 model, forward, batches, setup.make_autocast(self.precision, belts.device)
             )
@@ -284,7 +277,6 @@ class Trainer(Settings):
         self,
         belts: Belts,
         objective: Objective,
-        inbound: Inbound,
         source: Source,
         metrics: Metrics | None,
         *,
@@ -293,7 +285,7 @@ class Trainer(Settings):
         limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
         return Evaluation(
             objective=objective,
-            open_batches=partial(inbound.batches, EVALUATION_EPOCH, limit),
+            open_batches=partial(belts.inbound(source).batches, EVALUATION_EPOCH, limit),
             metrics=metrics or {},
             autocast=setup.make_autocast(self.precision, belts.device),
             merges_ranks=merges_ranks,

@@ -13,6 +13,9 @@ import pytest
 import torch
 from hypothesis import settings
 
+from pipeline.concurrency import fork_server
+from pipeline.data.processes import MODULES
+
 settings.register_profile("ci", deadline=None, max_examples=25, print_blob=True, derandomize=True)
 settings.load_profile("ci")
 
@@ -36,6 +39,14 @@ def one_intra_op_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def warm_fork_server() -> Iterator[None]:
+    """Share one fork server: it imports torch, which takes two seconds."""
+    server = fork_server(MODULES)
+    yield
+    server.close()
 
 
 @pytest.fixture(autouse=True)
@@ -74,4 +85,4 @@ def nothing_left_behind() -> Iterator[None]:
     gc.collect()
     after = alive()
     left = {kind: after[kind] - before[kind] for kind in after if after[kind] - before[kind]}
-    assert not left, f"left behind: {left}"
+    assert not left, f"left behind: {str(left)[:2000]}"

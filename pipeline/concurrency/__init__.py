@@ -6,7 +6,7 @@ from pipeline.concurrency.cores import available_cores
 from pipeline.concurrency.fork_server import is_nursery, pickled_error
 from pipeline.concurrency.pool import NurseryDiedError, WorkerPool, fork_server, preparation
 from pipeline.concurrency.scope import Scope, stack_of
-from pipeline.concurrency.shared import HAS_SHARED_MEMORY, Slot, SlotFile, view_file
+from pipeline.concurrency.shared import HAS_SHARED_MEMORY, Slot, SlotFile, map_slots, view_file, view_slot
 from pipeline.concurrency.watchdog import watch
 from pipeline.concurrency.writer import Writer
 
@@ -26,9 +26,11 @@ __all__ = [
     "available_cores",
     "fork_server",
     "is_nursery",
+    "map_slots",
     "pickled_error",
     "preparation",
     "stack_of",
     "view_file",
+    "view_slot",
     "watch",
 ]

@@ -161,6 +161,15 @@ class WorkerPool:
             self._start_workers()
         return self._is_ready
 
+    def resize(self, num_workers: int) -> bool:
+        """Start workers or let idle ones go; return whether there are as many as wanted."""
+        while len(self._workers) < num_workers:
+            self._workers.append(self._start_worker())
+        for worker in [each for each in self._workers if not each.jobs][: len(self._workers) - num_workers]:
+            worker.requests.close()  # which ends it
+            self._workers.remove(worker)
+        return True
+
     def submit(self, message: bytes) -> int:
         """Give a job to the worker with the fewest; return its ticket. Never waits."""
         self._next_ticket += 1
@@ -172,7 +181,7 @@ class WorkerPool:
         """Return the answers that are there; wait for the first.
 
         Returns:
-            An empty list after the time-out.
+            An empty list after the time-out, or if a worker has died, which `died` tells.
         """
         poller = select.poll()
         by_file = {worker.requests.fileno(): worker for worker in self._workers}

@@ -22,31 +22,35 @@ PAGE_BYTES = mmap.ALLOCATIONGRANULARITY
 HAS_SHARED_MEMORY = hasattr(os, "memfd_create")
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True)
 class Slot:
-    """A piece of a shared file, mapped here."""
+    """A piece of a shared file."""
 
     offset: int
     nbytes: int
-    memory: mmap.mmap
 
 
 class SlotFile:
-    """Slots of shared memory on lease; it grows as they are wanted.
+    """Slots of shared memory on lease; there are more of them as they are wanted.
 
     A slot is free again when the last object that views its memory has died, so a batch that somebody
     keeps stays valid, and a consumer that keeps them all makes the file grow as its own memory would.
 
+    Attributes:
+        num_slots: Made so far.
+
     Runs on:
-        One thread leases; a lease may end on any thread, in the middle of anything: all it does is one
+        One thread acquires; a lease may end on any thread, in the middle of anything: all it does is one
         append to a deque.
     """
 
     def __init__(self) -> None:
         self.file = os.memfd_create("batches")
-        self._end = 0
+        os.ftruncate(self.file, span_bytes())
+        self._memory = map_slots(self.file)
         self._free: deque[Slot] = deque()
-        self.num_leases = 0
+        self._end = 0
+        self.num_slots = 0
 
     def acquire(self, nbytes: int) -> Slot:
         """Return a slot of at least so many bytes.
@@ -58,8 +62,16 @@ class SlotFile:
             slot = self._free.pop()
             if slot.nbytes >= nbytes:
                 return slot
-            slot.memory.madvise(mmap.MADV_REMOVE)  # too small from now on: give its pages back
-        return self._grow(-(-max(nbytes, 1) // PAGE_BYTES) * PAGE_BYTES)
+            self._drop(slot)  # too small from now on
+        nbytes = -(-max(nbytes, 1) // PAGE_BYTES) * PAGE_BYTES
+        check_room(nbytes)
+        self.num_slots += 1
+        offset, self._end = self._end, self._end + nbytes
+        return Slot(offset, nbytes)
+
+    def write(self, slot: Slot, data: bytes) -> None:
+        """Write to the beginning of a slot."""
+        self._memory[slot.offset : slot.offset + len(data)] = data
 
     def release(self, slot: Slot) -> None:
         """Take back a slot that nobody views."""
@@ -67,21 +79,36 @@ class SlotFile:
 
     def lend(self, slot: Slot) -> Any:
         """Return a buffer over the slot; the slot is free when the buffer and all its views are gone."""
-        buffer = (ctypes.c_char * slot.nbytes).from_buffer(slot.memory)
+        buffer = view_slot(self._memory, slot.offset, slot.nbytes)
         weakref.finalize(buffer, self._free.append, slot).atexit = False
-        self.num_leases += 1
         return buffer
 
     def close(self) -> None:
-        """Close the file; what is on lease stays valid."""
+        """Let go of the memory, but for what is on lease, which stays valid."""
         os.close(self.file)
-        self._free.clear()
+        while self._free:
+            self._drop(self._free.pop())
 
-    def _grow(self, nbytes: int) -> Slot:
-        check_room(nbytes)
-        offset, self._end = self._end, self._end + nbytes
-        os.ftruncate(self.file, self._end)
-        return Slot(offset, nbytes, mmap.mmap(self.file, nbytes, offset=offset))
+    def _drop(self, slot: Slot) -> None:
+        self._memory.madvise(mmap.MADV_REMOVE, slot.offset, slot.nbytes)
+
+
+def span_bytes() -> int:
+    """Return how much address space the slots of a file are given: more than could ever be filled.
+
+    One mapping serves all of them; a page takes memory only once it is written to.
+    """
+    return 4 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def map_slots(file: int) -> mmap.mmap:
+    """Map the file of the slots."""
+    return mmap.mmap(file, span_bytes())
+
+
+def view_slot(memory: mmap.mmap, offset: int, nbytes: int) -> Any:
+    """Return a buffer over a slot."""
+    return (ctypes.c_char * nbytes).from_buffer(memory, offset)
 
 
 def view_file(file: int, *, is_private: bool = False) -> mmap.mmap:

@@ -15,6 +15,7 @@ import sys
 from collections.abc import Container, Iterable
 from typing import Any, Protocol
 
+import numpy.random
 import torch
 
 _MT19937_BYTES = 4 * 624 + 4  # the words of the state and the position in it
@@ -69,20 +70,20 @@ class NumpyGenerator:
     name = "numpy.random"
 
     def fingerprint(self) -> bytes:
-        legacy = sys.modules["numpy.random"].mtrand._rand
+        legacy = numpy.random.mtrand._rand
         generator = legacy._bit_generator
         if type(generator).__name__ != "MT19937":
             return repr(legacy.get_state(legacy=False)).encode()
         return ctypes.string_at(generator.ctypes.state_address, _MT19937_BYTES)
 
     def state(self) -> Any:
-        return sys.modules["numpy.random"].get_state()
+        return numpy.random.get_state()
 
     def restore(self, state: Any) -> None:
-        sys.modules["numpy.random"].set_state(state)
+        numpy.random.set_state(state)
 
     def seed(self, seed: int) -> None:
-        sys.modules["numpy.random"].seed([seed & 0xFFFFFFFF, seed >> 32])
+        numpy.random.seed([seed & 0xFFFFFFFF, seed >> 32])
 
 
 class TorchGenerator:
@@ -145,8 +146,8 @@ class Watch:
 
 
 def global_generators() -> list[GlobalGenerator]:
-    """Return the generators that a dataset could draw from: NumPy's only where it is imported."""
-    return [_TORCH, _PYTHON, _NUMPY] if "numpy.random" in sys.modules else [_TORCH, _PYTHON]
+    """Return the generators that a dataset could draw from."""
+    return [_TORCH, _PYTHON, _NUMPY]
 
 
 def _python_state_address() -> int | None:

@@ -28,8 +28,8 @@ class IterableSource:
     makes the batches.
     """
 
-    def __init__(self, batches: Iterable[Batch], seed: int) -> None:
-        self._batches, self._seed = batches, seed
+    def __init__(self, batches: Iterable[Batch], seed: int, name: str) -> None:
+        self._batches, self._seed, self.name = batches, seed, name
         self.num_batches: int | None = length_or_none(batches)
         self.unhookable: tuple[str, ...] = ()
         self.makes_fresh_batches = isinstance(batches, (list, tuple)) or (

@@ -29,13 +29,14 @@ class Arena:
 
     Args:
         buffer: Writable memory; None has room for nothing.
+        start: The bytes at the beginning that are left alone.
     """
 
-    def __init__(self, buffer: Buffer | None) -> None:
-        self.buffer = buffer
+    def __init__(self, buffer: Buffer | None, start: int = 0) -> None:
+        self.buffer, self._first = buffer, start
         self.nbytes = 0 if buffer is None else len(buffer)
         self._start = _address(buffer) if self.nbytes else 0
-        self._used = 0
+        self._used = start
 
     def take(self, nbytes: int) -> int | None:
         """Return the offset of a piece of so many bytes, or None if there is no room."""
@@ -47,7 +48,7 @@ class Arena:
 
     def clear(self) -> None:
         """Begin again at the start."""
-        self._used = 0
+        self._used = self._first
 
     def tensor(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
         """Return an uninitialised tensor in the buffer, or None if there is no room."""
@@ -115,6 +116,13 @@ class _Packer(pickle.Pickler):
             return "array", *self._put(flat), found.dtype, found.size, found.shape, None
         return None
 
+    def reducer_override(self, found: Any) -> Any:
+        # torch's own way keeps a list of all sparse tensors that were ever unpickled, to validate them.
+        if isinstance(found, torch.Tensor) and found.layout is torch.sparse_coo:
+            parts = found._indices(), found._values(), found.shape, found.is_coalesced()
+            return _sparse_coo, parts
+        return NotImplemented
+
     def _put(self, flat: torch.Tensor) -> tuple[bool, int]:
         """Put it into memory; return whether that is the overflow, and the offset."""
         if not flat.numel():
@@ -181,6 +189,10 @@ class _Unpacker(pickle.Unpickler):
             return torch.empty(shape, dtype=dtype)
         flat = view(buffer, offset, dtype, count)
         return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
+
+
+def _sparse_coo(indices: Any, values: Any, shape: torch.Size, is_coalesced: bool) -> torch.Tensor:
+    return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=is_coalesced, check_invariants=False)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:

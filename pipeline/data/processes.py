@@ -10,7 +10,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from pipeline.batch import Batch
-from pipeline.concurrency import Slot, SlotFile, WorkerPool
+from pipeline.concurrency import NurseryDiedError, Slot, SlotFile, WorkerPool
 from pipeline.data.main_module import main_preparation
 from pipeline.data.packing import Arena, Packed, pack, unpack
 from pipeline.data.reader import END, MapReader, MapSource
@@ -18,7 +18,6 @@ from pipeline.data.worker import ANSWER, JOB
 from pipeline.errors import ConfigError, StallError, WorkerDiedError
 
 MODULES = ("numpy", "torch", "torch.utils.data", "pipeline.data.worker")
-_INDEX_BYTES = 8
 
 
 class Processes:
@@ -37,8 +36,8 @@ class Processes:
     """
 
     def __init__(self, source: MapSource, num_workers: int, stall_timeout_s: float | None = None) -> None:
-        self.num_workers, self._stall_timeout_s = num_workers, stall_timeout_s
-        self._wanted_bytes = 0
+        self._stall_timeout_s = stall_timeout_s
+        self._batch_bytes = 0
         self._tickets: dict[int, tuple[int, Slot, MapReader]] = {}
         payload, prepare = _packed_fetcher(source)
         self._slots = SlotFile()
@@ -57,9 +56,26 @@ class Processes:
         finally:
             os.close(payload.overflow)
 
-    def is_ready(self) -> bool:
-        """Say, without waiting, whether the workers are there; it takes two seconds the first time."""
-        return self._pool.is_ready()
+    @property
+    def num_slots(self) -> int:
+        """Slots of shared memory made so far; they are used again."""
+        return self._slots.num_slots
+
+    def is_ready(self, num_workers: int) -> bool:
+        """Say, without waiting, whether so many workers are there; it takes two seconds the first time.
+
+        Raises:
+            PipelineError: If they never will be; it says why.
+        """
+        try:
+            return self._pool.is_ready() and self._pool.resize(num_workers)
+        except NurseryDiedError as error:
+            raise WorkerDiedError("the process that has the dataset is gone", stage="fetch") from error
+        except Exception as error:
+            raise ConfigError(
+                f"the dataset cannot be unpickled in a process: {type(error).__name__}: {error}. Set "
+                "placement=thread, or see why with pickle.loads(pickle.dumps(dataset))."
+            ) from error
 
     def wait_until_ready(self) -> bool:
         """Wait until the workers are there; False after the time-out."""
@@ -101,17 +117,16 @@ class Processes:
 
     def _ask(self, reader: MapReader, position: int) -> None:
         indices = reader.indices(position)
-        nbytes = max(self._wanted_bytes, len(indices) * _INDEX_BYTES)
-        slot = self._slots.acquire(nbytes)
-        slot.memory[: len(indices) * _INDEX_BYTES] = indices.numpy().tobytes()
+        slot = self._slots.acquire(indices.nbytes + self._batch_bytes)
+        self._slots.write(slot, indices.numpy().tobytes())
         job = JOB.pack(reader.epoch, position, len(indices), slot.offset, slot.nbytes)
         self._tickets[self._pool.submit(job)] = position, slot, reader
 
     def _collect(self, reader: MapReader, ready: dict[int, tuple[bytes, Slot, int]]) -> None:
         answers = self._pool.answers(self._stall_timeout_s)
-        self._warn_of_deaths()
-        if not answers:
+        if not answers and not self._pool.died:
             raise self._stalled(reader)
+        self._warn_of_deaths()
         for answer in answers:
             position, slot, asker = self._tickets.pop(answer.ticket)
             file = answer.files[0] if answer.files else -1
@@ -131,7 +146,7 @@ class Processes:
             raise _error_in(message[ANSWER.size :])
         if file >= 0:
             # It came by a file of its own, and a copy: make the next slots large enough.
-            self._wanted_bytes = max(self._wanted_bytes, wanted_bytes + wanted_bytes // 8)
+            self._batch_bytes = max(self._batch_bytes, wanted_bytes + wanted_bytes // 8)
         return unpack(Packed(offset, nbytes, file, 0), self._slots.lend(slot))
 
     def _warn_of_deaths(self) -> None:

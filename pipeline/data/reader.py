@@ -69,11 +69,13 @@ class Source(Protocol):
     """A user's data.
 
     Attributes:
+        name: What the user's argument is called.
         num_batches: Batches per epoch, or None where nobody knows.
         unhookable: What the data was seen to draw from that a thread cannot isolate.
         makes_fresh_batches: Whether each batch is known to have memory of its own.
     """
 
+    name: str
     num_batches: int | None
     unhookable: tuple[str, ...]
     makes_fresh_batches: bool
@@ -95,10 +97,13 @@ class MapSource:
         fetcher: Makes a batch of samples.
         num_batches: Of an epoch.
         make_plan: Returns the sample indices of an epoch's batches; loop thread.
+        name: What the user's argument is called.
     """
 
-    def __init__(self, fetcher: Fetcher, num_batches: int, make_plan: Callable[[int], Plan]) -> None:
-        self.fetcher, self._make_plan = fetcher, make_plan
+    def __init__(
+        self, fetcher: Fetcher, num_batches: int, make_plan: Callable[[int], Plan], name: str
+    ) -> None:
+        self.fetcher, self._make_plan, self.name = fetcher, make_plan, name
         self.num_batches: int | None = num_batches
         self.randomness = SampleRandomness()
         self.unhookable: tuple[str, ...] = ()

@@ -10,6 +10,8 @@ import torch
 
 from pipeline.seeding import shuffle_generator
 
+_BLOCK = 256
+
 
 class Plan(Protocol):
     """The sample indices of each batch of one epoch."""
@@ -50,6 +52,7 @@ class BatchPlan:
         self._num_samples, self._batch_size = num_samples, batch_size
         self._num_batches = num_batches(num_samples, batch_size, drop_last)
         self._order: torch.Tensor | None = None
+        self._cut: tuple[int, tuple[torch.Tensor, ...]] = (-1, ())
         if shuffle:
             self._order = torch.randperm(num_samples, generator=shuffle_generator(seed, epoch))
 
@@ -58,8 +61,17 @@ class BatchPlan:
 
     def indices(self, position: int) -> torch.Tensor:
         start = position * self._batch_size
-        stop = min(start + self._batch_size, self._num_samples)
-        return torch.arange(start, stop) if self._order is None else self._order[start:stop]
+        if self._order is None:
+            return torch.arange(start, min(start + self._batch_size, self._num_samples))
+        # Cut in one call for many batches: a slice for each would cost a step 3 µs.
+        block, place = divmod(position, _BLOCK)
+        cut_block, indices = self._cut
+        if block != cut_block:
+            first, length = block * _BLOCK * self._batch_size, _BLOCK * self._batch_size
+            piece = self._order[first : first + length]
+            indices = piece.split(self._batch_size)  # type: ignore[no-untyped-call]
+            self._cut = block, indices
+        return indices[place]
 
 
 class SamplerPlan:

@@ -55,7 +55,8 @@ def as_source(
         problem = _batches_problem(data, name, shuffle or drop_last or collate_fn is not None)
         if problem:
             raise ConfigError(problem)
-        return take_apart(data, seed) if _is_safe_to_take_apart(data) else IterableSource(data, seed)
+        is_safe = _is_safe_to_take_apart(data)
+        return take_apart(data, seed, name) if is_safe else IterableSource(data, seed, name)
     if isinstance(data, IterableDataset):
         loader = DataLoader(data, batch_size, drop_last=drop_last, collate_fn=collate_fn)
         return as_source(
@@ -77,11 +78,11 @@ drop_last leaves none. Lower batch_size or set drop_last=False."
         _plan, len(data), batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed
     )
     return MapSource(
-        Fetcher(data, collate_fn, seed), num_batches(len(data), batch_size, drop_last), make_plan
+        Fetcher(data, collate_fn, seed), num_batches(len(data), batch_size, drop_last), make_plan, name
     )
 
 
-def take_apart(loader: DataLoader[Any], seed: int) -> MapSource:
+def take_apart(loader: DataLoader[Any], seed: int, name: str) -> MapSource:
     """Return the parts of a DataLoader as a source whose batches may be made anywhere.
 
     The order is the loader's own, drawn from the global generator as a plain loop over it draws; random
@@ -95,7 +96,7 @@ def take_apart(loader: DataLoader[Any], seed: int) -> MapSource:
         torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
         return SamplerPlan(batch_sampler, len(batch_sampler))
 
-    return MapSource(Fetcher(loader.dataset, loader.collate_fn, seed), len(batch_sampler), make_plan)
+    return MapSource(Fetcher(loader.dataset, loader.collate_fn, seed), len(batch_sampler), make_plan, name)
 
 
 def _plan(num_samples: int, epoch: int, **settings: Any) -> BatchPlan:

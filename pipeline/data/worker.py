@@ -7,7 +7,6 @@ interpreter of its own: there the batches of a dataset may draw from anything (s
 from __future__ import annotations
 
 import faulthandler
-import mmap
 import os
 import signal
 import socket
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data._utils.collate import collate, collate_tensor_fn, default_collate_fn_map
 
-from pipeline.concurrency import pickled_error
+from pipeline.concurrency import map_slots, pickled_error, view_slot
 from pipeline.data.fetch import Fetcher
 from pipeline.data.packing import Arena, Packed, pack, unpack, view
 from pipeline.data.randomness import SampleRandomness
@@ -57,9 +56,8 @@ class Worker:
     """Answers jobs until nobody asks any more."""
 
     def __init__(self, fetcher: Fetcher, slots: int, requests: socket.socket) -> None:
-        self._fetcher, self._slots, self._requests = fetcher, slots, requests
+        self._fetcher, self._memory, self._requests = fetcher, map_slots(slots), requests
         self._randomness = SampleRandomness()
-        self._mapped: dict[tuple[int, int], mmap.mmap] = {}
 
     def run(self) -> None:
         """Answer one job after the other."""
@@ -72,10 +70,10 @@ class Worker:
     def _answer(self, message: bytes) -> tuple[bytes, list[int]]:
         try:
             epoch, position, count, offset, nbytes = JOB.unpack(message)
-            slot = self._slot(offset, nbytes)
-            # The indices wait where the batch will be.
-            indices = view(slot, 0, torch.int64, count).clone()
-            arena = Arena(slot)
+            slot = view_slot(self._memory, offset, nbytes)
+            # The indices come first in the slot and stay: another worker may have to do it again.
+            indices = view(slot, 0, torch.int64, count)
+            arena = Arena(slot, start=indices.nbytes)
             packed = pack(self._make(arena, indices, epoch, position), arena)
             files = [packed.overflow] if packed.overflow >= 0 else []
             return ANSWER.pack(True, packed.offset, packed.nbytes, packed.wanted_bytes), files
@@ -92,11 +90,6 @@ class Worker:
             return fetcher.fetch(indices, epoch, position, seed_sample, collate_fn)
 
         return self._randomness.on_loop_thread(make)
-
-    def _slot(self, offset: int, nbytes: int) -> mmap.mmap:
-        if (offset, nbytes) not in self._mapped:
-            self._mapped[offset, nbytes] = mmap.mmap(self._slots, nbytes, offset=offset)
-        return self._mapped[offset, nbytes]
 
 
 def _collate_into(arena: Arena) -> Callable[[list[Any]], Any]:

@@ -8,6 +8,7 @@ through an event, and both through slots of pinned memory on lease.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -52,6 +53,9 @@ class Streams(Protocol):
 
     def record_compute(self) -> Event:
         """Mark the end of what has been queued on the calling thread's compute stream."""
+
+    def ages_s(self, marks: Sequence[Event]) -> list[float]:
+        """Say how long ago the compute stream, which is idle by now, passed each of its marks, in seconds."""
 
 
 class Backend(Protocol):
@@ -143,10 +147,16 @@ class StreamBackend:
         pinned.copy_(source, non_blocking=True)
 
     def record_compute(self) -> Event:
-        return self._record(self._module.current_stream(self.device))
+        return self._record(self._module.current_stream(self.device), is_timed=True)
 
-    def _record(self, stream: Any) -> Event:
-        event: Any = self._module.Event(blocking=True)
+    def ages_s(self, marks: Sequence[Event]) -> list[float]:
+        now: Any = self.record_compute()
+        now.synchronize()
+        events: Any = marks
+        return [event.elapsed_time(now) / 1e3 for event in events]
+
+    def _record(self, stream: Any, *, is_timed: bool = False) -> Event:
+        event: Any = self._module.Event(blocking=True, enable_timing=is_timed)
         event.record(stream)
         return event  # type: ignore[no-any-return]
 

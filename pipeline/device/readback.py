@@ -9,6 +9,7 @@ its numbers were taken (it is on lease), and the loop's run-ahead is bounded (`S
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
 
@@ -16,6 +17,8 @@ import torch
 
 from pipeline.batch import Scalars
 from pipeline.device.backend import Backend, Event, Streams
+
+RECENT_EVENTS = 256
 
 
 @dataclass(slots=True)
@@ -88,12 +91,14 @@ class Readback:
         Runs on:
             Loop thread.
         """
+        if self._streams is None:
+            return Pending({n: v if isinstance(v, (float, int)) else v.item() for n, v in scalars.items()})
         values = {name: v for name, v in scalars.items() if not isinstance(v, torch.Tensor)}
         tensors = {name: v for name, v in scalars.items() if isinstance(v, torch.Tensor)}
         for name, tensor in list(tensors.items()):
-            if self._streams is None or tensor.device != self._device:  # the host's: nothing to wait for
+            if tensor.device != self._device:  # the host's: nothing to wait for
                 values[name] = tensors.pop(name).item()
-        if self._streams is None or not tensors:
+        if not tensors:
             return Pending(values)
         # float64 holds every float32, float16, bfloat16 and every integer up to 2**53 exactly.
         packed = torch.stack([tensor.detach().to(torch.float64) for tensor in tensors.values()])
@@ -138,9 +143,21 @@ class StepLimiter:
     def __init__(self, streams: Streams, max_steps_in_flight: int) -> None:
         self._streams, self._max = streams, max_steps_in_flight
         self._events: deque[Event] = deque()
+        self._recent: deque[Event] = deque(maxlen=RECENT_EVENTS)
 
     def step_queued(self) -> None:
         """Note that a step has been queued, and wait for the one that many steps before it."""
-        self._events.append(self._streams.record_compute())
+        queued = self._streams.record_compute()
+        self._events.append(queued)
+        self._recent.append(queued)
         if len(self._events) > self._max:
             self._events.popleft().synchronize()
+
+    def ages(self) -> tuple[int, list[float]]:
+        """Return the time, and how long ago the device, which is idle by now, finished the last steps.
+
+        Returns:
+            Nanoseconds of `time.perf_counter`, and seconds before them.
+        """
+        ages_s = self._streams.ages_s(self._recent)
+        return time.perf_counter_ns(), ages_s

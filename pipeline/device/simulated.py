@@ -32,7 +32,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,16 +56,16 @@ class SimulatedEvent:
 
     def __init__(self, device: SimulatedBackend, stream: _Queue) -> None:
         self._device, self._stream = device, stream
-        self._passes_at_s, self.mark = stream.busy_until_s, stream.num_queued
+        self.passed_at_s, self.mark = stream.busy_until_s, stream.num_queued
 
     def query(self) -> bool:
-        has_passed = self._device.now_s() >= self._passes_at_s
+        has_passed = self._device.now_s() >= self.passed_at_s
         if has_passed:
             self.deliver()
         return has_passed
 
     def synchronize(self) -> None:
-        self._device.wait_until(self._passes_at_s)
+        self._device.wait_until(self.passed_at_s)
         self.deliver()
 
     def deliver(self) -> None:
@@ -77,7 +77,7 @@ class SimulatedEvent:
 
     def delay(self, stream: _Queue) -> None:
         """Make another stream wait for the mark."""
-        stream.busy_until_s = max(stream.busy_until_s, self._passes_at_s)
+        stream.busy_until_s = max(stream.busy_until_s, self.passed_at_s)
 
 
 class SimulatedBackend:
@@ -194,6 +194,9 @@ class SimulatedBackend:
 
     def record_compute(self) -> Event:
         return SimulatedEvent(self, self._compute)
+
+    def ages_s(self, marks: Sequence[Event]) -> list[float]:
+        return [self.now_s() - mark.passed_at_s for mark in marks if isinstance(mark, SimulatedEvent)]
 
     def _queue(self, stream: _Queue, duration_s: float, effect: Callable[[], None] | None = None) -> None:
         with self.lock:

@@ -34,12 +34,15 @@ class GilAccount(Protocol):
     def restart(self) -> GilReport:
         """Return the report so far, and begin a new window."""
 
-    def write_trace(self, path: str | Path) -> None:
-        """Write what each thread did when, for Perfetto or Chrome.
+    def trace(self) -> dict[str, Any]:
+        """Return what each thread did when, in Chrome's JSON format.
 
         Raises:
             GilAccountError: If no trace was kept.
         """
+
+    def write_trace(self, path: str | Path) -> None:
+        """Write it to a file, for Perfetto or Chrome."""
 
 
 @contextmanager
@@ -109,10 +112,13 @@ class SampledAccount:
         self._sampler.ask("reset")
         return report
 
-    def write_trace(self, path: str | Path) -> None:
+    def trace(self) -> dict[str, Any]:
         if not self._has_trace:
             raise GilAccountError("no trace was kept. Use gil_account(trace=True).")
-        write_trace(Path(path), self._trace() if self._is_open else self._kept()[1])
+        return self._trace() if self._is_open else self._kept()[1]
+
+    def write_trace(self, path: str | Path) -> None:
+        write_trace(Path(path), self.trace())
 
     def close(self) -> None:
         """Keep the last report and trace, while threads can still be named; the sampler is about to end."""
@@ -156,8 +162,11 @@ class SignalsAccount:
         self._begin()
         return report
 
-    def write_trace(self, path: str | Path) -> None:
+    def trace(self) -> dict[str, Any]:
         raise GilAccountError(f"there is no trace, since there is no sampler: {self._why}")
+
+    def write_trace(self, path: str | Path) -> None:
+        self.trace()
 
     def close(self) -> None:
         """Keep the last report, and stop timing the stages."""

@@ -78,10 +78,6 @@ class StageClock:
             self._cpu_since_ns = thread_time_ns()
         self.has_cpu_time = is_read
 
-    def wall_ns(self, stage: int) -> int:
-        """Return how long a stage has lasted so far, all its ended turns together."""
-        return self._wall_ns[stage]
-
     def off_core_s(self, stages: Iterable[int]) -> float:
         """Return how long the thread was on no core in these stages, in seconds."""
         return sum(self._wall_ns[stage] - self._scaled_cpu_ns(stage) for stage in stages) / 1e9

@@ -81,12 +81,12 @@ def _train_epoch(run: Run, batches: Iterator[Batch]) -> None:
     step, clock = run.step, run.clock
     clock.restart()
     for batch in batches:
-        step.micro_batch(batch)
+        is_due = step.micro_batch(batch)
         run.position += 1
         run.num_samples += num_samples(batch)
         if run.count_tokens is not None:
             run.num_tokens += run.count_tokens(batch)
-        if step.is_due:
+        if is_due:
             _finish_step(run)
             if run.is_ending:
                 return
@@ -99,12 +99,12 @@ def _train_epoch(run: Run, batches: Iterator[Batch]) -> None:
 
 def _finish_step(run: Run) -> None:
     scalars = run.step.update()
-    step_s, data_wait_s = run.clock.step_ended()
+    step_ns, data_wait_ns = run.clock.step_ended()
     done = StepDone(
         run.state.step,
         run.state.epoch,
-        step_s,
-        data_wait_s,
+        step_ns,
+        data_wait_ns,
         run.clock.began_s,
         run.num_samples - run.num_samples_before,
         run.num_tokens - run.num_tokens_before,
@@ -113,7 +113,8 @@ def _finish_step(run: Run) -> None:
     run.outbound.put_step(done, scalars)  # never waits for the device in `overlap`
     if run.limiter is not None:
         run.limiter.step_queued()  # waits for the step `max_steps_in_flight` ago
-    run.gil.step_done(run.state.step, run.state.epoch)
+    if run.clock.since_ns >= run.gil.next_ns:
+        run.gil.look(run.state.step, run.state.epoch)
     if run.collector is not None:
         run.collector.step_done(run.state.step)
     if _after_step(run, scalars):

@@ -8,12 +8,14 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 from pipeline.batch import Row
 from pipeline.errors import GilAccountError
 from pipeline.gil import GilAccount, GilReport, gil_account, to_json
 from pipeline.gil.interpreter import handoff_counter
 from pipeline.gil.signals import Handoffs
+from pipeline.gil.trace import write_trace
 from pipeline.loop.clock import STAGES, StepClock
 from pipeline.loop.convoy import ConvoyWatch, describe_convoy, warn_harmlessly
 from pipeline.settings import GilMode
@@ -31,7 +33,9 @@ class GilWatch:
         run_dir: Where ``gil.json`` and ``gil_trace.json`` go; None writes neither.
 
     Attributes:
+        next_ns: When to look, by the clock.
         report: The account of the whole run, once the `with` was left, if there was one.
+        trace: The same over time, in Chrome's JSON format.
 
     Runs on:
         Loop thread.
@@ -47,9 +51,10 @@ class GilWatch:
         self._handoffs: Handoffs | None = None
         self._has_warned = False
         self.report: GilReport | None = None
+        self.trace: dict[str, Any] | None = None
 
     def __enter__(self) -> GilWatch:
-        self._next_ns = sys.maxsize
+        self.next_ns = sys.maxsize
         if self._mode == "off":
             return self
         if (read := handoff_counter()) is not None:
@@ -59,7 +64,7 @@ class GilWatch:
         elif self._handoffs is not None:
             self._convoy = ConvoyWatch(self._clock, self._handoffs)
             self._stack.callback(self._convoy.close)
-        self._next_ns = self._convoy.next_ns if self._convoy else self._clock.since_ns + LOG_NS
+        self.next_ns = self._convoy.next_ns if self._convoy else self._clock.since_ns + LOG_NS
         return self
 
     def __exit__(
@@ -72,14 +77,12 @@ class GilWatch:
         if self._account is not None:
             self._finish(self._account)
 
-    def step_done(self, step: int, epoch: int) -> None:
-        """Look at the GIL, if it is time."""
-        if self._clock.since_ns < self._next_ns:
-            return  # all that a step costs
-        self._next_ns = self._clock.since_ns + LOG_NS
+    def look(self, step: int, epoch: int) -> None:
+        """Look at the GIL; call it from `next_ns` on, so that a step costs a comparison."""
+        self.next_ns = self._clock.since_ns + LOG_NS
         if self._convoy is not None:
             self._convoy.look(step)
-            self._next_ns = self._convoy.next_ns
+            self.next_ns = self._convoy.next_ns
         elif self._account is not None:
             self._log(self._account, step, epoch)
 
@@ -113,10 +116,12 @@ class GilWatch:
     def _finish(self, account: GilAccount) -> None:
         try:
             self.report = account.report()
+            if self.report.num_samples:
+                self.trace = account.trace()
             if self._run_dir is not None:
                 (self._run_dir / "gil.json").write_text(to_json(self.report))
-                if self.report.num_samples:
-                    account.write_trace(self._run_dir / "gil_trace.json")
+                if self.trace is not None:
+                    write_trace(self._run_dir / "gil_trace.json", self.trace)
         except (GilAccountError, OSError) as error:
             self._go_on_without(error)
         else:

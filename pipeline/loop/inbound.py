@@ -5,29 +5,17 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import closing
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from pipeline.batch import Batch
 from pipeline.data import MapReader, MapSource, Processes, ProcessReader, Reader, Source
 from pipeline.device import Transfer
 from pipeline.errors import ConfigError
+from pipeline.loop.chooser import Auto
+from pipeline.loop.placement import Place
 from pipeline.loop.places import read_ahead, read_in_line
-from pipeline.settings import PlaceName
-
-
-class Place(NamedTuple):
-    """Where batches are made.
-
-    Args:
-        name: ``textbook`` is the loop thread itself.
-        num_workers: Threads or processes; 0 where the name says it all.
-    """
-
-    name: PlaceName
-    num_workers: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.name} × {self.num_workers}" if self.num_workers else self.name
+from pipeline.loop.threads import ThreadTimes
+from pipeline.report.placement import PlacementReport
 
 
 class Chooser(Protocol):
@@ -41,6 +29,10 @@ class Chooser(Protocol):
 
     def watch(self, batches: Generator[Batch]) -> Generator[Batch]:
         """Pass on the batches of the place chosen last."""
+
+    @property
+    def report(self) -> PlacementReport:
+        """What was chosen, and why."""
 
 
 class Pinned:
@@ -58,6 +50,10 @@ class Pinned:
     def watch(self, batches: Generator[Batch]) -> Generator[Batch]:
         return batches
 
+    @property
+    def report(self) -> PlacementReport:
+        return PlacementReport(str(self._place), "by the settings")
+
 
 class Inbound:
     """Brings a source's batches to the device, an epoch at a time.
@@ -65,9 +61,10 @@ class Inbound:
     Args:
         source: Of the batches.
         transfer: To the device.
-        chooser: Of the place.
+        place: Where the user wants them made; None leaves it to measurement.
         depth: Batches that are made ahead.
         stall_timeout_s: Longest wait for a batch; None waits for ever.
+        times: Told how the threads that make batches spent theirs.
 
     Runs on:
         Loop thread.
@@ -77,11 +74,14 @@ class Inbound:
         self,
         source: Source,
         transfer: Transfer,
-        chooser: Chooser,
+        place: Place | None,
         depth: int,
         stall_timeout_s: float | None,
+        times: ThreadTimes | None = None,
     ) -> None:
-        self._source, self._transfer, self._chooser = source, transfer, chooser
+        self._times = times
+        self._source, self._transfer = source, transfer
+        self.chooser: Chooser = Auto(self, source.name) if place is None else Pinned(place)
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._opened: Reader | None = None
         self._processes: Processes | None = None
@@ -100,17 +100,16 @@ class Inbound:
     def _batches(self, opened: Reader) -> Generator[Batch]:
         with closing(opened) as reader:
             while not reader.is_exhausted:
-                place = self._chooser.choose(reader)
-                with closing(self._chooser.watch(self._made_in(place, reader))) as batches:
+                place = self.chooser.choose(reader)
+                with closing(self.chooser.watch(self._made_in(place, reader))) as batches:
                     yield from batches
 
     def close(self) -> None:
         """End what is kept from epoch to epoch."""
-        if self._processes is not None:
-            self._processes.close()
+        self.stop_processes()
 
     def _made_in(self, place: Place, reader: Reader) -> Generator[Batch]:
-        goes_on = self._chooser.goes_on
+        goes_on = self.chooser.goes_on
         if place.name == "process":
             return self._made_by_processes(place.num_workers, reader)
         if place.name != "textbook":
@@ -128,28 +127,27 @@ class Inbound:
             is_fresh=self._source.makes_fresh_batches,
             stall_timeout_s=self._stall_timeout_s,
             goes_on=goes_on,
+            times=self._times,
         )
 
     def _made_by_processes(self, num_workers: int, reader: Reader) -> Generator[Batch]:
-        processes = self.processes(num_workers)
-        if not processes.is_ready():  # nobody waits for them to start
-            return read_in_line(reader, self._transfer, lambda: not processes.is_ready())
+        if not self.start_processes(num_workers):  # nobody waits for them to start
+            return read_in_line(reader, self._transfer, lambda: not self.start_processes(num_workers))
         assert isinstance(reader, MapReader)
+        assert self._processes is not None
+        processes = self._processes
         depth = max(self._depth, 2 * num_workers)
-        made = ProcessReader(processes, reader, depth, self._chooser.goes_on)
+        made = ProcessReader(processes, reader, depth, self.chooser.goes_on)
         if self._transfer.runs_ahead:
             return _closing(made, read_ahead(made, self._transfer, 2, stall_timeout_s=self._stall_timeout_s))
         return _closing(made, read_in_line(made, self._transfer))
 
-    def processes(self, num_workers: int) -> Processes:
-        """Return the worker processes, started if there are none or not so many.
+    def start_processes(self, num_workers: int) -> bool:
+        """See that worker processes are there or on their way; say whether they are there.
 
         Raises:
             ConfigError: If the data cannot be taken to a process; it says why.
         """
-        if self._processes is not None and self._processes.num_workers != num_workers:
-            self._processes.close()
-            self._processes = None
         if self._processes is None:
             if not isinstance(self._source, MapSource):
                 raise ConfigError(
@@ -157,7 +155,13 @@ class Inbound:
                     "or a DataLoader of one with num_workers=0. Batches of an iterable are made inline."
                 )
             self._processes = Processes(self._source, num_workers, self._stall_timeout_s)
-        return self._processes
+        return self._processes.is_ready(num_workers)
+
+    def stop_processes(self) -> None:
+        """End the worker processes, if there are any."""
+        if self._processes is not None:
+            self._processes.close()
+            self._processes = None
 
     def _warn_in_line(self) -> None:
         if self._has_warned:

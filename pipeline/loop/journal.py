@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections import deque
 from collections.abc import Callable
 from math import isfinite
 
@@ -13,6 +14,8 @@ from pipeline.loop.guard import SKIPPED
 from pipeline.loop.rates import Rates, StepDone
 from pipeline.report import SaveReport
 from pipeline.settings import Settings
+
+RECENT_STEPS = 256
 
 
 class Journal:
@@ -29,6 +32,9 @@ class Journal:
         on_nonfinite: Told of each step whose loss or gradients are not finite.
         on_step: Told of every step's numbers, in order, a row or not; None for nobody.
         losses: Of every step, whatever becomes of its row.
+        step_s: The time of every step, in seconds.
+        wait_s: How much of it was spent waiting for batches.
+        recent: The last steps.
         last_values: The numbers of the last step.
         num_undelivered: Rows that the loggers have not been told yet.
         num_dropped: Rows that they never will be.
@@ -51,7 +57,8 @@ class Journal:
         self.on_step: Callable[[StepDone, dict[str, float]], None] | None = None
         self._rows: list[Row] = []
         self.on_nonfinite: Callable[[StepDone, float], None] | None = None
-        self.losses = array("d")
+        self.losses, self.step_s, self.wait_s = array("d"), array("d"), array("d")
+        self.recent: deque[StepDone] = deque(maxlen=RECENT_STEPS)
         self.last_values: dict[str, float] = {}
         self.num_dropped = 0
         self._of_save: dict[str, float] = {}
@@ -65,6 +72,9 @@ class Journal:
         loss = values["train/loss"]
         was_skipped = bool(values.pop(SKIPPED, 0.0))
         self.losses.append(loss)
+        self.step_s.append(done.step_ns / 1e9)
+        self.wait_s.append(done.data_wait_ns / 1e9)
+        self.recent.append(done)
         self.last_values = values
         if was_skipped and self._on_nonfinite == "skip":
             values[SKIPPED] = 1.0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numbers
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, NoReturn, TypeAlias
 
 import torch
 
@@ -42,7 +42,10 @@ def from_loss_fn(loss_fn: LossFn) -> Objective:
             )
         inputs, target = batch
         outputs = model(inputs)
-        return Computed(_checked(loss_fn(outputs, target)), {}, (outputs, target))
+        loss = loss_fn(outputs, target)
+        if not isinstance(loss, torch.Tensor) or loss.ndim:
+            _refuse_loss(loss)
+        return Computed(loss, {}, (outputs, target))
 
     return compute
 
@@ -67,32 +70,31 @@ def from_step(step: Step) -> Objective:
     return compute
 
 
-def check_graph(loss: torch.Tensor) -> None:
-    """Refuse a loss that nothing can be learned from.
-
-    Raises:
-        StageError: If the loss does not depend on a parameter.
-    """
-    if not loss.requires_grad:
-        raise StageError(
-            "the loss has no graph: it does not depend on any trainable parameter. Compute it from "
-            "the model's outputs, without detach(), .item() or torch.no_grad().",
-            stage="step",
-        )
+def refuse_graphless() -> NoReturn:
+    """Refuse a loss that nothing can be learned from: it does not depend on a parameter."""
+    raise StageError(
+        "the loss has no graph: it does not depend on any trainable parameter. Compute it from "
+        "the model's outputs, without detach(), .item() or torch.no_grad().",
+        stage="step",
+    )
 
 
 def _checked(loss: Any) -> torch.Tensor:
+    if not isinstance(loss, torch.Tensor) or loss.ndim:
+        _refuse_loss(loss)
+    return loss
+
+
+def _refuse_loss(loss: Any) -> NoReturn:
     if not isinstance(loss, torch.Tensor):
         raise StageError(
             f"the loss must be a scalar tensor, got {_describe(loss)}. Return the tensor itself.",
             stage="step",
         )
-    if loss.ndim:
-        raise StageError(
-            f"the loss must be a scalar, got shape {tuple(loss.shape)}. Reduce it with .mean().",
-            stage="step",
-        )
-    return loss
+    raise StageError(
+        f"the loss must be a scalar, got shape {tuple(loss.shape)}. Reduce it with .mean().",
+        stage="step",
+    )
 
 
 def _is_scalar(value: Any) -> bool:

@@ -9,18 +9,16 @@ from __future__ import annotations
 import time
 from typing import NamedTuple, Protocol, TypeAlias
 
-import torch
-
 from pipeline.batch import Media, Progress, Row, Scalars
 from pipeline.concurrency import Scope, Writer
 from pipeline.device import Backend, Pending, PendingTensor, Readback
-from pipeline.gil import stage
 from pipeline.loop.journal import Journal
 from pipeline.loop.rates import StepDone
 from pipeline.loop.saver import BestJob, SaveJob
+from pipeline.loop.threads import ThreadTimes
 from pipeline.settings import Settings
 
-LOGGING = stage("log")
+STAGES = ("log",)
 _CHUNK = 32  # steps between two looks at how far behind the loggers are
 
 
@@ -66,7 +64,7 @@ class DirectOutbound:
 
     def put_step(self, done: StepDone, scalars: Scalars) -> None:
         values = {
-            name: self._read(value) if isinstance(value, torch.Tensor) else value
+            name: value if isinstance(value, (float, int)) else self._read(value)
             for name, value in scalars.items()
         }
         try:
@@ -110,10 +108,13 @@ class BeltOutbound:
         journal: Told of everything in order.
         settings: ``max_log_lag`` bounds what may wait: beyond it the loop waits (``wait``), or the
             journal leaves rows out (``drop``), or nothing happens (``grow``).
+        times: Told how the thread spent its time.
     """
 
-    def __init__(self, scope: Scope, backend: Backend, journal: Journal, settings: Settings) -> None:
-        self._readback, self._journal = Readback(backend), journal
+    def __init__(
+        self, scope: Scope, backend: Backend, journal: Journal, settings: Settings, times: ThreadTimes
+    ) -> None:
+        self._readback, self._journal, self._times = Readback(backend), journal, times
         self.max_lag_steps, self.max_lag_s = 0, 0.0
         self.writer_cpu_s: float | None = None
         self._writer: Writer[_Item] = Writer(
@@ -148,13 +149,13 @@ class BeltOutbound:
     def flush(self) -> None:
         self._writer.flush()
 
-    @LOGGING
     def _write(self, items: list[_Item]) -> None:
-        try:
-            for start in range(0, len(items), _CHUNK):
-                self._write_chunk(items[start : start + _CHUNK])
-        finally:
-            self._journal.flush()
+        with self._times.clock(STAGES):  # once a burst
+            try:
+                for start in range(0, len(items), _CHUNK):
+                    self._write_chunk(items[start : start + _CHUNK])
+            finally:
+                self._journal.flush()
 
     def _write_chunk(self, items: list[_Item]) -> None:
         oldest: StepDone | None = None

@@ -16,10 +16,11 @@ from pipeline.concurrency import Channel, ChannelClosedError, Scope
 from pipeline.data import END, Reader, UnhookableDrawError
 from pipeline.device import Transfer
 from pipeline.errors import add_stage_note
-from pipeline.gil import stage_cell, stage_id
 from pipeline.loop.stall import locating
+from pipeline.loop.threads import LaneClock, ThreadTimes
 
-FETCH, TRANSFER, PUT = stage_id("fetch"), stage_id("transfer"), stage_id("put")
+STAGES = ("put", "fetch", "transfer")
+PUT, FETCH, TRANSFER = range(3)
 
 
 def always() -> bool:
@@ -50,6 +51,7 @@ def read_ahead(
     is_fresh: bool = True,
     stall_timeout_s: float | None = None,
     goes_on: Callable[[], bool] = always,
+    times: ThreadTimes | None = None,
 ) -> Generator[Batch]:
     """Yield the same batches, made ahead by threads that end with the generator.
 
@@ -64,6 +66,7 @@ def read_ahead(
         is_fresh: Whether each batch is known to have memory of its own.
         stall_timeout_s: How long the loop waits for one batch; None for ever.
         goes_on: Asked after each batch; once not, those that are being made are the last.
+        times: Told how the threads spent theirs.
 
     Raises:
         StallError: If no batch came for so long.
@@ -80,10 +83,11 @@ def read_ahead(
     with Scope(stall_timeout_s) as scope:
         channel: Channel[Any] = Channel(depth, start=reader.position, stall_timeout_s=stall_timeout_s)
         makers: dict[int, threading.Thread] = {}
+        times = times or ThreadTimes()
 
         def fill() -> None:
-            with transfer.on_device():
-                _fill(channel, reader, transfer, is_fresh, makers)
+            with transfer.on_device(), times.clock(STAGES) as clock:
+                _fill(channel, reader, transfer, is_fresh, makers, clock)
 
         threads = [
             scope.start(fill, name=f"prefetch/{number}" if number else "prefetch", stop=channel.abandon)
@@ -105,19 +109,20 @@ def _fill(
     transfer: Transfer,
     is_fresh: bool,
     makers: dict[int, threading.Thread],
+    clock: LaneClock,
 ) -> None:
     """Make batches until they end; prefetch thread."""
-    mark, make, thread = stage_cell(), reader.thread_maker(), threading.current_thread()
+    make, thread = reader.thread_maker(), threading.current_thread()
     position = channel.position
     try:
         while True:
-            mark[0] = PUT
+            clock.enter(PUT)
             position = channel.claim()
             makers[position] = thread
-            mark[0] = FETCH
+            clock.enter(FETCH)
             if not reader.is_threadable or (batch := make(position)) is END:
                 break
-            mark[0] = TRANSFER
+            clock.enter(TRANSFER)
             channel.put(position, _send(transfer, batch, is_fresh, position))
             del makers[position]
     except ChannelClosedError:

@@ -10,7 +10,8 @@ from pipeline.batch import Batch
 from pipeline.data import as_source
 from pipeline.device import Backend, make_transfer, select_backend
 from pipeline.errors import ConfigError
-from pipeline.loop.inbound import Inbound, Pinned, Place
+from pipeline.loop.inbound import Inbound
+from pipeline.loop.placement import INLINE
 
 
 class prefetch:  # noqa: N801  (it is called like a function, as `enumerate` is)
@@ -57,7 +58,7 @@ class prefetch:  # noqa: N801  (it is called like a function, as `enumerate` is)
             seed=0,
         )
         transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)
-        self._inbound = Inbound(self._source, transfer, Pinned(Place("inline")), depth, None)
+        self._inbound = Inbound(self._source, transfer, INLINE, depth, None)
         self._num_iterations = 0
 
     def __iter__(self) -> Iterator[Batch]:

@@ -23,8 +23,8 @@ class StepDone(NamedTuple):
     Args:
         step: Optimizer steps finished with this one.
         epoch: Its epoch.
-        step_s: Time since the step before it was queued, in seconds.
-        data_wait_s: How much of that was spent waiting for batches.
+        step_ns: Time since the step before it was queued, in nanoseconds.
+        data_wait_ns: How much of that was spent waiting for batches.
         ended_s: When it had been queued, by `time.perf_counter`.
         num_samples: Its samples.
         num_tokens: Its tokens; 0 where nobody counts them.
@@ -32,8 +32,8 @@ class StepDone(NamedTuple):
 
     step: int
     epoch: int
-    step_s: float
-    data_wait_s: float
+    step_ns: int
+    data_wait_ns: int
     ended_s: float
     num_samples: int
     num_tokens: int
@@ -68,18 +68,19 @@ class Rates:
             values: Written to.
             done: The step.
         """
-        step_s, samples = done.step_s, done.num_samples
-        values["time/step_ms"] = step_s * 1e3
-        values["time/data_wait_ms"] = done.data_wait_s * 1e3
-        if step_s <= 0:
+        _, _, step_ns, data_wait_ns, ended_s, samples, tokens = done
+        values["time/step_ms"] = step_ns / 1e6
+        values["time/data_wait_ms"] = data_wait_ns / 1e6
+        if step_ns <= 0:
             return  # a clock that did not move
+        step_s = step_ns / 1e9
         values["rate/samples_per_s"] = samples / step_s
-        if done.num_tokens:
-            values["rate/tokens_per_s"] = done.num_tokens / step_s
+        if tokens:
+            values["rate/tokens_per_s"] = tokens / step_s
         if self._peak_flops is not None and (each := self._flops_per_sample()) is not None:
             values["rate/mfu_ratio"] = each * samples / step_s / self._peak_flops
-        if done.ended_s >= self._memory_due_s:
-            self._memory_due_s = done.ended_s + _MEMORY_EVERY_S
+        if ended_s >= self._memory_due_s:
+            self._memory_due_s = ended_s + _MEMORY_EVERY_S
             values |= memory_in_use(self._device)
 
 
@@ -109,10 +110,10 @@ class CountingStep(TrainStep):
 
     flops_per_sample: float | None = None
 
-    def micro_batch(self, batch: Batch) -> None:
+    def micro_batch(self, batch: Batch) -> bool:
         if self.flops_per_sample is not None:
             return super().micro_batch(batch)
         with FlopCounterMode(display=False) as counter:
-            super().micro_batch(batch)
+            is_due = super().micro_batch(batch)
         self.flops_per_sample = counter.get_total_flops() / num_samples(batch)
-        return None
+        return is_due

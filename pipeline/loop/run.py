@@ -79,6 +79,7 @@ class Run:
     num_tokens: int = 0
     num_samples_before: int = 0  # the step under way
     num_tokens_before: int = 0
+    num_samples_earlier: int = 0  # by the runs that this one goes on from
     run_dir: Path | None = None
     sample_indices: Callable[[int], list[int] | None] = lambda position: None
     generators: Sequence[torch.Generator] = ()

@@ -19,10 +19,6 @@ _COUNTERS = (
     "is_epoch_open",
     "validated_step",
     "stop_reason",
-    "num_samples",
-    "num_tokens",
-    "num_samples_before",
-    "num_tokens_before",
 )
 
 
@@ -65,7 +61,7 @@ def capture(run: Run) -> dict[str, Any]:
     assert run.saver is not None
     return {
         **run.state.state_dict(),
-        "counters": {name: getattr(run, name) for name in _COUNTERS} | {"train_s": run.clock.train_s},
+        "counters": {name: getattr(run, name) for name in _COUNTERS} | _seen(run),
         "accumulation": run.step.state_dict(),
         "train_metrics": None if run.step.metrics is None else run.step.metrics.state_dict(),
         "callbacks": run.callbacks.state_dict(),
@@ -83,10 +79,20 @@ def restore_counters(run: Run, found: dict[str, Any]) -> None:
     counters = found["counters"]
     for name in _COUNTERS:
         setattr(run, name, counters[name])
-    run.clock.train_s = counters["train_s"]
+    # Rates and the report are of this process; what an accumulation has seen counts for its step.
+    run.num_samples, run.num_tokens = counters["num_samples_pending"], counters["num_tokens_pending"]
+    run.num_samples_earlier = counters["num_samples"] - run.num_samples
     run.is_ending = bool(run.stop_reason) and run.stop_reason not in ("max_steps", "max_epochs")
     if not run.is_ending:
         run.stop_reason = ""  # the limits may be others now
+
+
+def _seen(run: Run) -> dict[str, int]:
+    return {
+        "num_samples": run.num_samples_earlier + run.num_samples,
+        "num_samples_pending": run.num_samples - run.num_samples_before,
+        "num_tokens_pending": run.num_tokens - run.num_tokens_before,
+    }
 
 
 def plain_settings(settings: Settings) -> dict[str, Any]:

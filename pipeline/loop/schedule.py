@@ -10,10 +10,12 @@ import torch
 from pipeline.concurrency import Scope, available_cores
 from pipeline.data import Source
 from pipeline.device import Backend, StepLimiter, make_transfer
-from pipeline.loop.inbound import Chooser, Inbound, Pinned, Place
+from pipeline.loop.inbound import Inbound
 from pipeline.loop.journal import Journal
 from pipeline.loop.outbound import BeltOutbound, DirectOutbound, Outbound
+from pipeline.loop.placement import INLINE, TEXTBOOK, Place
 from pipeline.loop.stall import watch_loop
+from pipeline.loop.threads import ThreadTimes
 from pipeline.settings import Settings
 
 
@@ -29,6 +31,7 @@ class Belts:
         schedule: ``overlap`` or ``textbook``. ``auto`` is resolved by one rule: overlap where the
             device runs ahead of the host, so that host work can hide behind it; textbook where it
             does not, since there a thread competes with the step for the cores and the GIL.
+        times: How the threads beside the loop spent theirs, those of a validation left out.
     """
 
     def __init__(
@@ -42,22 +45,37 @@ class Belts:
             settings.schedule == "auto" and backend.streams is not None
         )
         self.schedule: Literal["overlap", "textbook"] = "overlap" if overlaps else "textbook"
+        self._inbound: list[Inbound] = []
+        self.times = ThreadTimes()
         self._transfer = make_transfer(backend, overlaps=overlaps, prepare=prepare)
 
-    def inbound(self, source: Source) -> Inbound:
-        """Return the belt that brings a source's batches; its owner closes it."""
+    def inbound(self, source: Source, times: ThreadTimes | None = None) -> Inbound:
+        """Return the belt that brings a source's batches; it is kept until `close`."""
         settings = self._settings
-        return Inbound(
-            source, self._transfer, self._chooser(), settings.prefetch_depth, settings.stall_timeout_s
+        inbound = Inbound(
+            source,
+            self._transfer,
+            self._place(),
+            settings.prefetch_depth,
+            settings.stall_timeout_s,
+            times,
         )
+        self._inbound.append(inbound)
+        return inbound
 
-    def _chooser(self) -> Chooser:
+    def close(self) -> None:
+        """End what the inbound belts keep from epoch to epoch, such as processes."""
+        for inbound in self._inbound:
+            inbound.close()
+
+    def _place(self) -> Place | None:
+        """Return where the settings want batches made; None where it is to be measured."""
         settings = self._settings
         if settings.placement in ("thread", "process"):
-            return Pinned(Place(settings.placement, settings.num_workers or available_cores()))
-        if settings.placement == "inline" or self.schedule == "overlap":
-            return Pinned(Place("inline"))
-        return Pinned(Place("textbook"))
+            return Place(settings.placement, settings.num_workers or available_cores())
+        if settings.placement == "inline" or settings.schedule == "overlap":
+            return INLINE
+        return TEXTBOOK if settings.schedule == "textbook" else None
 
     def limiter(self, max_steps_in_flight: int) -> StepLimiter | None:
         """Return what bounds the run-ahead; None where each step's read already does."""
@@ -72,4 +90,4 @@ class Belts:
             if self._settings.stall_timeout_s is not None:
                 watch_loop(scope, self._settings.stall_timeout_s, lambda: len(journal.losses))
             return DirectOutbound(self.backend, journal)
-        return BeltOutbound(scope, self.backend, journal, self._settings)
+        return BeltOutbound(scope, self.backend, journal, self._settings, self.times)

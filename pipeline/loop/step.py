@@ -12,7 +12,7 @@ from pipeline.errors import add_stage_note
 from pipeline.loop.clock import BACKWARD, FORWARD, OPTIMIZER, StepClock
 from pipeline.loop.guard import Guard
 from pipeline.loop.memory import note_out_of_memory
-from pipeline.loop.objective import Computed, Objective, check_graph
+from pipeline.loop.objective import Computed, Objective, refuse_graphless
 from pipeline.loop.train_metrics import TrainMetrics
 from pipeline.settings import AUTOCAST_DTYPE, Settings
 from pipeline.state import TrainState
@@ -54,6 +54,7 @@ class TrainStep:
         self._guard = guard
         self._num_accumulated = settings.accumulate_grad_batches
         self._autocast_dtype = AUTOCAST_DTYPE[settings.precision]
+        self._handles_gradients = settings.log_grad_norm or settings.gradient_clip_val is not None
         self._steps_scheduler = (
             scheduler_interval == "step"
             and state.scheduler is not None
@@ -64,13 +65,11 @@ class TrainStep:
         self.num_pending = 0
         self._is_unscaled = False
 
-    @property
-    def is_due(self) -> bool:
-        """Whether the gradients of enough micro-batches are there for an update."""
-        return self.num_pending >= self._num_accumulated
-
-    def micro_batch(self, batch: Batch) -> None:
+    def micro_batch(self, batch: Batch) -> bool:
         """Forward and backward; the gradients add to those of the micro-batches before.
+
+        Returns:
+            Whether an update is due: the gradients of enough micro-batches are there.
 
         Raises:
             StageError: If the batch or the loss is not what it should be.
@@ -85,8 +84,9 @@ class TrainStep:
             else:
                 with torch.autocast(self.device.type, self._autocast_dtype):
                     computed = self._objective(self._model, batch)
-            check_graph(computed.loss)
             loss = computed.loss
+            if not loss.requires_grad:
+                refuse_graphless()
             if self._num_accumulated > 1:
                 loss = loss / self._num_accumulated
             if self._state.scaler is not None:
@@ -100,8 +100,13 @@ class TrainStep:
             note_out_of_memory(error, self.device, batch)
             add_stage_note(error, "step", step=self._state.step)
             raise
-        self._note_scalars(computed, of_metrics)
+        if computed.scalars or self._num_accumulated > 1:
+            self._add_scalars(computed, of_metrics)
+        else:
+            # The loss as it is: its graph is freed, and a detach costs 4 µs.
+            self._scalars = {"train/loss": computed.loss, **of_metrics}
         self.num_pending += 1
+        return self.num_pending >= self._num_accumulated
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the micro-batches since the last update have left: gradients and sums, live."""
@@ -141,15 +146,16 @@ class TrainStep:
             ``train/lr`` as it was for this update; ``train/grad_norm`` where it was computed.
         """
         self._enter_stage(OPTIMIZER)
-        state, scalars = self._state, self._take_scalars()
+        state, scalars = self._state, self._scalars
+        self._scalars, self.num_pending = {}, 0
+        if self._counts:
+            self._average(scalars)
         rate = state.optimizer.param_groups[0]["lr"]
         # A tensor is what a scheduler changes in place: keep it as it was for this update.
-        scalars["train/lr"] = rate.detach().clone() if isinstance(rate, torch.Tensor) else rate
+        scalars["train/lr"] = rate if isinstance(rate, float) else _kept(rate)
         try:
-            if self._settings.log_grad_norm:
-                self._note_grad_norm(scalars)
-            if self._settings.gradient_clip_val is not None:
-                self._clip(self._settings.gradient_clip_val, scalars)
+            if self._handles_gradients:
+                self._handle_gradients(scalars)
             if self._guard is not None:
                 self._guard.step(scalars)
             elif state.scaler is None:
@@ -169,6 +175,12 @@ class TrainStep:
             raise
         state.step += 1
         return scalars
+
+    def _handle_gradients(self, scalars: Scalars) -> None:
+        if self._settings.log_grad_norm:
+            self._note_grad_norm(scalars)
+        if self._settings.gradient_clip_val is not None:
+            self._clip(self._settings.gradient_clip_val, scalars)
 
     def _clip(self, limit: float, scalars: Scalars) -> None:
         parameters = self._unscaled_parameters()
@@ -190,13 +202,7 @@ class TrainStep:
             self._is_unscaled = True  # once an update, or it raises
         return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
-    def _note_scalars(self, computed: Computed, of_metrics: Scalars) -> None:
-        if not computed.scalars and self._num_accumulated == 1:
-            self._scalars = {
-                "train/loss": computed.loss,
-                **of_metrics,
-            }  # its graph is freed; a detach costs 4 µs
-            return
+    def _add_scalars(self, computed: Computed, of_metrics: Scalars) -> None:
         found: Scalars = {}
         for name, value in computed.scalars.items():
             # A snapshot: what the user returned may be a live buffer, or a weight about to change.
@@ -208,10 +214,12 @@ class TrainStep:
             self._counts[name] = self._counts.get(name, 0) + 1
             self._scalars[name] = self._scalars[name] + value if name in self._scalars else value
 
-    def _take_scalars(self) -> Scalars:
-        scalars, counts = self._scalars, self._counts
-        self._scalars, self._counts, self.num_pending = {}, {}, 0
-        for name, count in counts.items():
+    def _average(self, scalars: Scalars) -> None:
+        for name, count in self._counts.items():
             if count > 1:
                 scalars[name] = scalars[name] / count
-        return scalars
+        self._counts = {}
+
+
+def _kept(rate: torch.Tensor | float) -> torch.Tensor | float:
+    return rate.detach().clone() if isinstance(rate, torch.Tensor) else rate

@@ -138,11 +138,18 @@ def _loggers(
 def _run_info(
     settings: Settings, run_dir: Path | None, hparams: Mapping[str, Any], resumed_step: int | None
 ) -> RunInfo:
-    plain = (bool, int, float, str, dict, type(None))
-    trainer = {
-        name: value if isinstance(value, plain) else str(value) for name, value in vars(settings).items()
-    }
-    return RunInfo(run_dir, {**hparams, "trainer": trainer}, resumed_step)
+    return RunInfo(run_dir, {**hparams, "trainer": plain_settings(settings)}, resumed_step)
+
+
+def plain_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings by name, objects among them as text."""
+    return {name: _plain(value) for name, value in vars(settings).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (bool, int, float, str, dict, type(None))):
+        return value
+    return str(value) if isinstance(value, (Path, torch.device)) else type(value).__name__
 
 
 def deadline_s(settings: Settings, clock: StepClock) -> float:

@@ -41,12 +41,13 @@ from tests.faults.cells import (
 IN_THIS_PROCESS = [place for place in PLACES if place != "overlap-process"]
 AHEAD = [place for place in PLACES if place != "textbook"]
 every_place = pytest.mark.parametrize("place", PLACES)
+pytestmark = pytest.mark.usefixtures("warm_fork_server")
 
 
 @pytest.fixture(autouse=True)
 def workers_are_waited_for(monkeypatch):
     """Have every batch made by a worker; as it is, the loop makes them until the workers are there."""
-    monkeypatch.setattr(Processes, "is_ready", lambda self: self._pool.wait_until_ready(60.0))
+    monkeypatch.setattr(Processes, "is_ready", lambda self, num_workers: self._pool.wait_until_ready(60.0))
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline import Callback, ConfigError, GilAccountError, StepFinished, Trainer, gil_account
+from pipeline.gil import signals
 from pipeline.gil.account import StageShare
 from pipeline.gil.report import make_signals_report
 from pipeline.gil.signals import Handoffs
@@ -68,7 +69,7 @@ def test_the_loggers_get_the_shares_of_the_loop(monkeypatch):
     """Every ten seconds; here at every step."""
     monkeypatch.setattr("pipeline.loop.gil.LOG_NS", 0)
     logger = InMemoryLogger()
-    fit(gil="account", loggers=[logger], max_epochs=10)
+    fit(gil="account", loggers=[logger], max_epochs=30)
     rows = [row.values for row in logger.rows if "gil/held_ratio" in row.values]
     kinds = ("held", "waiting", "native", "blocked")
     assert sum(rows[-1][f"gil/{kind}_ratio"] for kind in kinds) == pytest.approx(1)
@@ -242,13 +243,27 @@ def test_a_look_that_fails_says_nothing(monkeypatch):
     assert watched.windows >= 1
 
 
+def test_thread_time_is_read_for_a_step_every_twenty_milliseconds(monkeypatch):
+    """It is a system call at each stage; a step that takes longer is read each time."""
+    now_ns, read = [0], []
+    monkeypatch.setattr(signals, "perf_counter_ns", lambda: now_ns[0])
+    clock = StepClock()
+    clock.restart()
+    for step_ns in [5_000_000] * 9 + [30_000_000] * 3:
+        now_ns[0] += step_ns
+        read.append(clock.has_cpu_time)
+        clock.step_ended()
+    clock.leave()
+    assert read == [True, True, False, False, False, True, False, False, False, True, True, True]
+
+
 def test_the_clock_of_a_step_restarts_after_a_validation():
     """What came between is no training time."""
     clock = StepClock()
     clock.restart()
     clock.enter(FORWARD)
-    step_s, data_wait_s = clock.step_ended()
-    assert step_s >= data_wait_s >= 0
+    step_ns, data_wait_ns = clock.step_ended()
+    assert step_ns >= data_wait_ns >= 0
     assert clock.num_steps == 1
     trained_s = clock.train_s
     clock.restart()

@@ -164,9 +164,9 @@ def test_utilisation_is_flops_over_the_peak(settings):
 def test_rates_survive_a_clock_that_stands_still():
     """No time, no rate."""
     values, rates = {}, Rates(torch.device("cpu"), None, lambda: None)
-    rates.add_to(values, StepDone(1, 0, 0.0, 0.0, 1.0, 8, 0))
+    rates.add_to(values, StepDone(1, 0, 0, 0, 1.0, 8, 0))
     assert values.keys() == {"time/step_ms", "time/data_wait_ms"}
-    rates.add_to(values, StepDone(2, 0, 2.0, 0.0, 3.0, 16, 0))
+    rates.add_to(values, StepDone(2, 0, 2 * 10**9, 0, 3.0, 16, 0))
     assert values["rate/samples_per_s"] == 8.0
 
 
@@ -175,7 +175,7 @@ def test_memory_is_told_now_and_then():
     rates, found = Rates(torch.device("cpu"), None, lambda: None), []
     for ended_s in (10.0, 10.4, 10.9, 11.0, 11.5):
         values = {}
-        rates.add_to(values, StepDone(1, 0, 1.0, 0.0, ended_s, 1, 0))
+        rates.add_to(values, StepDone(1, 0, 10**9, 0, ended_s, 1, 0))
         found.append("memory/host_bytes" in values)
     assert found == [True, False, False, True, False]
 

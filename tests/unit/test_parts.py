@@ -17,9 +17,10 @@ from hypothesis import strategies as st
 from pipeline import ConfigError, StageError, Trainer
 from pipeline.batch import Row, map_tensors, num_samples
 from pipeline.data.generators import PythonGenerator, global_generators
+from pipeline.data.sampler import BatchPlan
 from pipeline.loggers import JsonlLogger, ProgressBar
 from pipeline.metrics import Mean, MetricSet, accuracy
-from pipeline.seeding import sample_seed
+from pipeline.seeding import sample_seed, shuffle_generator
 from pipeline.settings import Settings, setting_names
 
 
@@ -146,6 +147,28 @@ def test_a_line_of_json_is_what_json_reads(tmp_path_factory, values):
     found = json.loads(path.read_text(encoding="utf-8"), parse_constant=pytest.fail)
     finite = {name: float(value) if abs(value) < float("inf") else None for name, value in values.items()}
     assert found == {"step": 3, "epoch": 1, **finite}
+
+
+@pytest.mark.parametrize("shuffle", [False, True])
+def test_an_order_cut_into_blocks_is_the_order(shuffle):
+    """Whatever the position that is asked for first, a batch's indices are its part of the permutation."""
+    plan = BatchPlan(1501, batch_size=2, shuffle=shuffle, drop_last=False, seed=3, epoch=1)
+    order = torch.randperm(1501, generator=shuffle_generator(3, 1)) if shuffle else torch.arange(1501)
+    for position in [750, *range(751), 255, 256, 255]:
+        assert torch.equal(plan.indices(position), order[2 * position : 2 * position + 2])
+
+
+def test_lines_that_wait_for_their_burst_are_written(tmp_path):
+    """A flush makes every row readable, and so does closing, in order and once each."""
+    path = tmp_path / "metrics.jsonl"
+    logger = JsonlLogger(path)
+    for step in range(100):
+        logger.log(Row(step, 0, {"train/loss": 0.5}))
+    logger.flush()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(100))
+    logger.log(Row(100, 0, {"train/loss": 0.5}))
+    logger.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == list(range(101))
 
 
 class Terminal(io.StringIO):

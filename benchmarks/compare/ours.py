@@ -1,0 +1,54 @@
+"""This project, in each of its placements."""
+
+from __future__ import annotations
+
+import tempfile
+from typing import Any, get_args
+
+from benchmarks.compare.job import Job
+from benchmarks.compare.workloads import Workload
+from pipeline import FitResult, Trainer
+from pipeline.report.ceilings import predict_all
+from pipeline.settings import Placement
+
+PLACES = tuple(each for each in ("inline", "thread", "process") if each in get_args(Placement))
+
+
+def settings(place: str) -> dict[str, Any]:
+    """Return what to type for a place."""
+    if place == "textbook":
+        return {"schedule": "textbook"}
+    if place == "auto":
+        return {}
+    return {"schedule": "overlap", "placement": place}
+
+
+def ours(job: Job, place: str, **further: Any) -> FitResult:
+    """Train with every step's loss logged, as it always is."""
+    workload = job.workload
+
+    def step(model: Any, batch: Any) -> Any:
+        loss = job.forward(model, batch)
+        return {"loss": loss, **job.further(loss)} if workload.num_logged else loss
+
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = Trainer(
+            max_epochs=workload.num_epochs, device=job.device or "cpu", run_dir=folder,
+            enable_progress_bar=False, enable_checkpointing=False, **settings(place), **further,
+        )  # fmt: skip
+        job.restart()
+        return trainer.fit(
+            job.model, job.optimizer, workload.dataset(), step=step, batch_size=workload.batch_size,
+            collate_fn=workload.collate_fn,
+        )  # fmt: skip
+
+
+def predict(workload: Workload, *, is_simulated: bool) -> dict[str, float]:
+    """Return what each placement is predicted to take, from one textbook run with the account on."""
+    job = Job(workload, is_simulated=is_simulated)
+    report = ours(job, "textbook", gil="account").report
+    if report.cost is None:
+        return {}
+    num_cores = report.facts["num_cores"]
+    found = predict_all(report.cost, num_cores=num_cores, num_workers=num_cores)
+    return {each.where: each.step_ms for each in found}

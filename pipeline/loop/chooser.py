@@ -1,0 +1,218 @@
+"""``placement=auto`` at work: it times the batches, tries places, stays in the best, and looks again.
+
+It lives in the inbound belt's iterator: what passes between two requests of the loop is a step, what
+passes inside is the wait for a batch. That costs a step three looks at the clock.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Generator
+from dataclasses import replace
+from typing import Protocol
+
+from pipeline.batch import Batch
+from pipeline.concurrency import available_cores
+from pipeline.data import Reader
+from pipeline.errors import PipelineError
+from pipeline.loop.placement import TEXTBOOK, Job, Place, best_place, next_trial
+from pipeline.report.placement import PlacementReport
+
+LOOK_S, TRIAL_S, WATCH_S = 0.05, 0.3, 2.0
+MIN_BATCHES = 6
+WARM_UP_BATCHES = 2  # of a place: threads start, belts fill, memory is touched for the first time
+GIVE_UP_RATIO = 1.5  # a trial that is so much slower than the best ends at once
+CHANGED_RATIO = 1.3  # a job so much slower than when its place was chosen is looked at again
+FIRST_PAUSE_S = 10.0  # before it is looked at again; doubled each time
+
+logger = logging.getLogger("pipeline")
+
+
+class Workers(Protocol):
+    """Starts worker processes without waiting for them."""
+
+    def start_processes(self, num_workers: int) -> bool:
+        """See that they are there or on their way; say whether they are there.
+
+        Raises:
+            PipelineError: If the data cannot be taken to a process.
+        """
+
+    def stop_processes(self) -> None:
+        """Let go of them."""
+
+
+class Auto:
+    """Chooses where batches are made by what was measured on this run.
+
+    Args:
+        workers: Where processes come from.
+        name: What the batches are for, in the log.
+        clock: Of the wall, in seconds.
+
+    Runs on:
+        Loop thread, but for `goes_on`, which only reads a flag.
+    """
+
+    def __init__(self, workers: Workers, name: str, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._workers, self._name, self._clock = workers, name, clock
+        self._pause_s, self._settled_s = FIRST_PAUSE_S, 0.0
+        self._tried: dict[Place, float] = {}
+        self._look()
+
+    def choose(self, reader: Reader) -> Place:
+        """Return a place for the batches from here on."""
+        if self._is_over:
+            self._record(reader)
+        if self._place.name in ("inline", "thread") and not reader.is_threadable:
+            self._tried = {place: ms for place, ms in self._tried.items() if place.name not in _THREADS}
+            self._move(reader)
+        return self._place
+
+    def goes_on(self) -> bool:
+        """Say whether to stay in the place chosen last."""
+        return not self._is_over
+
+    def watch(self, batches: Generator[Batch]) -> Generator[Batch]:
+        """Pass on the batches of the place chosen last, and time them."""
+        clock = self._clock
+        core = time.thread_time if self._job is None else _nothing
+        asked_s, asked_core_s = clock(), core()
+        for batch in batches:
+            there_s, there_core_s = clock(), core()
+            yield batch
+            done_s = clock()
+            self._note(there_s - asked_s, done_s - there_s, there_core_s - asked_core_s)
+            asked_s, asked_core_s = done_s, core()
+
+    @property
+    def report(self) -> PlacementReport:
+        """What was chosen, and why."""
+        job = self._job
+        tried_ms = {str(place): ms for place, ms in self._tried.items()}
+        times = (None, None) if job is None else (job.fetch_ms, job.step_ms)
+        return PlacementReport(str(self._place), self._reason, tried_ms, *times)
+
+    def _look(self) -> None:
+        """Begin again, in the textbook loop."""
+        self._tried = {}
+        self._job: Job | None = None
+        self._has_processes, self._wanted_processes = True, 0
+        self._reason = "too short to tell: the first batches are timed in the textbook loop"
+        self._begin(TEXTBOOK)
+
+    def _begin(self, place: Place, *, settled_ms: float | None = None) -> None:
+        """Begin to time a place; one that was settled on only in order to see it change."""
+        self._place, self._settled_ms, self._num_slow = place, settled_ms, 0
+        self._is_over = False
+        self._restart(-WARM_UP_BATCHES)
+
+    def _restart(self, num_batches: int) -> None:
+        self._num_batches, self._wait_s, self._step_s, self._wait_core_s = num_batches, 0.0, 0.0, 0.0
+
+    def _note(self, wait_s: float, step_s: float, wait_core_s: float) -> None:
+        """Count a batch."""
+        if self._is_over:
+            return  # what was made ahead is being used up
+        self._num_batches += 1
+        if self._num_batches <= 0:
+            return
+        self._wait_s += wait_s
+        self._step_s += step_s
+        self._wait_core_s += wait_core_s
+        self._is_over = self._is_timed() if self._settled_ms is None else self._has_news(self._settled_ms)
+
+    def _is_timed(self) -> bool:
+        """Say whether the place that is tried has been timed."""
+        spent_s, count = self._wait_s + self._step_s, self._num_batches
+        if self._tried and count > 1:
+            enough_s = 1e-3 * GIVE_UP_RATIO * min(self._tried.values()) * (count + 2)
+            if spent_s > enough_s:
+                return True
+        return count >= MIN_BATCHES and spent_s >= (TRIAL_S if self._tried else LOOK_S)
+
+    def _has_news(self, settled_ms: float) -> bool:
+        """Say whether the processes that were waited for are there, or the job has changed."""
+        if self._wanted_processes and self._start_processes(self._wanted_processes) is not False:
+            return True
+        if (spent_s := self._wait_s + self._step_s) < WATCH_S:
+            return False
+        is_slow = spent_s * 1e3 > CHANGED_RATIO * settled_ms * self._num_batches
+        self._num_slow = self._num_slow + 1 if is_slow else 0
+        self._restart(0)
+        if self._num_slow < 2 or self._clock() - self._settled_s < self._pause_s:
+            return False
+        self._pause_s *= 2
+        self._job = None
+        return True
+
+    def _record(self, reader: Reader) -> None:
+        """Write down what the time in the place has shown, and go on."""
+        if self._settled_ms is None:
+            self._tried[self._place] = 1e3 * (self._wait_s + self._step_s) / self._num_batches
+        elif self._job is None:
+            logger.info("%s: the job has changed; it is measured again", self._name)
+            self._look()
+            return
+        self._move(reader)
+
+    def _move(self, reader: Reader) -> None:
+        """Begin the next trial, or settle."""
+        self._job = self._measured(reader)
+        self._wanted_processes = 0
+        while (trial := next_trial(self._job, self._tried)) is not None:
+            has_started = trial.name != "process" or self._start_processes(trial.num_workers)
+            if has_started:
+                self._begin(trial)
+                return
+            if has_started is False:  # not yet: the best place so far, until they are there
+                self._wanted_processes = trial.num_workers
+                break
+            self._job = replace(self._job, has_processes=False)
+        self._settle()
+
+    def _measured(self, reader: Reader) -> Job:
+        job = self._job or Job(
+            1e3 * self._wait_s / self._num_batches,
+            1e3 * self._wait_core_s / self._num_batches,
+            1e3 * self._step_s / self._num_batches,
+            available_cores(),
+            has_order=reader.is_random_access,
+        )
+        return replace(job, has_threads=reader.is_threadable, has_processes=self._has_processes)
+
+    def _start_processes(self, num_workers: int) -> bool | None:
+        """Say whether processes are there; None if they never will be."""
+        try:
+            return self._workers.start_processes(num_workers)
+        except PipelineError as error:
+            logger.info("%s: no worker processes: %s", self._name, error)
+            self._has_processes = False
+            return None
+
+    def _settle(self) -> None:
+        assert self._job is not None
+        place = best_place(self._tried)
+        self._settled_s = self._clock()
+        self._begin(place, settled_ms=self._tried[place])
+        if self._wanted_processes:
+            self._reason = "until worker processes have started"
+            return
+        if place.name != "process":
+            self._workers.stop_processes()
+        textbook_ms = self._tried[TEXTBOOK]
+        saved = 1 - self._tried[place] / textbook_ms
+        self._reason = (
+            f"it takes {saved:.0%} less time than the textbook loop"
+            if place != TEXTBOOK
+            else f"a batch takes {self._job.fetch_ms:.3g} ms of {textbook_ms:.3g}: no other place was faster"
+        )
+        logger.info("%s: %s", self._name, self.report)
+
+
+_THREADS = ("inline", "thread")
+
+
+def _nothing() -> float:
+    return 0.0

@@ -1,0 +1,138 @@
+"""Where to try next, and where to stay: the decision of ``placement=auto``, as arithmetic on measurements.
+
+A run begins in the textbook loop, where making a batch and training on it can be timed apart. What a place
+would gain at best is predicted by the ceilings (`pipeline.report.ceilings`); the most promising one is
+tried on the run itself, and so on, until no place is left that could be much better than the best so far.
+Since the batches are the same everywhere, a trial costs a little time if it is slow, and nothing else.
+
+Nobody can predict how long a thread's work holds the GIL; but a trial of ``inline`` shows it. If the belt
+keeps up with what its thread could make, the work lets go of the GIL, and further threads may help. If
+not, the loop waited for the GIL, and only a process helps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from pipeline.report.ceilings import HANDOFF_MS, StepCost, predict
+from pipeline.settings import PlaceName
+
+MIN_GAIN = 0.03  # of a step; less is in the noise, and the simpler place is kept
+MIN_PROCESS_GAIN = 0.08  # processes have a price besides: memory, and seconds to start
+MAX_THREADS = 32
+LATENCY_RATIO = 0.5  # from here on making a batch is waiting, which any number of threads can do
+
+
+class Place(NamedTuple):
+    """Where batches are made.
+
+    Args:
+        name: ``textbook`` is the loop thread itself.
+        num_workers: Threads or processes; 0 where the name says it all.
+    """
+
+    name: PlaceName
+    num_workers: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.name} × {self.num_workers}" if self.num_workers else self.name
+
+
+TEXTBOOK, INLINE = Place("textbook"), Place("inline")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What was measured of a user's job in the textbook loop, in milliseconds.
+
+    Args:
+        fetch_ms: Making a batch, until it is on the device.
+        fetch_core_ms: How much of that was on a core; the rest is latency.
+        step_ms: Training on it.
+        num_cores: Cores for this process.
+        has_threads: Whether a thread can make batches with the same numbers.
+        has_order: Whether batches can be made in any order, by several at once.
+        has_processes: Whether they can be made in processes.
+    """
+
+    fetch_ms: float
+    fetch_core_ms: float
+    step_ms: float
+    num_cores: int
+    has_threads: bool = True
+    has_order: bool = True
+    has_processes: bool = True
+
+
+def next_trial(job: Job, tried: Mapping[Place, float]) -> Place | None:
+    """Return the place to try next, or None if none promises enough.
+
+    Args:
+        job: As measured.
+        tried: Milliseconds from batch to batch in each place tried so far; the textbook loop is one.
+    """
+    best_ms = min(tried.values())
+    promising = [
+        (ms, place)
+        for place, ms in _candidates(job, tried).items()
+        if place not in tried and ms < best_ms * (1 - _min_gain(place))
+    ]
+    return min(promising, key=lambda each: each[0])[1] if promising else None
+
+
+def best_place(tried: Mapping[Place, float]) -> Place:
+    """Return the fastest place; a simpler one if it is as fast but for the noise."""
+    best_ms = min(tried.values())
+    good = [place for place, ms in tried.items() if ms <= best_ms * (1 + MIN_GAIN)]
+    simplest_first = ("textbook", "inline", "thread", "process")
+    return min(good, key=lambda place: (simplest_first.index(place.name), place.num_workers))
+
+
+def _candidates(job: Job, tried: Mapping[Place, float]) -> dict[Place, float]:
+    """Return the places worth a thought, each with the time that it would take at best."""
+    found: dict[Place, float] = {}
+    if job.has_threads:
+        found[INLINE] = _at_best_ms(job, INLINE)
+        if job.has_order and INLINE in tried and not _is_held_up(job, tried[INLINE]):
+            more = _more("thread", _max_threads(job), job, tried)
+            found |= {place: _at_best_ms(job, place) for place in more}
+    if job.has_processes and job.has_order and job.num_cores > 1:
+        found |= {place: _at_best_ms(job, place) for place in _more("process", job.num_cores, job, tried)}
+    return found
+
+
+def _more(name: PlaceName, most: int, job: Job, tried: Mapping[Place, float]) -> list[Place]:
+    """Return the number of workers that would just keep up; then more, as long as that helped."""
+    counts = sorted(place.num_workers for place in tried if place.name == name)
+    if not counts:
+        keeps_up = math.ceil(0.95 * job.fetch_ms / max(job.step_ms, 1e-3))
+        least = 2 if name == "thread" else 1  # one thread is `inline`
+        return [Place(name, max(least, min(keeps_up, most)))] if most >= least else []
+    last, before = Place(name, counts[-1]), Place(name, counts[-2]) if len(counts) > 1 else None
+    has_helped = before is None or tried[last] < tried[before] * (1 - MIN_GAIN)
+    further = min(2 * last.num_workers, most)
+    return [Place(name, further)] if has_helped and further > last.num_workers else []
+
+
+def _is_held_up(job: Job, inline_ms: float) -> bool:
+    """Say whether the loop and the thread got in each other's way, which is to say, for the GIL or a core."""
+    return inline_ms > 1.15 * max(job.step_ms, job.fetch_ms)
+
+
+def _max_threads(job: Job) -> int:
+    is_latency = job.fetch_core_ms < LATENCY_RATIO * job.fetch_ms
+    return MAX_THREADS if is_latency else job.num_cores
+
+
+def _at_best_ms(job: Job, place: Place) -> float:
+    cost = StepCost(job.step_ms, job.fetch_ms, job.fetch_core_ms, fetch_held_ms=0.0)
+    workers = max(place.num_workers, 1)
+    ms = predict(cost, place.name, num_cores=job.num_cores, num_workers=workers).low_ms
+    return ms + HANDOFF_MS[place.name]
+
+
+def _min_gain(place: Place) -> float:
+    return MIN_PROCESS_GAIN if place.name == "process" else MIN_GAIN

@@ -1,0 +1,176 @@
+"""The report of a run that has ended: gathered from its clocks, written to its folder, shown."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+
+from pipeline.concurrency import available_cores
+from pipeline.device import StepLimiter
+from pipeline.loop.convoy import warn_harmlessly
+from pipeline.loop.run import Run
+from pipeline.loop.schedule import Belts
+from pipeline.loop.setup import is_rank_zero
+from pipeline.loop.wiring import plain_settings
+from pipeline.report.ceilings import WHERE, Where, ceilings, predict_all
+from pipeline.report.costs import RunClocks, stage_lines, step_cost
+from pipeline.report.lanes import lanes_of_trace, make_lanes, make_series, write_trace
+from pipeline.report.outbound import OutboundReport
+from pipeline.report.page import to_html
+from pipeline.report.record import Lane, RunReport, to_dict, to_json
+from pipeline.report.verdict import advise, describe
+from pipeline.settings import Placement
+
+NOT_TRAINING = ("setup", "validate", "checkpoint")
+HOW_TO_LEARN_MORE = (
+    "who holds the GIL, and who waits for it, was not measured: Trainer(gil='account') does, and lays it "
+    "over the lanes"
+)
+
+
+def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: Any) -> RunReport:
+    """Return the report of a run.
+
+    Args:
+        run: It has ended.
+        belts: Of the run.
+        outbound: What taking the numbers away cost.
+        train_data: What the user passed; a DataLoader with workers makes its batches elsewhere.
+    """
+    settings, journal, num_steps = run.settings, run.journal, run.clock.num_steps
+    device = [] if run.limiter is None else _device_stretches(run, run.limiter)
+    where, num_cores = _where(settings.placement, belts.schedule), available_cores()
+    clocks = RunClocks(
+        times=[each for each in [*run.clock.times(), *belts.times.times] if each.stage not in NOT_TRAINING],
+        loop_thread=(loop := threading.current_thread().name),
+        num_steps=num_steps,
+        reads_ahead=where in ("inline", "thread"),
+        runs_ahead=belts.backend.streams is not None,
+        device_ms=_mean_ms(device),
+        is_remote=where == "process" or bool(getattr(train_data, "num_workers", 0)),
+        gil=run.gil.report,
+    )
+    cost = step_cost(clocks)
+    cores = {"num_cores": num_cores, "num_workers": settings.num_workers or num_cores}
+    # What a batch costs is not known here while worker processes make them.
+    predictions = () if cost is None or where == "process" else predict_all(cost, **cores)
+    step_ms = run.clock.train_s / num_steps * 1e3 if num_steps else 0.0
+    wait_ms = sum(journal.wait_s) / num_steps * 1e3 if num_steps else 0.0
+    names = {loop: "loop"}
+    return RunReport(
+        facts=_facts(run, belts, where, num_cores),
+        settings=plain_settings(settings),
+        metrics=dict(journal.last_values) | {k: v for row in run.history for k, v in row.values.items()},
+        step_ms=step_ms,
+        data_wait_ms=wait_ms,
+        samples_per_s=run.num_samples / run.clock.train_s if run.clock.train_s else 0.0,
+        stages=stage_lines(clocks, names),
+        cost=cost,
+        ceilings=() if cost is None else ceilings(cost, where, **cores),
+        predictions=predictions,
+        verdict=describe(step_ms, wait_ms, cost, where, None),
+        advice=advise(step_ms, cost, where, predictions, {"textbook", *get_args(Placement)}, None),
+        series=make_series(journal.step_s, journal.wait_s, run.state.step - num_steps),
+        lanes=_lanes(run, belts, device, names),
+        notes=(*str(outbound).splitlines(), *_gil_notes(run)),
+    )
+
+
+def publish(report: RunReport, settings: Any, run_dir: Path | None) -> None:
+    """Write a run's report to its folder, and show it where a bar is shown; never ends a run badly."""
+    try:
+        if run_dir is not None:
+            (run_dir / "report.json").write_text(to_json(report))
+            (run_dir / "report.html").write_text(to_html([(run_dir.name, to_dict(report))]))
+            write_trace(run_dir / "trace.json", report.lanes)
+    except OSError as error:
+        warn_harmlessly(f"the report could not be written: {error}")
+    if settings.enable_progress_bar and not settings.fast_dev_run and is_rank_zero() and report.stages:
+        where = "" if run_dir is None else f"\nreport   {run_dir / 'report.html'}"
+        print(f"\n{report}{where}", file=sys.stderr)
+
+
+def _facts(run: Run, belts: Belts, where: Where, num_cores: int) -> dict[str, Any]:
+    return {
+        "ended": datetime.datetime.now().isoformat(sep=" ", timespec="seconds"),
+        "schedule": belts.schedule,
+        "placement": where,
+        "device": "simulated" if "Simulated" in type(belts.backend).__name__ else str(belts.device),
+        "num_steps": run.clock.num_steps,
+        "num_epochs": run.state.epoch,
+        "train_s": run.clock.train_s,
+        "stop_reason": run.interrupted_by or run.stop_reason,
+        "handoffs_per_step": run.gil.handoffs_per_step(run.clock.num_steps),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "num_cores": num_cores,
+        "num_intra_op_threads": torch.get_num_threads(),
+        "switch_interval_ms": sys.getswitchinterval() * 1e3,
+    }
+
+
+def _where(placement: str, schedule: str) -> Where:
+    found = next((each for each in WHERE if each == placement), None)
+    return found or ("textbook" if schedule == "textbook" else "inline")
+
+
+def _lanes(
+    run: Run, belts: Belts, device: Sequence[tuple[str, int, int]], names: Mapping[str, str]
+) -> tuple[Lane, ...]:
+    if run.gil.trace is not None:
+        return lanes_of_trace(run.gil.trace, names)
+    stretches: dict[str, Sequence[tuple[str, int, int]]] = {"loop": _loop_stretches(run)}
+    return make_lanes(stretches | belts.times.stretches | {"device": device})
+
+
+def _loop_stretches(run: Run) -> list[tuple[str, int, int]]:
+    """Return each of the last steps as its wait for a batch and the rest."""
+    found = []
+    for done in run.journal.recent:
+        end_ns = int(done.ended_s * 1e9)
+        begin_ns = end_ns - done.step_ns
+        there_ns = begin_ns + done.data_wait_ns
+        found += [("data_wait", begin_ns, there_ns), ("step", there_ns, end_ns)]
+    return found
+
+
+def _device_stretches(run: Run, limiter: StepLimiter) -> list[tuple[str, int, int]]:
+    """Return when the device was busy with each of the last steps, as its events say.
+
+    A step begins on the device when the one before it is done, but not before the loop has its batch.
+    Gaps between the kernels of one step count as busy.
+    """
+    now_ns, ages_s = limiter.ages()
+    ends_ns = [now_ns - int(age_s * 1e9) for age_s in ages_s]
+    recent = [*run.journal.recent]
+    pairs = list(zip(reversed(ends_ns), reversed(recent), strict=False))[::-1]
+    found: list[tuple[str, int, int]] = []
+    before_ns = 0
+    for end_ns, done in pairs:
+        launched_ns = int(done.ended_s * 1e9) - done.step_ns + done.data_wait_ns
+        if before_ns and end_ns > (begin_ns := max(before_ns, launched_ns)):
+            found.append(("step", begin_ns, end_ns))
+        before_ns = end_ns
+    return found
+
+
+def _mean_ms(stretches: Sequence[tuple[str, int, int]]) -> float | None:
+    if not stretches:
+        return None
+    return sum(end - begin for _, begin, end in stretches) / len(stretches) / 1e6
+
+
+def _gil_notes(run: Run) -> tuple[str, ...]:
+    report = run.gil.report
+    if report is None:
+        return (HOW_TO_LEARN_MORE,)
+    doubts = tuple(f"doubt: {doubt}" for doubt in report.doubts)
+    held = f"the GIL was held {report.locked_ratio:.0%} of the time"
+    return (held, *doubts) if report.num_samples else doubts

@@ -1,0 +1,29 @@
+"""What ``placement=auto`` chose, and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class PlacementReport:
+    """Where batches were made in the end, and what was measured on the way.
+
+    Args:
+        place: Such as ``process × 2``; ``textbook`` is the loop thread itself.
+        reason: In words.
+        tried_ms: Milliseconds from batch to batch in each place that was tried.
+        fetch_ms: Making a batch in the textbook loop; None before it was measured, or where the place was
+            the user's choice.
+        step_ms: Training on it there.
+    """
+
+    place: str
+    reason: str
+    tried_ms: dict[str, float] = field(default_factory=dict)
+    fetch_ms: float | None = None
+    step_ms: float | None = None
+
+    def __str__(self) -> str:
+        tried = ", ".join(f"{place} {ms:.3g} ms" for place, ms in self.tried_ms.items())
+        return f"batches made in: {self.place} ({self.reason}{'; ' if tried else ''}{tried})"

@@ -1,0 +1,200 @@
+"""Every place makes the same batches, bit for bit, in the same order, with dying workers and without."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import DataLoader
+
+from pipeline import Trainer
+from pipeline.data import EVALUATION_EPOCH, Processes, as_source
+from tests.textbook import assert_same_weights, build_model, seeded_batches, textbook, weights
+from tests.workers import Augmented, Deadly, Ragged, collate_ragged
+
+PLACES = [
+    {"schedule": "textbook"},
+    {"schedule": "overlap", "placement": "inline"},
+    {"placement": "thread", "num_workers": 3},
+    {"placement": "process", "num_workers": 2},
+]
+
+pytestmark = pytest.mark.usefixtures("warm_fork_server")
+
+
+def run(data, place, *, epochs=2, model="dropout", **arguments):
+    """Train; return the losses and weights."""
+    torch.manual_seed(3)
+    model = build_model(model)
+    trainer = Trainer(max_epochs=epochs, run_dir=None, enable_progress_bar=False, device="cpu", **place)
+    arguments = {"batch_size": 4, "shuffle": True, **arguments}
+    result = trainer.fit(
+        model, torch.optim.SGD(model.parameters(), 0.05), data, loss_fn=F.cross_entropy, **arguments
+    )
+    return list(result.losses), weights(model)
+
+
+def made_by_processes(data, *, num_workers=2, depth=4, epochs=(0,), ready=True, **arguments):
+    """Return the batches that worker processes make, each epoch's as a list."""
+    arguments = {"batch_size": 4, "shuffle": False, "drop_last": False, "collate_fn": None, **arguments}
+    source = as_source(data, name="data", seed=0, **arguments)
+    processes = Processes(source, num_workers, 60)
+    try:
+        assert processes.wait_until_ready()
+        return [list(processes.batches(source.open(epoch), depth)) for epoch in epochs]
+    finally:
+        processes.close()
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.get("placement", "textbook"))
+def test_a_place_equals_the_textbook_loop(place):
+    """Losses and weights are those of 25 plain lines, with augmentation and dropout."""
+    data = Augmented(23)
+    torch.manual_seed(3)
+    model = build_model("dropout")
+    batches = seeded_batches(data, epochs=2, batch_size=4, shuffle=True)
+    losses = textbook(model, torch.optim.SGD(model.parameters(), 0.05), batches)
+    found, learned = run(data, place)
+    assert found == losses
+    assert_same_weights(learned, weights(model))
+
+
+@settings(max_examples=12)
+@given(
+    count=st.integers(1, 40),
+    batch_size=st.integers(1, 9),
+    num_workers=st.integers(1, 3),
+    depth=st.integers(1, 6),
+    shuffle=st.booleans(),
+    draws=st.sampled_from([(), ("torch",), ("python",), ("numpy", "torch"), ("dropout",)]),
+)
+def test_processes_make_the_batches_of_a_plain_loop(count, batch_size, num_workers, depth, shuffle, draws):
+    """Whatever the workers and the depth: the order and every number, hookable or not."""
+    data = Augmented(count, draws=draws)
+    arguments = {"batch_size": batch_size, "shuffle": shuffle, "drop_last": False, "collate_fn": None}
+    source = as_source(data, name="data", seed=0, **arguments)
+    found = made_by_processes(data, num_workers=num_workers, depth=depth, epochs=(0, 1), **arguments)
+    for epoch, batches in enumerate(found):
+        reader = source.open(epoch)
+        assert len(batches) == source.num_batches
+        for batch in batches:
+            expected = reader.read()
+            assert torch.equal(batch[0], expected[0])
+            assert torch.equal(batch[1], expected[1])
+
+
+@pytest.mark.parametrize("draws", [("python",), ("numpy",), ("dropout",), ("torch", "python", "numpy")])
+@pytest.mark.filterwarnings("ignore:random numbers were drawn")
+def test_unhookable_draws_are_the_same_in_every_place(draws):
+    """Threads hand such batches to the loop thread; processes draw from generators of their own."""
+    found = [run(Augmented(14, draws=draws), place, model="linear")[0] for place in PLACES]
+    assert all(losses == found[0] for losses in found[1:])
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: place.get("placement", "textbook"))
+def test_a_data_loader_may_be_made_anywhere(place):
+    """A DataLoader without workers keeps its order in every place; one line changes."""
+    torch.manual_seed(7)
+    data = [(torch.randn(6), index % 3) for index in range(22)]
+    loader = DataLoader(data, batch_size=5, shuffle=True, drop_last=True)
+    torch.manual_seed(3)
+    model = build_model("dropout")
+    losses = textbook(model, torch.optim.SGD(model.parameters(), 0.05), [loader, loader])
+    found, learned = run(loader, place, batch_size=None, shuffle=False)
+    assert found == losses
+    assert_same_weights(learned, weights(model))
+
+
+@settings(max_examples=6)
+@given(index=st.integers(0, 22), num_workers=st.integers(1, 3), depth=st.integers(1, 6))
+def test_a_worker_that_dies_changes_no_number(tmp_path_factory, index, num_workers, depth):
+    """It is named with its signal, its batch and the samples, and another makes the batch again."""
+    memory = tmp_path_factory.mktemp("died") / "once"
+    expected = made_by_processes(Augmented(23))[0]
+    with pytest.warns(RuntimeWarning, match=rf"signal SIGKILL while it made batch {index // 4} of epoch 0"):
+        found = made_by_processes(
+            Deadly(23, index=index, memory=str(memory)), num_workers=num_workers, depth=depth
+        )[0]
+    for batch, other in zip(found, expected, strict=True):
+        assert torch.equal(batch[0], other[0])
+
+
+def test_ragged_and_nested_batches_come_through():
+    """Whatever does not fit a slot, or is no plain tensor, comes another way, and is the same."""
+    data = Ragged()
+    found = made_by_processes(data, collate_fn=collate_ragged)[0]
+    for number, batch in enumerate(found):
+        expected = collate_ragged([data[index] for index in range(4 * number, 4 * number + 4)])
+        assert list(batch) == list(expected)
+        assert all(torch.equal(*pair) for pair in zip(batch["values"], expected["values"], strict=True))
+        for name in ("padded", "columns", "nothing"):
+            assert torch.equal(batch[name], expected[name])
+            assert batch[name].stride() == expected[name].stride()
+        assert batch["array"].tolist() == expected["array"].tolist()
+        assert batch["names"] == expected["names"]
+        assert type(batch["pair"]) is type(expected["pair"])
+        assert torch.equal(batch["pair"].inputs, expected["pair"].inputs)
+        assert torch.equal(batch["parts"].inputs, expected["parts"].inputs)
+        assert torch.equal(batch["sparse"].to_dense(), expected["sparse"].to_dense())
+
+
+def test_batches_that_are_kept_stay_valid():
+    """A slot is used again only when nobody views it: a list of all batches is right, after the end too."""
+    found = made_by_processes(Augmented(40, draws=()), depth=2)[0]
+    for number, (inputs, _) in enumerate(found):
+        assert inputs[:, 0].tolist() == [float(index) for index in range(4 * number, 4 * number + 4)]
+
+
+def test_slots_are_used_again():
+    """As long as batches are let go, a long epoch takes no more slots than its depth and one in use."""
+    source = as_source(
+        Augmented(400), name="data", batch_size=2, shuffle=False, drop_last=False, collate_fn=None, seed=0
+    )
+    processes = Processes(source, 2, 60)
+    try:
+        assert processes.wait_until_ready()
+        for _ in processes.batches(source.open(0), 4):
+            pass
+        assert processes.num_slots <= 6
+    finally:
+        processes.close()
+
+
+def test_an_epoch_left_early_leaves_no_trace_in_the_next():
+    """Answers that nobody waits for any more are dropped, and their slots come back."""
+    source = as_source(
+        Augmented(40), name="data", batch_size=2, shuffle=False, drop_last=False, collate_fn=None, seed=0
+    )
+    processes = Processes(source, 2, 60)
+    try:
+        assert processes.wait_until_ready()
+        for epoch in (0, 1, EVALUATION_EPOCH):
+            batches = processes.batches(source.open(epoch), 6)
+            assert torch.equal(next(batches)[0], source.open(epoch).read()[0])
+            batches.close()
+        reader = source.open(2)
+        for batch in processes.batches(source.open(2), 6):
+            assert torch.equal(batch[0], reader.read()[0])
+    finally:
+        processes.close()
+
+
+def test_validation_in_the_middle_is_made_by_processes_too():
+    """Two sources, each with workers of its own, disturb each other in nothing."""
+    found = [
+        run(Augmented(23), {**place, "val_check_interval": 2}, val_data=Augmented(9), epochs=1)
+        for place in PLACES
+    ]
+    assert all(losses == found[0][0] for losses, _ in found[1:])
+
+
+def test_an_unseeded_draw_is_noticed():
+    """The comparison can fail: another epoch's batch is not the same."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        first, second = made_by_processes(Augmented(8), epochs=(0, 1))
+    assert not torch.equal(first[0][0], second[0][0])

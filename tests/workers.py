@@ -1,0 +1,129 @@
+"""Datasets that worker processes can import, and the fork server that all tests share."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+
+class Augmented(Dataset):
+    """Samples whose numbers are drawn from torch's, Python's and NumPy's global generators."""
+
+    def __init__(self, count, *, draws=("torch",)):
+        self.count, self.draws = count, draws
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        sample = torch.full((6,), float(index))
+        if "torch" in self.draws:
+            sample += torch.rand(6)
+        if "python" in self.draws:
+            sample += random.random() + random.gauss(0, 1)
+        if "numpy" in self.draws:
+            sample += float(np.random.rand()) + float(np.random.randn())
+        if "dropout" in self.draws:
+            sample = torch.nn.functional.dropout(sample, 0.3)
+        return sample, index % 3
+
+
+class Deadly(Augmented):
+    """A worker that makes a certain sample is killed; once, if there is a file to remember it by."""
+
+    def __init__(self, count, *, index, memory=None, exit_code=None):
+        super().__init__(count)
+        self.index, self.memory, self.exit_code, self.home = index, memory, exit_code, os.getpid()
+
+    def __getitem__(self, index):
+        if index == self.index and os.getpid() != self.home and self._is_due():
+            if self.exit_code is not None:
+                os._exit(self.exit_code)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
+
+    def _is_due(self):
+        if self.memory is None:
+            return True
+        try:
+            os.close(os.open(self.memory, os.O_CREAT | os.O_EXCL))
+        except FileExistsError:
+            return False
+        return True
+
+
+class Failing(Augmented):
+    """Raises an exception of its own at one sample."""
+
+    def __getitem__(self, index):
+        if index == 5:
+            raise UserError("mine", index)
+        return super().__getitem__(index)
+
+
+class UserError(Exception):
+    """An exception with arguments of its own."""
+
+    def __init__(self, text, index):
+        super().__init__(text, index)
+        self.index = index
+
+
+class Hanging(Augmented):
+    """Waits for ever at one sample, in a worker."""
+
+    def __init__(self, count, *, index):
+        super().__init__(count)
+        self.index, self.home = index, os.getpid()
+
+    def __getitem__(self, index):
+        if index == self.index and os.getpid() != self.home:
+            signal.pause()
+        return super().__getitem__(index)
+
+
+class Pair(NamedTuple):
+    """A batch with names."""
+
+    inputs: torch.Tensor
+    target: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A batch that only `map_tensors` knows how to go through."""
+
+    inputs: torch.Tensor
+    names: list[str]
+
+
+class Ragged(Dataset):
+    """Samples of a length that grows with their index: later batches fit no slot made before."""
+
+    def __len__(self):
+        return 24
+
+    def __getitem__(self, index):
+        return torch.arange(1 + index * 50, dtype=torch.float32)
+
+
+def collate_ragged(samples):
+    """Make a nested batch of parts that `default_collate` cannot make."""
+    return {
+        "values": samples,
+        "padded": torch.nn.utils.rnn.pad_sequence(samples, batch_first=True),
+        "columns": torch.nn.utils.rnn.pad_sequence(samples).t(),
+        "array": np.arange(len(samples)),
+        "names": [f"sample {len(each)}" for each in samples],
+        "nothing": torch.empty(0, 3),
+        "pair": Pair(samples[0].double(), torch.tensor(1)),
+        "parts": Parts(samples[-1].to(torch.bfloat16), ["a", "b"]),
+        "sparse": torch.eye(2).to_sparse(),
+    }
