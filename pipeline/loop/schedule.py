@@ -14,6 +14,7 @@ from pipeline.loop.inbound import Inbound
 from pipeline.loop.journal import Journal
 from pipeline.loop.outbound import BeltOutbound, DirectOutbound, Outbound
 from pipeline.loop.placement import INLINE, TEXTBOOK, Place
+from pipeline.loop.stall import watch_loop
 from pipeline.loop.threads import ThreadTimes
 from pipeline.settings import Settings
 
@@ -86,5 +87,7 @@ class Belts:
     def outbound(self, scope: Scope, journal: Journal) -> Outbound:
         """Return where the loop puts its numbers; the scope owns the writer thread, if any."""
         if self.schedule == "textbook":
+            if self._settings.stall_timeout_s is not None:
+                watch_loop(scope, self._settings.stall_timeout_s, lambda: len(journal.losses))
             return DirectOutbound(self.backend, journal)
         return BeltOutbound(scope, self.backend, journal, self._settings, self.times)
