@@ -99,20 +99,26 @@ class StallError(PipelineError, TimeoutError):
 
 
 class NonFiniteError(PipelineError):
-    """The training loss became NaN or infinite.
+    """The training loss or its gradients became NaN or infinite.
 
     Args:
         first_step: The first optimizer step (counted from 0) whose loss was not finite.
         last_step: The last step that had been started when the host learned of it.
         value: The loss found.
+        is_gradient: Whether it was the gradients.
     """
 
-    def __init__(self, first_step: int, last_step: int, value: float) -> None:
+    def __init__(self, first_step: int, last_step: int, value: float, *, is_gradient: bool = False) -> None:
         self.first_step, self.last_step = first_step, last_step
+        what = (
+            f"the gradients became NaN or infinite (the loss is {value})"
+            if is_gradient
+            else (f"the loss became {value}")
+        )
         super().__init__(
-            f"the loss became {value} at step {first_step}; training was stopped at step "
-            f"{last_step}. Lower the learning rate, set gradient_clip_val, or pass "
-            "on_nonfinite='ignore' to go on regardless."
+            f"{what} at step {first_step}; training was stopped at step {last_step}. The weights are those "
+            f"before step {first_step}; nonfinite.jsonl in the run folder has its samples. Lower the "
+            "learning rate, set gradient_clip_val, or pass on_nonfinite='skip' to leave such steps out."
         )
 
 

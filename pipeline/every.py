@@ -48,6 +48,14 @@ class Every:
         """Begin anew, as for another run."""
         self._last_step, self._last_s = 0, self._clock()
 
+    def state_dict(self) -> dict[str, float]:
+        """Return when it was last due."""
+        return {"last_step": self._last_step, "since_s": self._clock() - self._last_s}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Go on from there, the time in between left out."""
+        self._last_step, self._last_s = int(state["last_step"]), self._clock() - state["since_s"]
+
     def is_due(self, step: int) -> bool:
         """Say whether it is time, and count from here if it is."""
         passed_steps = self._steps is not None and step // self._steps > self._last_step // self._steps

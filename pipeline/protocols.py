@@ -50,10 +50,13 @@ class RunInfo:
     Args:
         run_dir: The folder with the run's files, or None if nothing is written.
         hparams: What describes the run: `fit`'s ``hparams``, and the Trainer's settings under ``trainer``.
+        resumed_step: Steps finished when the run was taken up again; None for a new run. Rows of later
+            steps, which a logger may have from before, come again.
     """
 
     run_dir: Path | None
     hparams: dict[str, Any]
+    resumed_step: int | None = None
 
     def flat_hparams(self) -> dict[str, bool | int | float | str]:
         """Return them under names with dots, such as ``trainer.max_epochs``; what is no scalar as text."""

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.batch import Row
 from pipeline.gil import GilReport, StageTime
-from pipeline.report import OutboundReport
+from pipeline.report import OutboundReport, SaveReport
 from pipeline.report.record import RunReport
 
 
@@ -28,14 +28,17 @@ class FitResult:
         schedule: The schedule that ran: ``overlap`` or ``textbook``.
         samples_per_s: Training samples per second; validation and checkpoints not counted.
         train_s: Seconds spent training, without validation and checkpoints.
-        stop_reason: ``max_epochs``, ``max_steps``, ``early_stopping``, or what a callback said.
+        stop_reason: ``max_epochs``, ``max_steps``, ``early_stopping``, or what a callback said; of a run
+            that can be resumed ``max_time``, ``SIGTERM`` or ``SIGINT``.
         run_dir: The folder with the run's files, or None if nothing was written.
-        last_checkpoint: The checkpoint of the last epoch, if one was written.
+        last_checkpoint: The newest checkpoint, if one was written.
         best_checkpoint: The checkpoint with the best `monitor`, if one was written.
         stage_times: Wall and thread time of the loop thread's stages.
         handoffs_per_step: How often the GIL went to another thread; None where it cannot be read.
         gil: The GIL account, with ``gil='account'``.
         ema_model: The averaged model, if one was kept.
+        resumed_from: The checkpoint that the run went on from; None for a new run.
+        saves: What each checkpoint cost.
         outbound: What logging cost, how far it was behind, and which lines made the loop wait.
         report: Where the time went, which ceiling binds, and what to change next; ``print`` shows it.
     """
@@ -56,5 +59,7 @@ class FitResult:
     handoffs_per_step: float | None
     gil: GilReport | None = field(repr=False)
     ema_model: torch.nn.Module | None = field(repr=False)
+    resumed_from: Path | None
+    saves: tuple[SaveReport, ...] = field(repr=False)
     outbound: OutboundReport = field(repr=False)
     report: RunReport = field(repr=False)

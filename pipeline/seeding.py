@@ -6,6 +6,12 @@ batches of a run do not depend on where, when and by whom they are made.
 
 from __future__ import annotations
 
+import random
+import sys
+from collections.abc import Iterable
+from importlib import import_module
+from typing import Any
+
 import torch
 
 _MASK = (1 << 64) - 1
@@ -33,3 +39,36 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
 def shuffle_generator(seed: int, epoch: int) -> torch.Generator:
     """Return the generator that orders one epoch's samples."""
     return torch.Generator().manual_seed(sample_seed(seed, epoch, _SHUFFLE))
+
+
+def generator_states(more: Iterable[torch.Generator] = ()) -> dict[str, Any]:
+    """Return where the global generators stand: Python's, NumPy's, torch's, and those of devices in use.
+
+    Args:
+        more: Further ones, such as a DataLoader's own.
+    """
+    version, words, gauss = random.getstate()
+    states: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "python": {"version": version, "words": torch.tensor(words), "gauss": gauss},
+        "more": [each.get_state() for each in more],
+    }
+    if "numpy.random" in sys.modules:
+        states["numpy"] = sys.modules["numpy.random"].get_state(legacy=False)
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def restore_generators(states: dict[str, Any], more: Iterable[torch.Generator] = ()) -> None:
+    """Put the generators where they stood."""
+    torch.set_rng_state(states["torch"])
+    python = states["python"]
+    random.setstate((python["version"], tuple(python["words"].tolist()), python["gauss"]))
+    if "numpy" in states:
+        import_module("numpy.random").set_state(states["numpy"])
+    if "cuda" in states and torch.cuda.is_available():
+        for device, state in enumerate(states["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(state, device)
+    for generator, state in zip(more, states["more"], strict=False):
+        generator.set_state(state)

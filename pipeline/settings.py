@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import numbers
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +14,7 @@ import torch
 
 from pipeline.device import Backend
 from pipeline.errors import ConfigError
+from pipeline.hints import describe, fits
 
 Schedule = Literal["auto", "overlap", "textbook"]
 PlaceName = Literal["textbook", "inline", "thread", "process"]
@@ -72,12 +71,26 @@ class Settings:
         monitor: The metric that decides which checkpoint is best, and what a ReduceLROnPlateau sees.
         monitor_mode: Whether its ``min`` or its ``max`` is best.
         enable_progress_bar: Show a bar on a terminal, a line for each validation elsewhere.
-        enable_checkpointing: Write ``last.pt`` and ``best.pt`` to the run folder.
+        enable_checkpointing: Write checkpoints to the run folder: at the end of each epoch, when the run is
+            stopped, and of the best validation.
+        checkpoint_every_n_steps: Write one every so many optimizer steps as well.
+        checkpoint_every_n_minutes: And whenever so much time has passed.
+        keep_last: How many of the newest are kept; the one before the newest is there in case that cannot
+            be read.
+        keep_best: How many of the best by `monitor` are kept besides.
+        on_checkpoint_error: What happens if one cannot be written, the disk being full or so: ``stop`` with
+            the error, or ``warn`` and go on. The older ones are kept in either case.
+        resume: Go on where another run was stopped. ``auto`` takes the newest checkpoint in `run_dir` that
+            can be used, and begins a run if there is none yet; or the path of a checkpoint.
+        max_time: Save and stop after so much time in `fit`: seconds, or ``[DD:]HH:MM:SS``.
         ema_decay: Keep an average of the weights with this decay (0 to 1), and validate with it.
         compile: Compile the model: True, or the keywords of `torch.compile`.
         channels_last: Keep model and images in channels-last memory format.
         deterministic: Use torch's deterministic algorithms for the length of the run.
-        on_nonfinite: ``stop`` with a NonFiniteError when the loss is NaN or infinite, or ``ignore``.
+        on_nonfinite: ``stop`` with a NonFiniteError when a step is not finite; ``skip`` its update and go
+            on, which ``train/skipped`` says in its row; or ``ignore`` it. Looked at is the loss, with
+            ``skip`` and on a device that runs ahead the gradients too. The weights stay clean, and
+            ``nonfinite.jsonl`` in the run folder has the samples.
         schedule: ``textbook`` fetches, steps, reads the loss and logs, one after the other on one
             thread. ``overlap`` fetches ahead on a prefetch thread and reads and logs behind on a
             writer thread. Losses and weights are the same. ``auto`` is overlap on a device that
@@ -130,11 +143,18 @@ class Settings:
     monitor_mode: Literal["min", "max"] = "min"
     enable_progress_bar: bool = True
     enable_checkpointing: bool = True
+    checkpoint_every_n_steps: int | None = None
+    checkpoint_every_n_minutes: float | None = None
+    keep_last: int = 2
+    keep_best: int = 1
+    on_checkpoint_error: Literal["stop", "warn"] = "stop"
+    resume: str | Path | None = None
+    max_time: str | float | None = None
     ema_decay: float | None = None
     compile: bool | Mapping[str, Any] = False
     channels_last: bool = False
     deterministic: bool = False
-    on_nonfinite: Literal["stop", "ignore"] = "stop"
+    on_nonfinite: Literal["stop", "skip", "ignore"] = "stop"
     schedule: Schedule = "auto"
     placement: Placement = "auto"
     num_workers: int = 0
@@ -148,7 +168,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Settings)
-        right = {name: value for name, value in vars(self).items() if _fits(value, hints[name])}
+        right = {name: value for name, value in vars(self).items() if fits(value, hints[name])}
         problems = [*type_problems(vars(self)), *_range_problems(right)]
         if problems:
             raise ConfigError(problems)
@@ -190,6 +210,15 @@ def _range_problems(found: dict[str, Any]) -> list[str]:
     peak = found.get("peak_tflops")
     if peak is not None and not peak > 0:
         problems.append(f"peak_tflops must be above 0, got {peak}. Use null (None) to leave it out.")
+    for name in ("checkpoint_every_n_minutes", "max_time"):
+        value = found.get(name)
+        if value is not None and not (seconds(value) or 0) > 0:
+            form = (
+                " of seconds, or a text like 01:30:00 or 2:00:00:00 (days first)"
+                if name == "max_time"
+                else ""
+            )
+            problems.append(f"{name} must be a number above 0{form}, got {value!r}.")
     stall_s = found.get("stall_timeout_s")
     if stall_s is not None and not stall_s > 0:
         problems.append(f"stall_timeout_s must be above 0, got {stall_s}. Use null (None) to wait for ever.")
@@ -205,12 +234,26 @@ def _range_problems(found: dict[str, Any]) -> list[str]:
     return problems
 
 
+def seconds(time: str | float) -> float | None:
+    """Return a time in seconds, given as such or as ``[DD:]HH:MM:SS``; None if it is neither."""
+    if not isinstance(time, str):
+        return time
+    parts = time.split(":")
+    if not 3 <= len(parts) <= 4 or not all(part.isdigit() for part in parts):
+        return None
+    units = (1, 60, 3600, 86400)
+    return float(sum(int(part) * unit for part, unit in zip(reversed(parts), units, strict=False)))
+
+
 _LEAST: dict[str, float] = {
     "max_epochs": 1,
     "max_steps": 1,
     "accumulate_grad_batches": 1,
     "log_every_n_steps": 1,
     "max_log_lag": 1,
+    "checkpoint_every_n_steps": 1,
+    "keep_last": 1,
+    "keep_best": 0,
     "gc_every_n_steps": 1,
     "check_val_every_n_epoch": 1,
     "val_check_interval": 1,
@@ -242,8 +285,8 @@ def type_problems(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     for name, value in values.items():
         if name not in hints:
             problems.append(f"{prefix}{name} is not a setting. {_suggest(name, hints)}")
-        elif not _fits(value, hints[name]):
-            wanted = _describe(hints[name])
+        elif not fits(value, hints[name]):
+            wanted = describe(hints[name])
             problems.append(f"{prefix}{name} must be {wanted}, got {value!r}.")
     return problems
 
@@ -256,32 +299,3 @@ def setting_names() -> list[str]:
 def _suggest(name: str, known: Mapping[str, Any]) -> str:
     close = difflib.get_close_matches(name, known, n=1)
     return f"Did you mean {close[0]}?" if close else f"There are: {', '.join(sorted(known))}."
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        return value in typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in typing.get_args(hint))
-    if origin is not None:
-        return isinstance(value, origin)
-    if hint is float:
-        return isinstance(value, numbers.Real) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if hint is Backend:
-        return hasattr(value, "streams")
-    return isinstance(value, hint)
-
-
-def _describe(hint: Any) -> str:
-    origin = typing.get_origin(hint)
-    if origin is Literal:
-        return ", ".join(map(str, typing.get_args(hint)))
-    if origin in (typing.Union, types.UnionType):
-        return " or ".join(_describe(option) for option in typing.get_args(hint))
-    if hint is type(None):
-        return "null (None)"
-    plain = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
-    return plain.get(hint) or str(getattr(origin or hint, "__name__", hint))

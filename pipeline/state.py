@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numbers
-from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from pipeline.errors import CheckpointError
 from pipeline.protocols import Scheduler
 
 
@@ -35,24 +34,68 @@ class TrainState:
     step: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return plain containers and tensors only, so that loading never runs code."""
+        """Return the parts' states, live and not copied."""
+        states = {
+            name: _scaler_state(part) if name == "scaler" else part.state_dict()
+            for name, part in self._parts().items()
+        }
+        if "scheduler" in states:  # functions, which a fresh scheduler has itself
+            states["scheduler"] = {
+                name: value for name, value in states["scheduler"].items() if not callable(value)
+            }
+        return {"epoch": self.epoch, "step": self.step, **states, "buffers": self._unsaved_buffers()}
+
+    def load_state_dict(self, found: dict[str, Any]) -> None:
+        """Take over the parts' states.
+
+        Raises:
+            CheckpointError: If one is missing, or belongs to another model.
+        """
+        parts = self._parts()
+        missing = [name for name in parts if name not in found]
+        if missing:
+            raise CheckpointError(f"it has no {' and no '.join(missing)}: the run was set up differently.")
+        for name, part in parts.items():
+            try:
+                part.load_state_dict(_numbers(found[name]) if name == "scaler" else found[name])
+            except (RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
+                raise CheckpointError(f"its {name} does not fit this run's: {error}") from error
+        with torch.no_grad():
+            buffers = self._unsaved_buffers()
+            for name, value in found.get("buffers", {}).items():
+                if name in buffers and buffers[name].shape == value.shape:
+                    buffers[name].copy_(value)
+        self.epoch, self.step = found["epoch"], found["step"]
+        if self.step:  # or torch takes a scheduler's next step for one before the first of the optimizer
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def _parts(self) -> dict[str, Any]:
         parts = {
+            "model": self.model,
             "optimizer": self.optimizer,
             "scheduler": self.scheduler,
             "scaler": self.scaler,
-            "ema": None if self.ema is None else self.ema.module,
+            "ema": self.ema,
         }
-        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
-        states["model"] = self.model.state_dict()
-        return {"epoch": self.epoch, "step": self.step, **_plain(states)}
+        return {name: part for name, part in parts.items() if part is not None}
+
+    def _unsaved_buffers(self) -> dict[str, torch.Tensor]:
+        """Return the buffers that the model leaves out of its state: they may decide the next step too."""
+        saved = self.model.state_dict().keys()
+        return {name: value for name, value in self.model.named_buffers() if name not in saved}
 
 
-def _plain(value: Any) -> Any:
-    """Return NumPy's scalars as Python's own: a file that holds them cannot be read without code."""
-    if isinstance(value, (torch.Tensor, str)):
-        return value
-    if type(value) in (dict, OrderedDict):
-        return type(value)((name, _plain(each)) for name, each in value.items())
-    if type(value) in (list, tuple):
-        return type(value)(_plain(each) for each in value)
-    return value.item() if isinstance(value, numbers.Number) and hasattr(value, "item") else value
+def _scaler_state(scaler: Any) -> dict[str, Any]:
+    """Return the scaler's state with its numbers still on the device: its own method waits for them."""
+    state: dict[str, Any] = {
+        "growth_factor": scaler.get_growth_factor(),
+        "backoff_factor": scaler.get_backoff_factor(),
+        "growth_interval": scaler.get_growth_interval(),
+    }
+    if getattr(scaler, "_scale", None) is None:  # not used yet
+        return dict(scaler.state_dict())
+    return {"scale": scaler._scale, **state, "_growth_tracker": scaler._growth_tracker}
+
+
+def _numbers(state: dict[str, Any]) -> dict[str, Any]:
+    return {name: each.item() if isinstance(each, torch.Tensor) else each for name, each in state.items()}

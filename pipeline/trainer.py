@@ -13,30 +13,25 @@ import torch
 from pipeline.batch import Batch
 from pipeline.checkpoint import load_model
 from pipeline.concurrency import Scope
-from pipeline.data import EVALUATION_EPOCH, Source, as_source, refuse_in_nursery
+from pipeline.data import EVALUATION_EPOCH, Source, as_source, own_generators, refuse_in_nursery
 from pipeline.device import select_backend
 from pipeline.loop import setup, wiring
 from pipeline.loop.callback import Callback
 from pipeline.loop.callback_list import CallbackList
-from pipeline.loop.check import (
-    check_choice,
-    check_listeners,
-    check_model,
-    check_monitor,
-    resolve_limit,
-    split_batching,
-)
+from pipeline.loop.check import check_listeners, check_model, check_targets, resolve_limit, split_batching
 from pipeline.loop.clock import StepClock
 from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
-from pipeline.loop.fit import Run, fit
+from pipeline.loop.fit import fit
 from pipeline.loop.gil import GilWatch
 from pipeline.loop.objective import Objective
+from pipeline.loop.resume import open_run_dir
+from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
+from pipeline.loop.signals import handling_signals
 from pipeline.loop.summary import make_result
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
 from pipeline.result import FitResult
 from pipeline.settings import Settings
-from pipeline.state import TrainState
 
 
 class Trainer(Settings):
@@ -103,9 +98,11 @@ class Trainer(Settings):
         Raises:
             ConfigError: For settings that do not fit each other or the data, before the first step.
             StageError: If a batch, a loss or the data is not what it should be.
+            CheckpointError: If the run is to be resumed and cannot be.
             NonFiniteError: If the loss becomes NaN or infinite, unless ``on_nonfinite='ignore'``.
-            Exception: The user's own, from any stage, with a note that says where. Ctrl-C is such a
-                one: the rows so far are on disk, the checkpoint is that of the last epoch.
+            Exception: The user's own, from any stage, with a note that says where.
+            KeyboardInterrupt: At the second Ctrl-C or SIGTERM. After the first one the step is finished
+                and saved, and `FitResult.stop_reason` says which it was.
 
         Runs on:
             The calling thread is the loop thread. When this returns or raises, every thread that it
@@ -115,10 +112,8 @@ class Trainer(Settings):
         objective = setup.make_objective(loss_fn, step)
         check_model(model, optimizer, scheduler, val_data)
         metrics, train_metrics = metrics or {}, train_metrics or {}
-        for each in (metrics, train_metrics):
-            check_listeners(callbacks, loggers, each, val_data)
-        check_monitor(self.monitor, loss_fn, val_data, metrics)
-        check_choice("scheduler_interval", scheduler_interval, ("step", "epoch"))
+        check_listeners(callbacks, loggers, (metrics, train_metrics), val_data)
+        check_targets(self.monitor, loss_fn, val_data, metrics, scheduler_interval)
         make_source = partial(as_source, seed=self.seed)
         batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn)
         source = make_source(train_data, name="train_data", shuffle=shuffle, drop_last=drop_last, **batching)
@@ -133,41 +128,46 @@ class Trainer(Settings):
         if not model.training:
             model.train()  # a model that was evaluated; single modules put in eval mode stay so
         called_model = setup.compile_model(model, self.compile)
-        scaler, ema = setup.make_scaler(self.precision, belts.device), setup.make_ema(model, self.ema_decay)
-        state = TrainState(model, optimizer, scheduler, scaler, ema)
-        run_dir = setup.make_run_dir(self.run_dir)
+        state = setup.make_state(self, model, optimizer, scheduler, belts.device)
+        opened = open_run_dir(self)
+        run_dir, rows = opened.run_dir, wiring.make_rows(opened.run_dir)
         with ExitStack() as stack:
             stack.enter_context(closing(belts))
             stack.enter_context(setup.deterministic_algorithms(self.deterministic))
             num_batches = setup.at_most(source.num_batches, max_batches)
             group = wiring.make_logger_group(
-                self, loggers, run_dir, num_batches, hparams or {}, belts.schedule
+                self, loggers, run_dir, num_batches, hparams or {}, belts.schedule, rows, opened.resumed_step
             )
             stack.enter_context(group.closing())
             stack.callback((clock := StepClock()).leave)
             train_step = wiring.make_step(
-                self, state, called_model, objective, belts.device, scheduler_interval, clock, train_metrics
+                self, state, called_model, objective, belts.backend, scheduler_interval, clock, train_metrics
             )
             journal = wiring.make_journal(self, state, group, belts.device, train_step)
             detector = wiring.make_detector(self, belts.backend, state)
             collector = wiring.make_collector(self)
             stack.enter_context(wiring.installed(collector))
-            scope = stack.enter_context(Scope())
-            outbound = belts.outbound(scope, journal)
+            scope = stack.enter_context(Scope(self.stall_timeout_s))
+            outbound, inbound = belts.outbound(scope, journal), belts.inbound(source, is_training=True)
             watch = stack.enter_context(GilWatch(self.gil, clock, outbound.put_row, run_dir))
             run = Run(
                 settings=self,
                 state=state,
                 step=train_step,
-                inbound=wiring.watch_batches(belts.inbound(source, is_training=True).batches, detector),
+                inbound=wiring.watch_batches(inbound.batches, detector),
                 outbound=outbound,
                 journal=journal,
                 limiter=belts.limiter(self.max_steps_in_flight),
                 callbacks=CallbackList(callbacks),
-                checkpoints=setup.make_checkpoints(self, run_dir),
+                saver=wiring.make_saver(self, opened.folder, belts.backend, rows, belts.schedule),
+                checkpoint=opened.checkpoint,
+                run_dir=run_dir,
+                sample_indices=inbound.sample_indices,
+                generators=own_generators(train_data, val_data),
+                ends_at_s=wiring.deadline_s(self, clock),
                 validate=None
                 if evaluation is None
-                else partial(evaluation, ema.module if ema else called_model),
+                else partial(evaluation, state.ema.module if state.ema else called_model),
                 max_batches=max_batches,
                 scheduler_interval=scheduler_interval,
                 clock=clock,
@@ -177,8 +177,9 @@ class Trainer(Settings):
                 count_tokens=count_tokens,
             )
             stack.enter_context(wiring.installed(detector))
-            fit(run, run_dir)
-        return make_result(run, belts, run_dir, train_data)
+            stack.enter_context(handling_signals(run))
+            fit(run)
+        return make_result(run, belts, run_dir, train_data, opened.path)
 
     def evaluate(
         self,

@@ -7,6 +7,7 @@ from pipeline.concurrency.fork_server import is_nursery, pickled_error
 from pipeline.concurrency.pool import NurseryDiedError, WorkerPool, fork_server, preparation
 from pipeline.concurrency.scope import Scope, stack_of
 from pipeline.concurrency.shared import HAS_SHARED_MEMORY, Slot, SlotFile, map_slots, view_file, view_slot
+from pipeline.concurrency.watchdog import watch
 from pipeline.concurrency.writer import Writer
 
 __all__ = [
@@ -31,4 +32,5 @@ __all__ = [
     "stack_of",
     "view_file",
     "view_slot",
+    "watch",
 ]

@@ -32,7 +32,7 @@ from typing import Any, TypeAlias
 
 RunWorker: TypeAlias = Callable[[socket.socket], None]
 MAX_MESSAGE_BYTES = 1 << 16
-MAX_FILES = 2
+MAX_FILES = 3
 
 _PR_SET_PDEATHSIG = 1
 _nursery_pid = 0

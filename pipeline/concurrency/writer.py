@@ -12,7 +12,8 @@ from collections import deque
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from pipeline.concurrency.scope import Scope
+from pipeline.concurrency.scope import Scope, stack_of
+from pipeline.errors import StallError
 
 Item = TypeVar("Item")
 
@@ -30,6 +31,12 @@ class Writer(Generic[Item]):
         finish: Called once on the writer thread when all has been handled, or after an error; what it
             raises is raised by the scope.
 
+        stall_timeout_s: How long to wait for the handler without progress, which `num_beats` shows.
+        doing: Says what the handler is at, for a StallError.
+
+    Attributes:
+        num_beats: Counted up by the handler as it gets on.
+
     The first exception of `handle` ends the work: it is raised by the next `put` or `flush`, and
     what was put after it is dropped.
     """
@@ -43,7 +50,10 @@ class Writer(Generic[Item]):
         gather_s: float = 0.05,
         max_pending: int | None = 1024,
         finish: Callable[[], None] | None = None,
+        stall_timeout_s: float | None = None,
+        doing: Callable[[], str] | None = None,
     ) -> None:
+        self._stall_timeout_s, self._doing = stall_timeout_s, doing
         self._handle, self._gather_s, self._finish = handle, gather_s, finish
         self._max_pending = sys.maxsize if max_pending is None else max_pending
         self._items: deque[Item] = deque()
@@ -56,7 +66,8 @@ class Writer(Generic[Item]):
         self._is_closed = False
         self._num_handling = 0
         self._error: BaseException | None = None
-        scope.start(self._run_and_finish, name=name, stop=self._close)
+        self.num_beats = 0
+        self._thread = scope.start(self._run_and_finish, name=name, stop=self._close)
 
     def put(self, item: Item) -> None:
         """Append an item; block only while `max_pending` items wait.
@@ -87,9 +98,18 @@ class Writer(Generic[Item]):
             while self._error is None and len(self._items) + self._num_handling > max_left:
                 self._is_hurried = True
                 self._wake.notify()
-                self._idle.wait()
+                before = self.num_beats
+                if not self._idle.wait(self._stall_timeout_s) and before == self.num_beats:
+                    raise self._stalled()
         if self._error is not None:
             raise self._error
+
+    def _stalled(self) -> StallError:
+        assert self._stall_timeout_s is not None
+        error = StallError(self._stall_timeout_s, "progress of the loggers")
+        error.stage = "log" if self._doing is None else self._doing()
+        error.stack = stack_of(self._thread)
+        return error
 
     def _close(self) -> None:
         with self._lock:

@@ -4,7 +4,7 @@ from pipeline.data.main_module import refuse_in_nursery
 from pipeline.data.processes import Processes, ProcessReader
 from pipeline.data.randomness import UnhookableDrawError
 from pipeline.data.reader import END, EVALUATION_EPOCH, MapReader, MapSource, Reader, Source
-from pipeline.data.source import as_source
+from pipeline.data.source import as_source, own_generators
 
 __all__ = [
     "END",
@@ -17,5 +17,6 @@ __all__ = [
     "Source",
     "UnhookableDrawError",
     "as_source",
+    "own_generators",
     "refuse_in_nursery",
 ]

@@ -13,6 +13,7 @@ import torch
 
 from pipeline.batch import Batch
 from pipeline.data.fetch import Fetcher
+from pipeline.data.generators import TorchGenerator
 from pipeline.data.randomness import SampleRandomness, ThreadRandomness, UnhookableDrawError
 from pipeline.data.sampler import Plan
 
@@ -111,6 +112,8 @@ class MapSource:
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> MapReader:
         plan = self._make_plan(epoch)
         num_batches = len(plan) if max_batches is None else min(len(plan), max_batches)
+        if start:
+            plan.indices(min(start, len(plan)) - 1)  # a sampler draws as it goes on
         return MapReader(self, plan, epoch, num_batches, start)
 
 
@@ -140,7 +143,9 @@ class MapReader:
             except UnhookableDrawError as found:
                 self._source.unhookable = found.names
         batch = self.read()
-        self._source.unhookable = self._source.unhookable or self._randomness.drawn
+        # Draws from torch's generator can be hooked; a probe would have found those that cannot.
+        drawn = tuple(name for name in self._randomness.drawn if name != TorchGenerator.name)
+        self._source.unhookable = self._source.unhookable or drawn
         return batch
 
     def read(self) -> Batch:

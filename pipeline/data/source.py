@@ -123,6 +123,16 @@ def _is_safe_to_take_apart(data: Any) -> bool:
     )
 
 
+def own_generators(*data: Any) -> list[torch.Generator]:
+    """Return the generators that DataLoaders and their samplers keep for themselves."""
+    found = []
+    for loader in data:
+        if isinstance(loader, DataLoader):
+            samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
+            found += [getattr(each, "generator", None) for each in (loader, *samplers)]
+    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+
+
 def _batches_problem(data: Any, name: str, has_sample_settings: bool) -> str | None:
     found = type(data).__name__
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):

@@ -4,6 +4,7 @@ from pipeline.device.backend import Backend, EagerBackend, StreamBackend, select
 from pipeline.device.host_reads import HostRead, ReadDetector
 from pipeline.device.readback import Pending, PendingTensor, Readback, StepLimiter
 from pipeline.device.simulated import SimulatedBackend
+from pipeline.device.snapshot import Snapshot, Snapshotter
 from pipeline.device.transfer import Transfer, make_transfer
 
 __all__ = [
@@ -15,6 +16,8 @@ __all__ = [
     "ReadDetector",
     "Readback",
     "SimulatedBackend",
+    "Snapshot",
+    "Snapshotter",
     "StepLimiter",
     "StreamBackend",
     "Transfer",

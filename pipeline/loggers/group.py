@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -42,6 +43,8 @@ class LoggerGroup:
 
     Attributes:
         times: What each one cost so far.
+        failures: What each logger that failed has raised.
+        busy: The logger that is being told something, by name; None between two.
         has_failed: Set before the end of a run that an exception ends; those with a ``mark_failed``
             method are told.
 
@@ -55,27 +58,27 @@ class LoggerGroup:
         self._timed = list(zip(self._loggers, self.times, strict=True))
         self._is_open = self._is_closed = False
         self.has_failed = False
-        self._close_errors: list[Exception] = []
+        self.failures: list[Exception] = []
+        self.busy: str | None = None
 
     def log(self, rows: Sequence[Row]) -> None:
         """Tell each logger of some rows, in order.
 
-        Raises:
-            Exception: A logger's own, with its name and the step in a note; the others were told.
+        One that fails is told nothing more; the run goes on, and `closing` raises the error at its end.
         """
         if not self._is_open:
             self._open()
         # One look at the clock between two loggers: on the loop thread this runs at every step.
-        errors, is_off_loop = [], self._is_off_loop
+        is_off_loop = self._is_off_loop
         began_s, began_cpu_s = time.perf_counter(), time.thread_time() if is_off_loop else 0.0
         for logger, spent in self._timed:
+            self.busy = spent.name
             row = rows[0]
             try:
                 for row in rows:
                     logger.log(row)
             except Exception as error:
-                add_stage_note(error, f"log ({spent.name})", step=row.step)
-                errors.append(error)
+                self._turn_off(logger, spent, error, "log", row.step)
             spent.num_rows += len(rows)
             ended_s = time.perf_counter()
             spent.wall_s += ended_s - began_s
@@ -84,8 +87,7 @@ class LoggerGroup:
                 ended_cpu_s = time.thread_time()
                 spent.cpu_s += ended_cpu_s - began_cpu_s
                 began_cpu_s = ended_cpu_s
-        if errors:
-            _raise_first(errors)
+        self.busy = None
 
     def log_media(self, media: Media) -> None:
         """Tell those loggers that keep media."""
@@ -103,7 +105,7 @@ class LoggerGroup:
             self._call("flush")
 
     def close(self) -> None:
-        """Close each logger once; what they raise is raised by `closing`."""
+        """Close each logger once, but for one that another thread hangs in."""
         if self._is_closed:
             return
         self._is_closed = True
@@ -112,28 +114,35 @@ class LoggerGroup:
         self._close_each("close")
 
     def _close_each(self, method: str) -> None:
-        for logger, spent in self._timed:
+        for logger, spent in zip(self._loggers, self.times, strict=True):
             bound = getattr(logger, method, None)
-            if bound is None:
+            if bound is None or spent.name == self.busy:
                 continue
             try:
                 self._timed_call(bound, spent)
             except Exception as error:
-                add_stage_note(error, f"{method} ({spent.name})")
-                self._close_errors.append(error)
+                self._turn_off(logger, spent, error, method, None)
 
     @contextmanager
     def closing(self) -> Iterator[None]:
-        """Have everything closed after the block; an error of the block is not lost to one of theirs."""
+        """Have everything closed after the block, and raise what a logger has raised meanwhile.
+
+        It is the first one's own exception, with what the others have raised in notes; an error of the block
+        is not lost to them.
+        """
         try:
             yield
         except BaseException as error:
             self.close()
-            for further in self._close_errors:
+            for further in self.failures:
                 note_further(error, further)
             raise
         self.close()
-        _raise_first(self._close_errors)
+        if self.failures:
+            first, *others = self.failures
+            for other in others:
+                note_further(first, other)
+            raise first
 
     def _open(self) -> None:
         if not self._is_open:
@@ -145,11 +154,26 @@ class LoggerGroup:
             bound = getattr(logger, method, None)
             if bound is None:
                 continue
+            self.busy = spent.name
             try:
                 self._timed_call(bound, spent, *arguments)
             except Exception as error:
-                add_stage_note(error, f"{method} ({spent.name})", step=step)
-                raise
+                self._turn_off(logger, spent, error, method, step)
+            self.busy = None
+
+    def _turn_off(
+        self, logger: Logger, spent: LoggerTime, error: Exception, method: str, step: int | None
+    ) -> None:
+        """Tell a logger nothing more; say so at once, and at the end of the run."""
+        add_stage_note(error, f"{method} ({spent.name})", step=step)
+        self.failures.append(error)
+        self._timed = [each for each in self._timed if each[0] is not logger]
+        where = method if step is None else f"{method} at step {step}"
+        print(
+            f"logger {spent.name} failed in {where} and is told nothing more; training goes on. "
+            f"{type(error).__name__}: {error}",
+            file=sys.stderr,
+        )
 
     def _timed_call(self, call: Callable[..., None], spent: LoggerTime, *arguments: Any) -> None:
         cpu_clock = time.thread_time if self._is_off_loop else _no_clock
@@ -163,15 +187,6 @@ class LoggerGroup:
 
 def _no_clock() -> float:
     return 0.0  # reading the processor time takes 0.8 µs: too dear for the loop thread
-
-
-def _raise_first(errors: Sequence[Exception]) -> None:
-    """Raise the first error, if any; the others become its notes."""
-    if errors:
-        first, *others = errors
-        for other in others:
-            note_further(first, other)
-        raise first
 
 
 def _names(loggers: Sequence[Logger]) -> list[str]:

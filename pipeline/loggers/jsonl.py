@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from math import isfinite
 from pathlib import Path
 
@@ -30,6 +31,12 @@ class JsonlLogger:
         self._rows.append(row)
         if len(self._rows) == _BURST:
             self._write()
+
+    def sync(self) -> int:
+        """Have the disk hold every row so far; return how many bytes they are."""
+        self.flush()
+        os.fsync(self._file.fileno())
+        return self._file.tell()
 
     def flush(self) -> None:
         self._write()

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -114,6 +114,13 @@ class Callback:
 
     every: Every | None = None
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the callback must know to go on, for a checkpoint; loop thread, between two steps."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it back when a run is resumed, after `on_fit_started`."""
+
     def on_fit_started(self, event: FitStarted) -> None:
         """Before the first batch: ``event.run_dir``."""
 
@@ -160,6 +167,12 @@ class EarlyStopping(Callback):
 
     def on_fit_started(self, event: FitStarted) -> None:
         self._best, self._num_waited = math.inf, 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self._best, "num_waited": self._num_waited}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._best, self._num_waited = state["best"], state["num_waited"]
 
     def on_validated(self, event: Validated) -> None:
         value = self._sign * monitored(event.metrics, self._monitor, "EarlyStopping.monitor")

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from time import perf_counter
 from typing import Any
 
-from pipeline.errors import add_stage_note
+from pipeline.errors import CheckpointError, add_stage_note
 from pipeline.every import Every
 from pipeline.loop.callback import (
     Callback,
@@ -40,13 +40,13 @@ class _Listener:
         self._method = getattr(callback, _METHOD[kind])
         self.is_needed = getattr(type(callback), _METHOD[kind]) is not getattr(Callback, _METHOD[kind])
         is_of_steps = kind in (StepFinished, StepRead)
-        self._every: Every | None = copy.copy(callback.every) if is_of_steps else None
-        if self._every is not None:
-            self._every.reset()
+        self.every: Every | None = copy.copy(callback.every) if is_of_steps else None
+        if self.every is not None:
+            self.every.reset()
 
     def hear(self, event: Any, step: int) -> None:
         """Call it, if it is time."""
-        if self._every is not None and not self._every.is_due(step):
+        if self.every is not None and not self.every.is_due(step):
             return
         began_s = perf_counter()
         try:
@@ -69,6 +69,7 @@ class CallbackList:
 
     def __init__(self, callbacks: Sequence[Callback]) -> None:
         self._names = [type(callback).__name__ for callback in callbacks]
+        self._callbacks = tuple(callbacks)
         self._listeners = {
             kind: [each for callback in callbacks if (each := _Listener(callback, kind)).is_needed]
             for kind in _METHOD
@@ -85,6 +86,35 @@ class CallbackList:
         """Call each callback that wants a step's numbers; the thread of the loggers."""
         for listener in self._listeners[StepRead]:
             listener.hear(event, event.step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the callbacks' states, and when each was last told of a step."""
+        states = [
+            {"name": name, "state": each.state_dict()}
+            for name, each in zip(self._names, self._callbacks, strict=True)
+        ]
+        return {"callbacks": states, "every": [each.state_dict() for each in self._timers()]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Give each callback its state back.
+
+        Raises:
+            CheckpointError: If the callbacks are others, or in another order.
+        """
+        found = [each["name"] for each in state["callbacks"]]
+        if found != self._names:
+            raise CheckpointError(
+                f"it was written with the callbacks {found or 'none'}, not {self._names or 'none'}. Pass the "
+                "same ones, in the same order."
+            )
+        for callback, each in zip(self._callbacks, state["callbacks"], strict=True):
+            callback.load_state_dict(each["state"])
+        for timer, each in zip(self._timers(), state["every"], strict=False):
+            timer.load_state_dict(each)
+
+    def _timers(self) -> list[Every]:
+        each_kind = (self._listeners[StepFinished], self._listeners[StepRead])
+        return [each.every for listeners in each_kind for each in listeners if each.every is not None]
 
     def times(self) -> Mapping[str, float]:
         """Return the seconds that the loop thread spent in each callback, by its class."""

@@ -55,7 +55,10 @@ def check_model(
 
 
 def check_listeners(
-    callbacks: Sequence[Callback], loggers: Sequence[Logger], metrics: Metrics, val_data: Any
+    callbacks: Sequence[Callback],
+    loggers: Sequence[Logger],
+    groups: Sequence[Metrics],
+    val_data: Any,
 ) -> None:
     """Refuse what could not be told anything.
 
@@ -65,10 +68,11 @@ def check_listeners(
     for name, listeners in (("callbacks", callbacks), ("loggers", loggers)):
         if not isinstance(listeners, (list, tuple)):
             raise ConfigError(f"{name} must be a list, got {listeners!r}.")
-    if not isinstance(metrics, Mapping) or not all(
-        callable(each) or isinstance(each, StatefulMetric) for each in metrics.values()
-    ):
-        raise ConfigError(f"metrics must be a dict of names and functions, got {metrics!r}.")
+    for metrics in groups:
+        if not isinstance(metrics, Mapping) or not all(
+            callable(each) or isinstance(each, StatefulMetric) for each in metrics.values()
+        ):
+            raise ConfigError(f"metrics must be a dict of names and functions, got {metrics!r}.")
     problems = [
         f"callbacks must be objects of a subclass of pipeline.Callback, got {each!r}."
         for each in callbacks
@@ -85,12 +89,15 @@ def check_listeners(
         raise ConfigError(problems)
 
 
-def check_monitor(monitor: str, loss_fn: LossFn | None, val_data: Any, metrics: Metrics) -> None:
+def check_targets(
+    monitor: str, loss_fn: LossFn | None, val_data: Any, metrics: Metrics, scheduler_interval: str
+) -> None:
     """Refuse to monitor what will not be computed, where that is known beforehand.
 
     Raises:
-        ConfigError: If `monitor` names no validation metric.
+        ConfigError: If `monitor` names no validation metric, or the scheduler has an unknown interval.
     """
+    check_choice("scheduler_interval", scheduler_interval, ("step", "epoch"))
     known = ["val/loss", *(f"val/{name}" for name in metrics)]
     if loss_fn is not None and val_data is not None and monitor not in known:
         raise ConfigError(

@@ -2,105 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pipeline.batch import Batch, Media, MediaKind, Progress, Row, Scalars, num_samples
-from pipeline.checkpoint import CheckpointFolder
-from pipeline.device import ReadDetector, StepLimiter
+from pipeline.batch import Batch, Row, Scalars, num_samples
 from pipeline.errors import NonFiniteError, StageError, add_stage_note, noting_on
 from pipeline.loop.callback import (
     EpochFinished,
-    Event,
     FitFailed,
     FitFinished,
     FitStarted,
     StepFinished,
-    StepRead,
     Validated,
     monitored,
 )
-from pipeline.loop.callback_list import CallbackList
-from pipeline.loop.clock import CHECKPOINT, DATA_WAIT, LOG, VALIDATE, StepClock
-from pipeline.loop.collector import Collector
-from pipeline.loop.gil import GilWatch
-from pipeline.loop.journal import Journal
-from pipeline.loop.outbound import Outbound
+from pipeline.loop.clock import DATA_WAIT, LOG, VALIDATE
 from pipeline.loop.rates import StepDone
-from pipeline.loop.step import TrainStep
-from pipeline.settings import Settings
-from pipeline.state import TrainState
+from pipeline.loop.resume import open_epoch, resume
+from pipeline.loop.run import Run
+from pipeline.loop.save import save, save_epoch
 
 
-@dataclass
-class Run:
-    """The parts of one `fit`, wired by the Trainer.
-
-    Args:
-        inbound: The inbound belt: an epoch's batches on the device, at most so many.
-        validate: Given whom to tell how far it is, returns the validation metrics without their prefix;
-            None without validation data.
-        count_tokens: Returns the tokens in a batch; None where nobody counts them.
-        collector: Decides when garbage is collected; None leaves it to Python.
-        detector: Finds the lines that wait for the device; None where nobody asked.
-    """
-
-    settings: Settings
-    state: TrainState
-    step: TrainStep
-    inbound: Callable[[int, int | None, int], Generator[Batch]]
-    outbound: Outbound
-    journal: Journal
-    limiter: StepLimiter | None
-    callbacks: CallbackList
-    checkpoints: CheckpointFolder | None
-    validate: Callable[[Callable[[Progress], None]], dict[str, float]] | None
-    max_batches: int | None
-    scheduler_interval: Literal["step", "epoch"]
-    clock: StepClock
-    gil: GilWatch
-    detector: ReadDetector | None
-    collector: Collector | None
-    count_tokens: Callable[[Batch], int] | None
-    history: list[Row] = field(default_factory=list)
-    stop_reason: str = ""
-    validated_step: int = -1
-    num_samples: int = 0
-    num_tokens: int = 0
-    num_samples_before: int = 0  # the step under way
-    num_tokens_before: int = 0
-
-    def stop(self, reason: str) -> None:
-        """End the run after the step under way; the first reason counts."""
-        self.stop_reason = self.stop_reason or reason
-
-    def tell(self, event: type[Event], *values: Any) -> None:
-        """Tell the callbacks of an event."""
-        self.callbacks.tell(event(self.state, self.stop, self.log_media, *values))
-
-    def tell_read(self, done: StepDone, values: dict[str, float]) -> None:
-        """Tell the callbacks of a step's numbers; the thread of the loggers."""
-        self.callbacks.tell_read(StepRead(done.step, done.epoch, values, self.stop))
-
-    def log_media(self, kind: MediaKind, name: str, data: torch.Tensor | str) -> None:
-        """Send an image, a histogram or a text to the loggers."""
-        self.outbound.put_media(Media(self.state.step, self.state.epoch, name, kind, data))
-
-
-def fit(run: Run, run_dir: Path | None) -> None:
+def fit(run: Run) -> None:
     """Train, and tell the callbacks how it began and how it ended."""
+    run.journal.on_nonfinite = run.note_nonfinite
     if run.callbacks.has_read_listeners:
         run.journal.on_step = run.tell_read
     try:
-        run.tell(FitStarted, run_dir)
+        run.tell(FitStarted, run.run_dir)
+        resume(run)
         _train(run)
-        run.tell(FitFinished, run.stop_reason)
+        run.tell(FitFinished, run.interrupted_by or run.stop_reason)
         run.outbound.flush()
     except BaseException as error:
         run.journal.loggers.has_failed = True
@@ -124,13 +59,19 @@ def _earlier_cause(run: Run, error: BaseException) -> BaseException:
 
 
 def _train(run: Run) -> None:
-    while not run.stop_reason:
-        first_step = run.state.step
+    _check_limits(run)
+    while run.is_epoch_open or not run.is_ending:
         try:
-            with closing(run.inbound(run.state.epoch, _batches_left(run), 0)) as batches:
-                _train_epoch(run, batches)
-            _check_progress(run, run.state.step - first_step)
-            _finish_epoch(run, first_step)
+            if not run.is_ending:
+                with closing(open_epoch(run, _batches_left(run))) as batches:
+                    _train_epoch(run, batches)
+                _check_progress(run)
+            if is_cut_short := run.is_ending:
+                save(run)  # in the middle of its epoch: there it goes on, if it is told to
+            if run.interrupted_by:
+                return
+            _finish_epoch(run)
+            save_epoch(run, is_cut_short)
         except Exception as error:
             add_stage_note(error, "loop", step=run.state.step)
             raise
@@ -141,13 +82,16 @@ def _train_epoch(run: Run, batches: Iterator[Batch]) -> None:
     clock.restart()
     for batch in batches:
         is_due = step.micro_batch(batch)
+        run.position += 1
         run.num_samples += num_samples(batch)
         if run.count_tokens is not None:
             run.num_tokens += run.count_tokens(batch)
         if is_due:
             _finish_step(run)
-            if run.stop_reason:
+            if run.is_ending:
                 return
+        elif run.saver is not None and run.saver.is_asked:
+            save(run)
         clock.enter(DATA_WAIT)
     if step.num_pending:
         _finish_step(run)
@@ -188,22 +132,27 @@ def _after_step(run: Run, scalars: Scalars) -> bool:
         run.tell(StepFinished, plain)
     if settings.max_steps is not None and state.step >= settings.max_steps:
         run.stop("max_steps")
+    if run.clock.began_s >= run.ends_at_s:
+        run.interrupt("max_time")
     every_n = settings.val_check_interval
-    if every_n is not None and state.step % every_n == 0:
+    is_validated = every_n is not None and state.step % every_n == 0
+    if is_validated:
         with nullcontext() if run.detector is None else run.detector.reads.paused():
             _validate(run, {})
-        return True
-    return False
+    if run.saver is None or run.is_ending or not run.saver.is_due(state.step):
+        return is_validated
+    save(run)
+    return True
 
 
-def _finish_epoch(run: Run, first_step: int) -> None:
+def _finish_epoch(run: Run) -> None:
     state, settings = run.state, run.settings
     run.outbound.flush()
     if run.collector is not None:
         run.collector.idle()
     run.clock.training_paused()  # what the device was still busy with is training time too
     run.tell(EpochFinished)
-    losses = run.journal.losses[first_step : state.step]
+    losses = run.journal.losses[run.epoch_first_step : state.step]
     means = {"train/epoch_loss": sum(losses) / len(losses)}
     if run.step.metrics is not None:
         means |= run.step.metrics.finish_epoch()
@@ -218,10 +167,8 @@ def _finish_epoch(run: Run, first_step: int) -> None:
     scheduler = state.scheduler
     if run.scheduler_interval == "epoch" and scheduler and not isinstance(scheduler, ReduceLROnPlateau):
         scheduler.step()
-    if run.checkpoints is not None:
-        run.clock.enter(CHECKPOINT)
-        run.checkpoints.save_last(state)
     state.epoch += 1
+    run.position, run.is_epoch_open = 0, False
 
 
 def _validate(run: Run, means: dict[str, float]) -> None:
@@ -242,10 +189,8 @@ def _validate(run: Run, means: dict[str, float]) -> None:
     value = monitored(metrics, run.settings.monitor, "monitor")
     if isinstance(run.state.scheduler, ReduceLROnPlateau):
         run.state.scheduler.step(value)
-    if run.checkpoints is not None:
-        run.clock.enter(CHECKPOINT)
-        run.checkpoints.save_if_best(run.state, value)
-        run.clock.enter(LOG)
+    if run.saver is not None:
+        run.saver.offer(run.state.step, value)
     run.tell(Validated, metrics)
     return None
 
@@ -262,20 +207,30 @@ def _batches_left(run: Run) -> int | None:
     limits = [] if run.max_batches is None else [run.max_batches]
     if run.settings.max_steps is not None:
         steps_left = run.settings.max_steps - run.state.step
-        limits.append(steps_left * run.settings.accumulate_grad_batches)
+        left = steps_left * run.settings.accumulate_grad_batches - run.step.num_pending
+        limits.append(run.position + left)
     return min(limits, default=None)
 
 
-def _check_progress(run: Run, num_steps: int) -> None:
+def _check_limits(run: Run) -> None:
+    """End a run before its first step that was over when it was resumed."""
+    settings, state = run.settings, run.state
+    if settings.max_steps is not None and state.step >= settings.max_steps:
+        run.stop("max_steps")
+    if settings.epoch_limit is not None and state.epoch >= settings.epoch_limit:
+        run.stop("max_epochs")
+
+
+def _check_progress(run: Run) -> None:
     """Refuse to go round and round over data that has run dry.
 
     Raises:
         StageError: If the epoch had no batch.
     """
-    if num_steps:
+    if run.position:
         return
-    if run.checkpoints is not None and run.state.step:
-        run.checkpoints.save_last(run.state)
+    if run.state.step:
+        save(run)
     if run.settings.max_steps is not None:
         wanted = f"{run.state.step} of {run.settings.max_steps} steps"
     else:

@@ -25,6 +25,7 @@ from pipeline.loop.inbound import Chooser
 from pipeline.loop.outbound import BeltOutbound, DirectOutbound
 from pipeline.loop.placement import TEXTBOOK, Place
 from pipeline.loop.rates import StepDone
+from pipeline.loop.saver import BestJob, SaveJob
 from pipeline.report.placement import PlacementReport
 from pipeline.report.record import Gain
 from pipeline.settings import Settings
@@ -258,6 +259,9 @@ class SwitchedOutbound:
 
     def put_progress(self, progress: Progress) -> None:
         self._chosen().put_progress(progress)
+
+    def put_job(self, job: SaveJob | BestJob) -> None:
+        self._chosen().put_job(job)
 
     def flush(self) -> None:
         self._chosen().flush()

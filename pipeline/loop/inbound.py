@@ -91,12 +91,22 @@ class Inbound:
         self._source, self._transfer = source, transfer
         self.chooser: Chooser = Auto(self, source.name) if place is None else Pinned(place)
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
+        self._opened: Reader | None = None
         self._processes: Processes | None = None
         self._place, self._has_warned = TEXTBOOK, False
 
     def batches(self, epoch: int, max_batches: int | None, start: int = 0) -> Generator[Batch]:
-        """Yield the batches of an epoch, those before `start` left out."""
-        with closing(self._source.open(epoch, max_batches, start)) as reader:
+        """Open an epoch, at once, and return its batches, those before `start` left out."""
+        self._opened = self._source.open(epoch, max_batches, start)
+        return self._batches(self._opened)
+
+    def sample_indices(self, position: int) -> list[int] | None:
+        """Return the samples of a batch of the epoch under way; None where nobody knows. Any thread."""
+        is_known = isinstance(self._opened, MapReader) and position < self._opened.num_batches
+        return self._opened.indices(position).tolist() if is_known else None  # type: ignore[union-attr]
+
+    def _batches(self, opened: Reader) -> Generator[Batch]:
+        with closing(opened) as reader:
             while not reader.is_exhausted:
                 self._place = self.chooser.choose(reader)
                 with closing(self.chooser.watch(self._made_in(self._place, reader))) as batches:

@@ -10,7 +10,9 @@ from math import isfinite
 from pipeline.batch import Media, Row
 from pipeline.errors import NonFiniteError
 from pipeline.loggers import LoggerGroup
+from pipeline.loop.guard import SKIPPED
 from pipeline.loop.rates import Rates, StepDone
+from pipeline.report import SaveReport
 from pipeline.settings import Settings
 
 RECENT_STEPS = 256
@@ -27,6 +29,7 @@ class Journal:
         last_step: Returns the step that the loop has reached.
 
     Attributes:
+        on_nonfinite: Told of each step whose loss or gradients are not finite.
         on_step: Told of every step's numbers, in order, a row or not; None for nobody.
         losses: Of every step, whatever becomes of its row.
         step_s: The time of every step, in seconds.
@@ -49,14 +52,16 @@ class Journal:
     ) -> None:
         self.loggers, self._rates, self._every_n = loggers, rates, settings.log_every_n_steps
         self._max_lag = settings.max_log_lag if settings.log_overflow == "drop" else None
-        self._stops_on_nonfinite = settings.on_nonfinite == "stop"
+        self._on_nonfinite = settings.on_nonfinite
         self.last_step = last_step
         self.on_step: Callable[[StepDone, dict[str, float]], None] | None = None
         self._rows: list[Row] = []
+        self.on_nonfinite: Callable[[StepDone, float], None] | None = None
         self.losses, self.step_s, self.wait_s = array("d"), array("d"), array("d")
         self.recent: deque[StepDone] = deque(maxlen=RECENT_STEPS)
         self.last_values: dict[str, float] = {}
         self.num_dropped = 0
+        self._of_save: dict[str, float] = {}
 
     @property
     def num_undelivered(self) -> int:
@@ -65,11 +70,14 @@ class Journal:
     def note_step(self, done: StepDone, values: dict[str, float]) -> None:
         """Take a step's numbers; make a row if it is its turn."""
         loss = values["train/loss"]
+        was_skipped = bool(values.pop(SKIPPED, 0.0))
         self.losses.append(loss)
         self.step_s.append(done.step_ns / 1e9)
         self.wait_s.append(done.data_wait_ns / 1e9)
         self.recent.append(done)
         self.last_values = values
+        if was_skipped and self._on_nonfinite == "skip":
+            values[SKIPPED] = 1.0
         if self.on_step is not None:
             self.on_step(done, values)
         if done.step % self._every_n == 0:
@@ -77,9 +85,26 @@ class Journal:
                 self.num_dropped += 1
             else:
                 self._rates.add_to(values, done)
+                if self._of_save:
+                    values |= self._of_save
+                    self._of_save = {}
                 self._rows.append(Row(done.step, done.epoch, values))
-        if self._stops_on_nonfinite and not isfinite(loss):
-            raise NonFiniteError(done.step - 1, self.last_step() - 1, loss)
+        if was_skipped or not isfinite(loss):
+            self._note_nonfinite(done, loss, was_skipped)
+
+    def _note_nonfinite(self, done: StepDone, loss: float, was_skipped: bool) -> None:
+        if self._on_nonfinite == "ignore":
+            return
+        if self.on_nonfinite is not None:
+            self.on_nonfinite(done, loss)
+        if self._on_nonfinite == "stop":
+            raise NonFiniteError(
+                done.step - 1, self.last_step() - 1, loss, is_gradient=was_skipped and isfinite(loss)
+            )
+
+    def note_save(self, report: SaveReport) -> None:
+        """Take what a checkpoint cost; it stands in the next step's row."""
+        self._of_save = {"time/save_stall_ms": report.stall_s * 1e3, "time/save_ms": report.write_s * 1e3}
 
     def note_row(self, row: Row) -> None:
         """Take a row whose numbers the host already had; it is never dropped."""

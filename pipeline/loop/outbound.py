@@ -14,6 +14,7 @@ from pipeline.concurrency import Scope, Writer
 from pipeline.device import Backend, Pending, PendingTensor, Readback
 from pipeline.loop.journal import Journal
 from pipeline.loop.rates import StepDone
+from pipeline.loop.saver import BestJob, SaveJob
 from pipeline.loop.threads import ThreadTimes
 from pipeline.settings import Settings
 
@@ -49,6 +50,9 @@ class Outbound(Protocol):
     def put_progress(self, progress: Progress) -> None:
         """Take how far a validation is."""
 
+    def put_job(self, job: SaveJob | BestJob) -> None:
+        """Take a checkpoint to write: behind the numbers that came before it, so that it has them all."""
+
     def flush(self) -> None:
         """Return when everything put so far is in the journal and with the loggers."""
 
@@ -82,6 +86,9 @@ class DirectOutbound:
     def put_progress(self, progress: Progress) -> None:
         self._journal.loggers.log_progress(progress)
 
+    def put_job(self, job: SaveJob | BestJob) -> None:
+        _do(job, self._journal)
+
     def flush(self) -> None:
         self._journal.flush()
 
@@ -91,7 +98,7 @@ class _PendingMedia(NamedTuple):
     tensor: PendingTensor
 
 
-_Other: TypeAlias = "Row | Progress | Media | _PendingMedia"
+_Other: TypeAlias = "Row | Progress | Media | _PendingMedia | SaveJob | BestJob"
 _Item: TypeAlias = "tuple[StepDone, Pending] | _Other"
 
 
@@ -119,6 +126,8 @@ class BeltOutbound:
             name="writer",
             max_pending=settings.max_log_lag if settings.log_overflow == "wait" else None,
             finish=self._finish,
+            stall_timeout_s=settings.stall_timeout_s,
+            doing=lambda: f"log ({journal.loggers.busy})",
         )
 
     def put_step(self, done: StepDone, scalars: Scalars) -> None:
@@ -137,6 +146,9 @@ class BeltOutbound:
     def put_progress(self, progress: Progress) -> None:
         self._writer.put(progress)
 
+    def put_job(self, job: SaveJob | BestJob) -> None:
+        self._writer.put(job)
+
     def flush(self) -> None:
         self._writer.flush()
 
@@ -150,8 +162,9 @@ class BeltOutbound:
 
     def _write_chunk(self, items: list[_Item]) -> None:
         oldest: StepDone | None = None
+        self._writer.num_beats += 1
         for item in items:
-            if isinstance(item, (Row, Progress, Media, _PendingMedia)):
+            if isinstance(item, (Row, Progress, Media, _PendingMedia, SaveJob, BestJob)):
                 self._write_other(item)
             else:
                 oldest = oldest or item[0]
@@ -168,9 +181,21 @@ class BeltOutbound:
             self._journal.loggers.log_progress(item)
         elif isinstance(item, Media):
             self._journal.note_media(item)
+        elif isinstance(item, (SaveJob, BestJob)):
+            _do(item, self._journal)
         else:
             self._journal.note_media(item.media._replace(data=item.tensor.resolve()))
 
     def _finish(self) -> None:
         self._journal.loggers.close()
         self.writer_cpu_s = time.thread_time()
+
+
+def _do(job: SaveJob | BestJob, journal: Journal) -> None:
+    """Write a checkpoint, the rows before it first."""
+    if isinstance(job, BestJob):
+        job.saver.name_best(job)
+        return
+    journal.flush()
+    job.saver.write(job, journal.losses, journal.last_values)
+    journal.note_save(job.saver.reports[-1])

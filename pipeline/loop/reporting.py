@@ -16,7 +16,7 @@ import torch
 from pipeline.concurrency import available_cores
 from pipeline.device import StepLimiter
 from pipeline.loop.convoy import warn_harmlessly
-from pipeline.loop.fit import Run
+from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
 from pipeline.loop.setup import is_rank_zero
 from pipeline.loop.wiring import plain_settings
@@ -111,7 +111,7 @@ def _facts(run: Run, belts: Belts, where: Where, num_cores: int) -> dict[str, An
         "num_steps": run.clock.num_steps,
         "num_epochs": run.state.epoch,
         "train_s": run.clock.train_s,
-        "stop_reason": run.stop_reason,
+        "stop_reason": run.interrupted_by or run.stop_reason,
         "handoffs_per_step": run.gil.handoffs_per_step(run.clock.num_steps),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -15,6 +15,7 @@ from pipeline.loop.inbound import Inbound
 from pipeline.loop.journal import Journal
 from pipeline.loop.outbound import BeltOutbound, DirectOutbound, Outbound
 from pipeline.loop.placement import INLINE, TEXTBOOK, Place
+from pipeline.loop.stall import watch_loop
 from pipeline.loop.threads import ThreadTimes
 from pipeline.report.placement import PlacementReport
 from pipeline.settings import Settings
@@ -100,6 +101,8 @@ class Belts:
     def outbound(self, scope: Scope, journal: Journal) -> Outbound:
         """Return where the loop puts its numbers; the scope owns the writer thread, if any."""
         if self.schedule == "textbook":
+            if self._settings.stall_timeout_s is not None:
+                watch_loop(scope, self._settings.stall_timeout_s, lambda: len(journal.losses))
             return self._direct(journal)
         belt = BeltOutbound(scope, self.backend, journal, self._settings, self.times)
         return belt if self.meter is None else SwitchedOutbound(self.meter, belt, self._direct(journal))

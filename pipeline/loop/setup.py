@@ -13,11 +13,11 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint import CheckpointFolder
 from pipeline.errors import ConfigError
 from pipeline.loop.objective import Objective, from_loss_fn, from_step
-from pipeline.protocols import LossFn, Step
+from pipeline.protocols import LossFn, Scheduler, Step
 from pipeline.settings import AUTO_RUN_DIR, AUTOCAST_DTYPE, Precision, Settings
+from pipeline.state import TrainState
 
 
 def make_objective(loss_fn: LossFn | None, step: Step | None) -> Objective:
@@ -71,13 +71,6 @@ def make_autocast(precision: Precision, device: torch.device) -> Callable[[], An
     return contextlib.nullcontext if dtype is None else partial(torch.autocast, device.type, dtype)
 
 
-def make_checkpoints(settings: Settings, run_dir: Path | None) -> CheckpointFolder | None:
-    """Return where checkpoints go, or None if there are to be none."""
-    if run_dir is None or not settings.enable_checkpointing:
-        return None
-    return CheckpointFolder(run_dir / "checkpoints", settings.monitor_mode)
-
-
 def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | None:
     """Return the loss scaling that float16 needs.
 
@@ -106,8 +99,8 @@ def make_run_dir(run_dir: str | Path | None) -> Path | None:
     if run_dir != AUTO_RUN_DIR:
         if (Path(run_dir) / "metrics.jsonl").exists():
             raise ConfigError(
-                f"run_dir must be a new folder, but {run_dir} holds a run already. Name another, or "
-                "leave it out for runs/<time>."
+                f"run_dir must be a new folder, but {run_dir} holds a run already. Name another, leave it "
+                "out for runs/<time>, or go on with that run with resume='auto'."
             )
         Path(run_dir).mkdir(parents=True, exist_ok=True)
         return Path(run_dir)
@@ -150,6 +143,18 @@ def deterministic_algorithms(is_enabled: bool) -> Iterator[None]:
 def to_channels_last(tensor: torch.Tensor) -> torch.Tensor:
     """Lay out images ``[B, C, H, W]`` with the channels last; leave everything else as it is."""
     return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+
+
+def make_state(
+    settings: Settings,
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: Scheduler | None,
+    device: torch.device,
+) -> TrainState:
+    """Return what training changes, with the loss scaling and the average that the settings ask for."""
+    scaler = make_scaler(settings.precision, device)
+    return TrainState(model, optimizer, scheduler, scaler, make_ema(model, settings.ema_decay))
 
 
 def make_ema(model: torch.nn.Module, decay: float | None) -> Any:

@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from pipeline.concurrency import stack_of
-from pipeline.errors import StallError
+from pipeline.concurrency import Scope, stack_of, watch
+from pipeline.errors import StallError, describe_stage
 
 # The innermost of these functions on the stack says where a thread is.
 _STAGES = {
     ("pipeline.data.fetch", "_samples"): "fetch",
     ("pipeline.data.fetch", "fetch"): "collate",
     ("pipeline.data.reader", "_make"): "fetch",
+    ("pipeline.data.iterable", "_next"): "fetch",
     ("pipeline.loop.places", "_send"): "transfer",
 }
 
@@ -48,3 +49,21 @@ def stage_of(thread: threading.Thread) -> tuple[str | None, int | None]:
             return _STAGES[place], frame.f_locals.get("index")
         frame = frame.f_back
     return None, None
+
+
+def watch_loop(scope: Scope, timeout_s: float, num_steps: Callable[[], int]) -> None:
+    """Show where the calling thread stands if it makes no step for so long; it is left to go on.
+
+    For ``textbook``, where nobody waits for the loop thread and so nobody could raise an error.
+    """
+    thread = threading.current_thread()
+
+    def report() -> None:
+        stage, index = stage_of(thread)
+        where = "" if stage is None else f" ({describe_stage(stage, index=index)})"
+        text = (
+            f"no step for {timeout_s:g} s{where}. textbook waits on; the loop stands at:\n{stack_of(thread)}"
+        )
+        print(text, file=sys.stderr, flush=True)
+
+    watch(scope, timeout_s, num_steps, report)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -10,6 +10,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from pipeline.batch import Batch, Scalars
 from pipeline.errors import add_stage_note
 from pipeline.loop.clock import BACKWARD, FORWARD, OPTIMIZER, StepClock
+from pipeline.loop.guard import Guard
+from pipeline.loop.memory import note_out_of_memory
 from pipeline.loop.objective import Computed, Objective, refuse_graphless
 from pipeline.loop.train_metrics import TrainMetrics
 from pipeline.settings import AUTOCAST_DTYPE, Settings
@@ -28,6 +30,7 @@ class TrainStep:
         scheduler_interval: Whether the scheduler moves with each ``step`` or each ``epoch``.
         clock: Told when forward, backward and the optimizer begin.
         metrics: Of the training batches; None for none.
+        guard: Keeps the weights clean of NaN; None lets them be.
 
     Runs on:
         Loop thread.
@@ -43,10 +46,12 @@ class TrainStep:
         scheduler_interval: Literal["step", "epoch"],
         clock: StepClock,
         metrics: TrainMetrics | None = None,
+        guard: Guard | None = None,
     ) -> None:
         self._enter_stage = clock.enter
         self._state, self._model, self._objective = state, forward_model, objective
-        self._settings, self._device, self.metrics = settings, device, metrics
+        self._settings, self.device, self.metrics = settings, device, metrics
+        self._guard = guard
         self._num_accumulated = settings.accumulate_grad_batches
         self._autocast_dtype = AUTOCAST_DTYPE[settings.precision]
         self._handles_gradients = settings.log_grad_norm or settings.gradient_clip_val is not None
@@ -71,11 +76,13 @@ class TrainStep:
             Exception: The user's own, with a note.
         """
         self._enter_stage(FORWARD)
+        if self._guard is not None and not self.num_pending:
+            self._guard.begin()
         try:
             if self._autocast_dtype is None:
                 computed = self._objective(self._model, batch)
             else:
-                with torch.autocast(self._device.type, self._autocast_dtype):
+                with torch.autocast(self.device.type, self._autocast_dtype):
                     computed = self._objective(self._model, batch)
             loss = computed.loss
             if not loss.requires_grad:
@@ -87,7 +94,10 @@ class TrainStep:
             self._enter_stage(BACKWARD)
             loss.backward()  # type: ignore[no-untyped-call]
             of_metrics = {} if self.metrics is None else self.metrics.add(computed, batch)
+            if self._guard is not None:
+                self._guard.look(computed.loss)
         except Exception as error:
+            note_out_of_memory(error, self.device, batch)
             add_stage_note(error, "step", step=self._state.step)
             raise
         if computed.scalars or self._num_accumulated > 1:
@@ -97,6 +107,36 @@ class TrainStep:
             self._scalars = {"train/loss": computed.loss, **of_metrics}
         self.num_pending += 1
         return self.num_pending >= self._num_accumulated
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the micro-batches since the last update have left: gradients and sums, live."""
+        if not self.num_pending:
+            return {"num_pending": 0}
+        gradients = [None if each.grad is None else each.grad for each in self._parameters()]
+        return {
+            "num_pending": self.num_pending,
+            "scalars": dict(self._scalars),
+            "counts": dict(self._counts),
+            "gradients": gradients,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on with an accumulation."""
+        self.num_pending = state["num_pending"]
+        if not self.num_pending:
+            return
+        self._counts = dict(state["counts"])
+        self._scalars = {
+            name: value.to(self.device) if isinstance(value, torch.Tensor) else value
+            for name, value in state["scalars"].items()
+        }
+        for parameter, gradient in zip(self._parameters(), state["gradients"], strict=True):
+            parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+    def _parameters(self) -> list[torch.Tensor]:
+        """Return every parameter once: the model's, and those that only the optimizer knows."""
+        of_optimizer = [each for group in self._state.optimizer.param_groups for each in group["params"]]
+        return list({id(each): each for each in [*self._state.model.parameters(), *of_optimizer]}.values())
 
     def update(self) -> Scalars:
         """Clip, step the optimizer and what follows it, and return the step's scalars.
@@ -116,7 +156,9 @@ class TrainStep:
         try:
             if self._handles_gradients:
                 self._handle_gradients(scalars)
-            if state.scaler is None:
+            if self._guard is not None:
+                self._guard.step(scalars)
+            elif state.scaler is None:
                 state.optimizer.step()
             else:
                 state.scaler.step(state.optimizer)
@@ -128,6 +170,7 @@ class TrainStep:
             if state.ema is not None:
                 state.ema.update_parameters(state.model)
         except Exception as error:
+            note_out_of_memory(error, self.device)
             add_stage_note(error, "optimizer", step=state.step)
             raise
         state.step += 1

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.loop.fit import Run
 from pipeline.loop.reporting import make_report, publish
+from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
 from pipeline.report import OutboundReport
 from pipeline.result import FitResult
@@ -17,9 +17,10 @@ def make_result(
     belts: Belts,
     run_dir: Path | None,
     train_data: Any,
+    resumed_from: Path | None,
 ) -> FitResult:
     """Sum up a run that has ended, and publish its report."""
-    checkpoints, outbound = run.checkpoints, _outbound_report(run)
+    saver, outbound = run.saver, _outbound_report(run)
     report = make_report(run, belts, outbound, train_data)
     publish(report, run.settings, run_dir)
     return FitResult(
@@ -31,14 +32,16 @@ def make_result(
         schedule=belts.schedule,
         samples_per_s=report.samples_per_s,
         train_s=run.clock.train_s,
-        stop_reason=run.stop_reason,
+        stop_reason=run.interrupted_by or run.stop_reason,
         run_dir=run_dir,
-        last_checkpoint=None if checkpoints is None else checkpoints.last,
-        best_checkpoint=None if checkpoints is None else checkpoints.best,
+        last_checkpoint=None if saver is None else saver.folder.last,
+        best_checkpoint=None if saver is None else saver.folder.best_path,
         stage_times=run.clock.times(),
-        handoffs_per_step=run.gil.handoffs_per_step(run.state.step),
+        handoffs_per_step=run.gil.handoffs_per_step(run.clock.num_steps),
         gil=run.gil.report,
         ema_model=None if run.state.ema is None else run.state.ema.module,
+        resumed_from=resumed_from,
+        saves=() if saver is None else tuple(saver.reports),
         outbound=outbound,
         report=report,
     )

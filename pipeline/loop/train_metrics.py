@@ -32,6 +32,14 @@ class TrainMetrics:
             f"train/{name}": mean.total / mean.count for name, mean in means.items() if mean.total is not None
         }
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the epoch has accumulated."""
+        return self._metrics.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on with an epoch."""
+        self._metrics.load_state_dict(state, device)
+
     def finish_epoch(self) -> dict[str, float]:
         """Return the epoch's metrics as ``train/epoch_<name>``, and begin the next one; reads."""
         values = {f"train/epoch_{name}": value for name, value in self._metrics.compute().items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -10,18 +11,21 @@ from typing import Any, Literal
 import torch
 
 from pipeline.batch import Batch
+from pipeline.checkpoint import CheckpointFolder
 from pipeline.device import Backend, ReadDetector
 from pipeline.loggers import JsonlLogger, LoggerGroup, ProgressBar
 from pipeline.loop.clock import StepClock
 from pipeline.loop.collector import Collector
+from pipeline.loop.guard import Guard
 from pipeline.loop.journal import Journal
 from pipeline.loop.objective import Objective
 from pipeline.loop.rates import CountingStep, Rates
+from pipeline.loop.saver import Saver
 from pipeline.loop.setup import is_rank_zero
 from pipeline.loop.step import TrainStep
 from pipeline.loop.train_metrics import TrainMetrics
 from pipeline.protocols import Logger, Metrics, RunInfo
-from pipeline.settings import Settings
+from pipeline.settings import Settings, seconds
 from pipeline.state import TrainState
 
 
@@ -30,7 +34,7 @@ def make_step(
     state: TrainState,
     called_model: torch.nn.Module,
     objective: Objective,
-    device: torch.device,
+    backend: Backend,
     scheduler_interval: Literal["step", "epoch"],
     clock: StepClock,
     metrics: Metrics,
@@ -38,7 +42,30 @@ def make_step(
     """Return the step; one that counts FLOPs where they are asked for."""
     kind = TrainStep if settings.peak_tflops is None else CountingStep
     of_batches = TrainMetrics(metrics) if metrics else None
-    return kind(state, called_model, objective, settings, device, scheduler_interval, clock, of_batches)
+    guard: Guard | None = None
+    if settings.on_nonfinite != "ignore" and state.scaler is None:  # which guards its updates itself
+        guard = Guard(state, backend, settings.on_nonfinite)
+    return kind(
+        state, called_model, objective, settings, backend.device, scheduler_interval, clock, of_batches, guard
+    )
+
+
+def make_rows(run_dir: Path | None) -> JsonlLogger | None:
+    """Return ``metrics.jsonl``, to which rows are appended; None if nothing is written."""
+    return None if run_dir is None else JsonlLogger(run_dir / "metrics.jsonl")
+
+
+def make_saver(
+    settings: Settings,
+    folder: CheckpointFolder | None,
+    backend: Backend,
+    rows: JsonlLogger | None,
+    schedule: Literal["overlap", "textbook"],
+) -> Saver | None:
+    """Return what writes checkpoints; None if there are to be none."""
+    if folder is None or rows is None:
+        return None
+    return Saver(settings, folder, backend, rows, is_off_loop=schedule == "overlap")
 
 
 def make_collector(settings: Settings) -> Collector | None:
@@ -63,10 +90,12 @@ def make_logger_group(
     num_batches: int | None,
     hparams: Mapping[str, Any],
     schedule: Literal["overlap", "textbook"],
+    rows: JsonlLogger | None,
+    resumed_step: int | None,
 ) -> LoggerGroup:
     """Return the user's loggers and those that every run has; none on ranks that do not write."""
-    every_logger = _loggers(settings, loggers, run_dir, num_batches) if is_rank_zero() else []
-    info = _run_info(settings, run_dir, hparams)
+    every_logger = _loggers(settings, loggers, rows, num_batches) if is_rank_zero() else []
+    info = _run_info(settings, run_dir, hparams, resumed_step)
     return LoggerGroup(every_logger, info, is_off_loop=schedule == "overlap")
 
 
@@ -93,11 +122,11 @@ def installed(tool: Collector | ReadDetector | None) -> AbstractContextManager[N
 
 
 def _loggers(
-    settings: Settings, loggers: Sequence[Logger], run_dir: Path | None, num_batches: int | None
+    settings: Settings, loggers: Sequence[Logger], rows: JsonlLogger | None, num_batches: int | None
 ) -> list[Logger]:
     loggers = list(loggers)
-    if run_dir is not None:
-        loggers.append(JsonlLogger(run_dir / "metrics.jsonl"))
+    if rows is not None:
+        loggers.insert(0, rows)  # before a user's, which may hang
     if settings.enable_progress_bar:
         num_steps = settings.max_steps
         if settings.epoch_limit is not None and num_batches is not None:
@@ -106,8 +135,10 @@ def _loggers(
     return loggers
 
 
-def _run_info(settings: Settings, run_dir: Path | None, hparams: Mapping[str, Any]) -> RunInfo:
-    return RunInfo(run_dir, {**hparams, "trainer": plain_settings(settings)})
+def _run_info(
+    settings: Settings, run_dir: Path | None, hparams: Mapping[str, Any], resumed_step: int | None
+) -> RunInfo:
+    return RunInfo(run_dir, {**hparams, "trainer": plain_settings(settings)}, resumed_step)
 
 
 def plain_settings(settings: Settings) -> dict[str, Any]:
@@ -119,3 +150,9 @@ def _plain(value: Any) -> Any:
     if isinstance(value, (bool, int, float, str, dict, type(None))):
         return value
     return str(value) if isinstance(value, (Path, torch.device)) else type(value).__name__
+
+
+def deadline_s(settings: Settings, clock: StepClock) -> float:
+    """Return when `max_time` is up, by the loop's clock."""
+    limit_s = None if settings.max_time is None else seconds(settings.max_time)
+    return math.inf if limit_s is None else clock.began_s + limit_s

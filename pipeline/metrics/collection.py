@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import StageError
+from pipeline.batch import map_tensors
+from pipeline.errors import CheckpointError, StageError
 from pipeline.metrics.mean import Mean, merge_over_ranks
 from pipeline.protocols import MetricFn, Metrics, StatefulMetric
 
@@ -49,6 +50,24 @@ class MetricSet:
             metric.update(*args)
         return of_batch
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return what has been accumulated, live and not copied."""
+        means = {name: {"total": mean.total, "count": mean.count} for name, mean in self._means.items()}
+        return {
+            "means": means,
+            "stateful": {name: _state_of(metric, name) for name, metric in self._stateful.items()},
+        }
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on accumulating from there; metrics that were not there before begin anew."""
+        for name, found in state["means"].items():
+            total = found["total"]
+            if name in self._means:
+                self._means[name] = Mean(None if total is None else total.to(device), found["count"])
+        for name, found in state["stateful"].items():
+            if name in self._stateful:
+                _load_state(self._stateful[name], found, device)
+
     def compute(self, *, merges_ranks: bool = False) -> dict[str, float]:
         """Return every metric by name; waits for the device.
 
@@ -63,6 +82,28 @@ class MetricSet:
         for name, metric in self._stateful.items():
             values |= _named(name, metric.compute())
         return values
+
+
+def _state_of(metric: Any, name: str) -> dict[str, Any]:
+    """Return a metric's state: that of torchmetrics, of its own ``state_dict``, or its attributes."""
+    if hasattr(metric, "metric_state"):  # torchmetrics leave it out of their state_dict
+        return {"attributes": {**metric.metric_state, "_update_count": metric._update_count}}
+    if hasattr(metric, "state_dict") and hasattr(metric, "load_state_dict"):
+        return {"state_dict": metric.state_dict()}
+    if hasattr(metric, "__dict__"):
+        return {"attributes": dict(vars(metric))}
+    raise CheckpointError(
+        f"metric {name!r} ({type(metric).__name__}) has a state that cannot be seen. Give it state_dict and "
+        "load_state_dict, or set enable_checkpointing=False."
+    )
+
+
+def _load_state(metric: Any, found: dict[str, Any], device: torch.device) -> None:
+    if "state_dict" in found:
+        metric.load_state_dict(found["state_dict"])
+        return
+    for name, value in found["attributes"].items():
+        setattr(metric, name, map_tensors(value, lambda tensor: tensor.to(device)))
 
 
 def _named(name: str, computed: Any) -> dict[str, float]:

@@ -56,6 +56,23 @@ class GcReport:
 
 
 @dataclass(frozen=True)
+class SaveReport:
+    """What a checkpoint cost.
+
+    Args:
+        step: Its step.
+        stall_s: How long the loop waited for the snapshot; in ``textbook`` it waits for `write_s` too.
+        write_s: Until it was on the disk, on the writer thread in ``overlap``.
+        num_bytes: Its size; 0 if it could not be written.
+    """
+
+    step: int
+    stall_s: float
+    write_s: float
+    num_bytes: int
+
+
+@dataclass(frozen=True)
 class OutboundReport:
     """How the numbers left the loop; ``print(result.outbound)`` says it in words.
 

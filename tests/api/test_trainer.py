@@ -230,7 +230,7 @@ def test_evaluate_and_predict_work_on_a_checkpoint(settings, tmp_path):
     parts = trainer.predict(other, [{"x": torch.ones(2, 6)}], forward=lambda m, b: {"y": m(b["x"])})
     assert parts[0]["y"].shape == (2, 3)
     with pytest.raises(CheckpointError, match="no checkpoint at"):
-        trainer.predict(other, data(), batch_size=4, checkpoint=tmp_path / "none.pt")
+        trainer.predict(other, data(), batch_size=4, checkpoint=tmp_path / "none.safetensors")
 
 
 @pytest.mark.parametrize(("algorithm", "clip"), [
@@ -351,15 +351,16 @@ def test_callbacks_hear_typed_events_in_order(settings):
 
 
 def test_a_run_folder_holds_what_a_run_leaves(settings, tmp_path):
-    """metrics.jsonl has every step and validation; last.pt and best.pt can be loaded."""
+    """metrics.jsonl has every step and validation; the newest and the best checkpoint can be loaded."""
     result, model = fit(settings, run_dir=tmp_path / "run", val_data=data(), max_epochs=2)
     rows = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [row["train/loss"] for row in rows if "train/loss" in row] == result.losses.tolist()
     assert [row["step"] for row in rows if "val/loss" in row] == [6, 12]
     last = load_checkpoint(result.last_checkpoint)
     assert_same_weights(last["model"], weights(model))
-    assert (last["step"], last["epoch"]) == (12, 1)
-    assert result.best_checkpoint == Path(tmp_path / "run" / "checkpoints" / "best.pt")
+    assert (last["step"], last["epoch"]) == (12, 2)
+    assert result.best_checkpoint.parent == result.last_checkpoint.parent == tmp_path / "run" / "checkpoints"
+    assert load_checkpoint(result.best_checkpoint)["step"] == int(result.best_checkpoint.stem[-8:])
 
 
 def test_run_folders_are_named_by_the_time():

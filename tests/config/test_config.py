@@ -63,7 +63,7 @@ def test_a_recipe_trains_and_leaves_its_config():
     assert (saved["seed"], saved["scheduler"]["T_max"]) == (3, 1)
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 4
-    assert Path("run/checkpoints/last.pt").exists()
+    assert list(Path("run/checkpoints").glob("step-*.safetensors"))
 
 
 def test_loggers_are_chosen_by_name():

@@ -197,8 +197,8 @@ def test_several_backends_at_once():
         assert BACKENDS[name][1](Path("run")).keys() == expected(rows).keys()
     assert [(each.name, each.num_rows) for each in result.outbound.loggers] == [
         (name, 10)
-        for name in ("InMemoryLogger", "CsvLogger", "TensorBoardLogger", "WandbLogger", "MlflowLogger",
-                     "JsonlLogger")
+        for name in ("JsonlLogger", "InMemoryLogger", "CsvLogger", "TensorBoardLogger", "WandbLogger",
+                     "MlflowLogger")
     ]  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline import ConfigError, SimulatedBackend, Trainer
+from pipeline.checkpoint import load_model
 from pipeline.loop import gain
 from pipeline.loop.gain import GainMeter, ratio_interval
 from pipeline.loop.inbound import Pinned
@@ -106,6 +107,28 @@ def test_every_step_is_logged_once_and_in_order(short_windows):
     assert [row.values["train/loss"] for row in logger.rows if "train/loss" in row.values] == list(
         result.losses
     )
+
+
+def test_checkpoints_are_those_of_a_run_without_it(short_windows):
+    """Written by two threads in turn, with a validation between the epochs."""
+
+    def final(name, **settings):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 3)
+        trainer = Trainer(max_epochs=8, run_dir=name, enable_progress_bar=False, prefetch_depth=2,
+                          max_steps_in_flight=1, val_check_interval=50, **settings)  # fmt: skip
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        result = trainer.fit(model, optimizer, Augmented(), loss_fn=F.cross_entropy, batch_size=4,
+                             val_data=Augmented())  # fmt: skip
+        saved = torch.nn.Linear(8, 3)
+        load_model(result.last_checkpoint, saved)
+        return result, saved.state_dict()
+
+    plain, weights = final("plain", schedule="textbook")
+    measured, measured_weights = final("measured", schedule="overlap", measure_gain=True)
+    assert measured.report.gain is not None
+    assert measured.metrics["val/loss"] == plain.metrics["val/loss"]
+    assert all(torch.equal(weights[name], measured_weights[name]) for name in weights)
 
 
 def test_a_lost_batch_would_be_noticed(short_windows, monkeypatch):

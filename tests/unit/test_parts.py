@@ -14,16 +14,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import CheckpointError, ConfigError, StageError, Trainer
+from pipeline import ConfigError, StageError, Trainer
 from pipeline.batch import Row, map_tensors, num_samples
-from pipeline.checkpoint import CheckpointFolder, load_checkpoint, load_model, save_checkpoint
 from pipeline.data.generators import PythonGenerator, global_generators
 from pipeline.data.sampler import BatchPlan
 from pipeline.loggers import JsonlLogger, ProgressBar
 from pipeline.metrics import Mean, MetricSet, accuracy
 from pipeline.seeding import sample_seed, shuffle_generator
 from pipeline.settings import Settings, setting_names
-from pipeline.state import TrainState
 
 
 @dataclasses.dataclass
@@ -137,63 +135,6 @@ def test_a_metric_of_the_wrong_shape_is_refused():
     """More than one dimension cannot be one value per sample."""
     with pytest.raises(StageError, match=r"shape \(2, 3\)"):
         MetricSet({"m": lambda outputs: outputs}).update(torch.zeros(2, 3), num_samples=2)
-
-
-def make_state():
-    model = torch.nn.Linear(2, 2)
-    return TrainState(model, torch.optim.AdamW(model.parameters()))
-
-
-def test_a_checkpoint_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    """If writing fails, the older checkpoint is still there and no half-written file is left."""
-    path = tmp_path / "last.pt"
-    save_checkpoint(path, make_state().state_dict())
-    before = path.read_bytes()
-
-    def fail(state, file):
-        file.write(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", fail)
-    with pytest.raises(OSError, match="disk full"):
-        save_checkpoint(path, make_state().state_dict())
-    assert path.read_bytes() == before
-    assert [each.name for each in tmp_path.iterdir()] == ["last.pt"]
-
-
-def test_a_damaged_or_foreign_file_is_named(tmp_path):
-    """What is no checkpoint is refused with its name and the reason; no code in it is run."""
-
-    class Evil:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "harmed"), "w"))
-
-    path = tmp_path / "last.pt"
-    with pytest.raises(CheckpointError, match=r"no checkpoint at .*last\.pt"):
-        load_checkpoint(path)
-    torch.save({"format": 1, "model": Evil()}, path)
-    with pytest.raises(CheckpointError, match=r"last\.pt cannot be read"):
-        load_checkpoint(path)
-    assert not (tmp_path / "harmed").exists()
-    torch.save({"weights": 1}, path)
-    with pytest.raises(CheckpointError, match="not a checkpoint of this library"):
-        load_checkpoint(path)
-    save_checkpoint(path, make_state().state_dict())
-    path.write_bytes(path.read_bytes()[:-200])
-    with pytest.raises(CheckpointError, match="cannot be read"):
-        load_checkpoint(path)
-    save_checkpoint(path, make_state().state_dict())
-    with pytest.raises(CheckpointError, match="belongs to another model"):
-        load_model(path, torch.nn.Linear(3, 3))
-
-
-def test_the_best_checkpoint_is_the_best(tmp_path):
-    """`best.pt` changes only when the monitored value improves, in either direction."""
-    for mode, values, best in (("min", [3, 1, 2], 1), ("max", [3, 1, 2], 3), ("min", [float("nan"), 2], 2)):
-        folder = CheckpointFolder(tmp_path / f"{mode}{best}", mode)
-        for value in values:
-            folder.save_if_best(make_state(), value)
-        assert load_checkpoint(folder.best)["monitored"] == best
 
 
 @given(st.dictionaries(st.text(min_size=1), st.floats() | st.integers(-(2**60), 2**60)))

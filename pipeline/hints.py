@@ -1,0 +1,41 @@
+"""What a setting's type admits, and how to say it."""
+
+from __future__ import annotations
+
+import numbers
+import types
+import typing
+from typing import Any, Literal
+
+from pipeline.device import Backend
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Say whether a setting's value is of its type."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return value in typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(fits(value, option) for option in typing.get_args(hint))
+    if origin is not None:
+        return isinstance(value, origin)
+    if hint is float:
+        return isinstance(value, numbers.Real) and not isinstance(value, bool)
+    if hint is int:
+        return isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if hint is Backend:
+        return hasattr(value, "streams")
+    return isinstance(value, hint)
+
+
+def describe(hint: Any) -> str:
+    """Return a type as a user would say it."""
+    origin = typing.get_origin(hint)
+    if origin is Literal:
+        return ", ".join(map(str, typing.get_args(hint)))
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(describe(option) for option in typing.get_args(hint))
+    if hint is type(None):
+        return "null (None)"
+    plain = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
+    return plain.get(hint) or str(getattr(origin or hint, "__name__", hint))

@@ -1,0 +1,127 @@
+"""One `fit` under way: its parts, and how far it is."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from pipeline.batch import Batch, Media, MediaKind, Progress, Row
+from pipeline.device import ReadDetector, StepLimiter
+from pipeline.loop.callback import Event, StepRead
+from pipeline.loop.callback_list import CallbackList
+from pipeline.loop.clock import StepClock
+from pipeline.loop.collector import Collector
+from pipeline.loop.gil import GilWatch
+from pipeline.loop.journal import Journal
+from pipeline.loop.outbound import Outbound
+from pipeline.loop.rates import StepDone
+from pipeline.loop.saver import Saver
+from pipeline.loop.step import TrainStep
+from pipeline.settings import Settings
+from pipeline.state import TrainState
+
+
+@dataclass
+class Run:
+    """The parts of one `fit`, wired by the Trainer.
+
+    Args:
+        inbound: The inbound belt: an epoch's batches on the device, at most so many, from a position.
+        validate: Given whom to tell how far it is, returns the validation metrics without their prefix;
+            None without validation data.
+        count_tokens: Returns the tokens in a batch; None where nobody counts them.
+        collector: Decides when garbage is collected; None leaves it to Python.
+        detector: Finds the lines that wait for the device; None where nobody asked.
+        saver: Writes checkpoints; None where there are to be none.
+        run_dir: The folder with the run's files; None if nothing is written.
+        sample_indices: Returns the samples of a batch of the epoch under way.
+        generators: Those that the data keeps for itself.
+        checkpoint: What a run that is resumed goes on from; None for a new one.
+        ends_at_s: When `max_time` is up, by `time.perf_counter`.
+
+    Attributes:
+        stop_reason: Why the run is over; a run that was interrupted goes on when it is resumed.
+        interrupted_by: The signal, or ``max_time``.
+        is_ending: Whether it has one of the two: the loop ends after the step under way.
+        position: Batches of the epoch that were consumed.
+        is_epoch_open: Whether an epoch was begun and not finished.
+        epoch_first_step: Steps finished when the epoch began.
+        epoch_generators: Where the generators stood then.
+    """
+
+    settings: Settings
+    state: TrainState
+    step: TrainStep
+    inbound: Callable[[int, int | None, int], Generator[Batch]]
+    outbound: Outbound
+    journal: Journal
+    limiter: StepLimiter | None
+    callbacks: CallbackList
+    saver: Saver | None
+    validate: Callable[[Callable[[Progress], None]], dict[str, float]] | None
+    max_batches: int | None
+    scheduler_interval: Literal["step", "epoch"]
+    clock: StepClock
+    gil: GilWatch
+    detector: ReadDetector | None
+    collector: Collector | None
+    count_tokens: Callable[[Batch], int] | None
+    history: list[Row] = field(default_factory=list)
+    stop_reason: str = ""
+    validated_step: int = -1
+    num_samples: int = 0
+    num_tokens: int = 0
+    num_samples_before: int = 0  # the step under way
+    num_tokens_before: int = 0
+    num_samples_earlier: int = 0  # by the runs that this one goes on from
+    run_dir: Path | None = None
+    sample_indices: Callable[[int], list[int] | None] = lambda position: None
+    generators: Sequence[torch.Generator] = ()
+    checkpoint: dict[str, Any] | None = None
+    ends_at_s: float = math.inf
+    interrupted_by: str = ""
+    is_ending: bool = False
+    position: int = 0
+    is_epoch_open: bool = False
+    epoch_first_step: int = 0
+    epoch_generators: dict[str, Any] = field(default_factory=dict)
+
+    def stop(self, reason: str) -> None:
+        """End the run after the step under way; the first reason counts."""
+        self.stop_reason = self.stop_reason or reason
+        self.is_ending = True
+
+    def interrupt(self, reason: str) -> None:
+        """End the run after the step under way, in the middle of its epoch; it can be resumed there."""
+        self.interrupted_by = self.interrupted_by or reason
+        self.is_ending = True
+
+    def tell(self, event: type[Event], *values: Any) -> None:
+        """Tell the callbacks of an event."""
+        self.callbacks.tell(event(self.state, self.stop, self.log_media, *values))
+
+    def tell_read(self, done: StepDone, values: dict[str, float]) -> None:
+        """Tell the callbacks of a step's numbers; the thread of the loggers."""
+        self.callbacks.tell_read(StepRead(done.step, done.epoch, values, self.stop))
+
+    def note_nonfinite(self, done: StepDone, loss: float) -> None:
+        """Write which batches and samples a step had that was not finite; the thread of the loggers."""
+        if self.run_dir is None:
+            return
+        each = self.settings.accumulate_grad_batches
+        first = (done.step - 1 - self.epoch_first_step) * each
+        batches = list(range(first, first + each))
+        samples = [self.sample_indices(position) for position in batches]
+        line = {"step": done.step - 1, "epoch": done.epoch, "loss": str(loss), "batches": batches}
+        with (self.run_dir / "nonfinite.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({**line, "samples": samples}) + "\n")
+
+    def log_media(self, kind: MediaKind, name: str, data: torch.Tensor | str) -> None:
+        """Send an image, a histogram or a text to the loggers."""
+        self.outbound.put_media(Media(self.state.step, self.state.epoch, name, kind, data))

@@ -1,0 +1,111 @@
+"""What a checkpoint holds: everything that decides the next step."""
+
+from __future__ import annotations
+
+import platform
+import sys
+from typing import Any
+
+import torch
+
+from pipeline.loop.clock import CHECKPOINT, LOG
+from pipeline.loop.run import Run
+from pipeline.seeding import generator_states
+from pipeline.settings import Settings
+
+_COUNTERS = (
+    "position",
+    "epoch_first_step",
+    "is_epoch_open",
+    "validated_step",
+    "stop_reason",
+)
+
+
+def save(run: Run) -> None:
+    """Take a snapshot and have it written, behind the rows that came before it; once for each place.
+
+    Runs on:
+        Loop thread, between two batches. Waits for the copy, and for the checkpoint before it.
+    """
+    saver, state = run.saver, run.state
+    place = (state.step, state.epoch, run.position, run.is_epoch_open, run.stop_reason)
+    if saver is None or not saver.is_new(place):
+        return
+    run.clock.enter(CHECKPOINT)
+    if saver.is_writing:
+        run.outbound.flush()
+    run.outbound.put_job(saver.take(state.step, capture(run)))
+    run.clock.enter(LOG)
+
+
+def save_epoch(run: Run, is_saved: bool) -> None:
+    """Save what a finished epoch has left.
+
+    Args:
+        run: The run.
+        is_saved: Whether it ended in the middle of the epoch and was saved there: what comes after the
+            last step is done again when it is resumed.
+    """
+    if run.saver is None:
+        return
+    if is_saved:
+        run.outbound.put_job(run.saver.take_name(run.state.step))
+    else:
+        save(run)
+    run.clock.restart()
+
+
+def capture(run: Run) -> dict[str, Any]:
+    """Return the state of a run between two batches: live tensors, and containers of its own."""
+    assert run.saver is not None
+    return {
+        **run.state.state_dict(),
+        "counters": {name: getattr(run, name) for name in _COUNTERS} | _seen(run),
+        "accumulation": run.step.state_dict(),
+        "train_metrics": None if run.step.metrics is None else run.step.metrics.state_dict(),
+        "callbacks": run.callbacks.state_dict(),
+        "best": run.saver.folder.best,
+        "history": [tuple(row) for row in run.history],
+        "generators": generator_states(run.generators),
+        "epoch_generators": run.epoch_generators,
+        "settings": plain_settings(run.settings),
+        "versions": versions(),
+    }
+
+
+def restore_counters(run: Run, found: dict[str, Any]) -> None:
+    """Give a run its counters back."""
+    counters = found["counters"]
+    for name in _COUNTERS:
+        setattr(run, name, counters[name])
+    # Rates and the report are of this process; what an accumulation has seen counts for its step.
+    run.num_samples, run.num_tokens = counters["num_samples_pending"], counters["num_tokens_pending"]
+    run.num_samples_earlier = counters["num_samples"] - run.num_samples
+    run.is_ending = bool(run.stop_reason) and run.stop_reason not in ("max_steps", "max_epochs")
+    if not run.is_ending:
+        run.stop_reason = ""  # the limits may be others now
+
+
+def _seen(run: Run) -> dict[str, int]:
+    return {
+        "num_samples": run.num_samples_earlier + run.num_samples,
+        "num_samples_pending": run.num_samples - run.num_samples_before,
+        "num_tokens_pending": run.num_tokens - run.num_tokens_before,
+    }
+
+
+def plain_settings(settings: Settings) -> dict[str, Any]:
+    """Return the settings as numbers and texts."""
+    plain = (bool, int, float, str, type(None))
+    return {name: each if isinstance(each, plain) else str(each) for name, each in vars(settings).items()}
+
+
+def versions() -> dict[str, str]:
+    """Return what the run was made with."""
+    found = {
+        "pipeline": sys.modules["pipeline"].__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+    return found | ({"numpy": sys.modules["numpy"].__version__} if "numpy" in sys.modules else {})
