@@ -87,6 +87,11 @@ class Auto:
             asked_s, asked_core_s = done_s, core()
 
     @property
+    def is_settled(self) -> bool:
+        """Whether the place is chosen, and not only tried."""
+        return self._settled_ms is not None and not self._wanted_processes and not self._is_over
+
+    @property
     def report(self) -> PlacementReport:
         """What was chosen, and why."""
         job = self._job

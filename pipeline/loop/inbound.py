@@ -31,12 +31,18 @@ class Chooser(Protocol):
         """Pass on the batches of the place chosen last."""
 
     @property
+    def is_settled(self) -> bool:
+        """Whether the place is chosen, and not only tried."""
+
+    @property
     def report(self) -> PlacementReport:
         """What was chosen, and why."""
 
 
 class Pinned:
     """The place that the user named."""
+
+    is_settled = True
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -85,7 +91,7 @@ class Inbound:
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._opened: Reader | None = None
         self._processes: Processes | None = None
-        self._has_warned = False
+        self._has_warned, self._is_in_place = False, True
 
     def batches(self, epoch: int, max_batches: int | None, start: int = 0) -> Generator[Batch]:
         """Open an epoch, at once, and return its batches, those before `start` left out."""
@@ -101,8 +107,15 @@ class Inbound:
         with closing(opened) as reader:
             while not reader.is_exhausted:
                 place = self.chooser.choose(reader)
-                with closing(self.chooser.watch(self._made_in(place, reader))) as batches:
+                with (
+                    closing(self._made_in(place, reader)) as made,
+                    closing(self.chooser.watch(made)) as batches,
+                ):
                     yield from batches
+
+    def is_ready(self) -> bool:
+        """Say whether batches are made where they are to stay: places are tried, processes take a moment."""
+        return self._is_in_place and self.chooser.is_settled
 
     def close(self) -> None:
         """End what is kept from epoch to epoch."""
@@ -131,7 +144,8 @@ class Inbound:
         )
 
     def _made_by_processes(self, num_workers: int, reader: Reader) -> Generator[Batch]:
-        if not self.start_processes(num_workers):  # nobody waits for them to start
+        self._is_in_place = self.start_processes(num_workers)
+        if not self._is_in_place:  # nobody waits for them to start
             return read_in_line(reader, self._transfer, lambda: not self.start_processes(num_workers))
         assert isinstance(reader, MapReader)
         assert self._processes is not None
