@@ -88,8 +88,8 @@ class Auto:
 
     @property
     def is_settled(self) -> bool:
-        """Whether a place has been chosen, and none is waited for."""
-        return self._settled_ms is not None and not self._wanted_processes
+        """Whether the place is chosen, and not only tried."""
+        return self._settled_ms is not None and not self._wanted_processes and not self._is_over
 
     @property
     def report(self) -> PlacementReport:

@@ -15,13 +15,13 @@ from __future__ import annotations
 import math
 import random
 import statistics
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from dataclasses import dataclass, field
 from typing import Literal
 
 from pipeline.batch import Batch, Media, Progress, Row, Scalars
 from pipeline.data import Reader
-from pipeline.loop.inbound import Chooser
+from pipeline.loop.inbound import Inbound
 from pipeline.loop.outbound import BeltOutbound, DirectOutbound
 from pipeline.loop.placement import TEXTBOOK, Place
 from pipeline.loop.rates import StepDone
@@ -78,8 +78,6 @@ class GainMeter:
         Loop thread; `goes_on` is asked on others too.
     """
 
-    _chooser: Chooser
-
     def __init__(self, settings: Settings) -> None:
         self._order = random.Random(settings.seed)  # its own: no draw of the run's is moved
         self._warm_steps = settings.prefetch_depth + settings.max_steps_in_flight + 2
@@ -90,15 +88,22 @@ class GainMeter:
         self._is_over = self._is_started = False
         self._final: Kind = "overlap"
 
-    def around(self, chooser: Chooser, is_ready: Callable[[], bool]) -> GainMeter:
-        """Return this, the chooser of an inbound belt from now on.
+    def measure(self, inbound: Inbound) -> None:
+        """Stand in for a belt's chooser, which keeps the windows of overlap and what comes after the last.
 
-        Args:
-            chooser: Of the place in the windows of overlap, and from the last window on.
-            is_ready: Says whether batches are made where they are meant to be: processes start slowly.
+        Steps do not count until the belt is ready: processes take a moment to start, and a place is tried
+        before it is chosen.
         """
-        self._chooser, self._is_ready = chooser, is_ready
-        return self
+        self._chooser, self._is_ready = inbound.chooser, inbound.is_ready
+        inbound.chooser = self
+
+    @property
+    def is_settled(self) -> bool:
+        return self._chooser.is_settled
+
+    @property
+    def report(self) -> PlacementReport:
+        return self._chooser.report
 
     @property
     def kind(self) -> Kind:
@@ -117,14 +122,6 @@ class GainMeter:
     def watch(self, batches: Generator[Batch]) -> Generator[Batch]:
         return batches if self.kind == "textbook" else self._chooser.watch(batches)
 
-    @property
-    def is_settled(self) -> bool:
-        return self._now is None and self._chooser.is_settled
-
-    @property
-    def report(self) -> PlacementReport:
-        return self._chooser.report
-
     # ---- as a listener
 
     def step_done(self, done: StepDone) -> None:
@@ -134,7 +131,7 @@ class GainMeter:
             return None
         steps = window.steps
         began_s = done.ended_s - done.step_ns / 1e9
-        if not (self._is_ready() and self._chooser.is_settled):
+        if not self._is_ready():
             return steps.clear()
         if steps and began_s > steps[-1].ended_s + GAP_S and not self._is_over:
             steps.clear()  # something else came between

@@ -12,7 +12,7 @@ from pipeline.data import MapReader, MapSource, Processes, ProcessReader, Reader
 from pipeline.device import Transfer
 from pipeline.errors import ConfigError
 from pipeline.loop.chooser import Auto
-from pipeline.loop.placement import TEXTBOOK, Place
+from pipeline.loop.placement import Place
 from pipeline.loop.places import read_ahead, read_in_line
 from pipeline.loop.threads import ThreadTimes
 from pipeline.report.placement import PlacementReport
@@ -32,7 +32,7 @@ class Chooser(Protocol):
 
     @property
     def is_settled(self) -> bool:
-        """Whether it stays where it is, as far as it knows."""
+        """Whether the place is chosen, and not only tried."""
 
     @property
     def report(self) -> PlacementReport:
@@ -41,6 +41,8 @@ class Chooser(Protocol):
 
 class Pinned:
     """The place that the user named."""
+
+    is_settled = True
 
     def __init__(self, place: Place) -> None:
         self._place = place
@@ -53,10 +55,6 @@ class Pinned:
 
     def watch(self, batches: Generator[Batch]) -> Generator[Batch]:
         return batches
-
-    @property
-    def is_settled(self) -> bool:
-        return True
 
     @property
     def report(self) -> PlacementReport:
@@ -93,7 +91,7 @@ class Inbound:
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._opened: Reader | None = None
         self._processes: Processes | None = None
-        self._place, self._has_warned = TEXTBOOK, False
+        self._has_warned, self._is_in_place = False, True
 
     def batches(self, epoch: int, max_batches: int | None, start: int = 0) -> Generator[Batch]:
         """Open an epoch, at once, and return its batches, those before `start` left out."""
@@ -108,13 +106,16 @@ class Inbound:
     def _batches(self, opened: Reader) -> Generator[Batch]:
         with closing(opened) as reader:
             while not reader.is_exhausted:
-                self._place = self.chooser.choose(reader)
-                with closing(self.chooser.watch(self._made_in(self._place, reader))) as batches:
+                place = self.chooser.choose(reader)
+                with (
+                    closing(self._made_in(place, reader)) as made,
+                    closing(self.chooser.watch(made)) as batches,
+                ):
                     yield from batches
 
     def is_ready(self) -> bool:
-        """Say whether batches are made in the place chosen last, and not still in its stead."""
-        return self._place.name != "process" or self.start_processes(self._place.num_workers)
+        """Say whether batches are made where they are to stay: places are tried, processes take a moment."""
+        return self._is_in_place and self.chooser.is_settled
 
     def close(self) -> None:
         """End what is kept from epoch to epoch."""
@@ -143,7 +144,8 @@ class Inbound:
         )
 
     def _made_by_processes(self, num_workers: int, reader: Reader) -> Generator[Batch]:
-        if not self.start_processes(num_workers):  # nobody waits for them to start
+        self._is_in_place = self.start_processes(num_workers)
+        if not self._is_in_place:  # nobody waits for them to start
             return read_in_line(reader, self._transfer, lambda: not self.start_processes(num_workers))
         assert isinstance(reader, MapReader)
         assert self._processes is not None

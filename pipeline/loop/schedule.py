@@ -50,9 +50,9 @@ class Belts:
         self.schedule: Literal["overlap", "textbook"] = "overlap" if overlaps else "textbook"
         self.times = ThreadTimes()
         self._inbound: list[Inbound] = []
+        self._training: Inbound | None = None
         self._transfer = make_transfer(backend, overlaps=overlaps, prepare=prepare)
         self.meter = GainMeter(settings) if settings.measure_gain else None
-        self._training: Inbound | None = None
 
     def inbound(self, source: Source, *, is_training: bool = False) -> Inbound:
         """Return the belt that brings a source's batches; it is kept until `close`."""
@@ -68,7 +68,7 @@ class Belts:
         if is_training:
             self._training = inbound
             if self.meter is not None:
-                inbound.chooser = self.meter.around(inbound.chooser, inbound.is_ready)
+                self.meter.measure(inbound)
         self._inbound.append(inbound)
         return inbound
 
