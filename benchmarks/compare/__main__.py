@@ -44,6 +44,13 @@ def compare(workload: Workload, device: str, num_rounds: int, families: list[str
     return Result(workload.name, workload.about, device, times, found, settings, predicted)
 
 
+def keep(path: Path | None, result: Result) -> None:
+    """Add a result to a file, so that a run that is cut short loses little."""
+    if path is not None:
+        before = json.loads(path.read_text()) if path.exists() else []
+        path.write_text(json.dumps([*before, result.to_dict()], indent=1))
+
+
 def main() -> None:
     """Measure, and print lines and a table; or print those of an earlier run."""
     parser = argparse.ArgumentParser(
@@ -68,10 +75,8 @@ def main() -> None:
             if workload.name in options.only.split(","):
                 results.append(compare(workload, options.device, options.rounds, options.peers.split(",")))
                 print(describe(results[-1]), flush=True)
+                keep(options.json, results[-1])
     print(f"\n{summary(results)}")
-    if options.json is not None:
-        before = json.loads(options.json.read_text()) if options.json.exists() else []
-        options.json.write_text(json.dumps([*before, *(result.to_dict() for result in results)], indent=1))
     if options.png is not None:
         write_plots(options.png, results)
 

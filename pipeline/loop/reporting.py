@@ -59,7 +59,7 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
         gil=run.gil.report,
     )
     cost, gain = step_cost(clocks), None if belts.meter is None else belts.meter.gain()
-    cost = _undisturbed(cost, belts)
+    cost = _undisturbed(cost, belts, where, settings.accumulate_grad_batches)
     cores = {"num_cores": num_cores, "num_workers": settings.num_workers or num_cores}
     # What a batch costs is not known here while worker processes make them.
     predictions = () if cost is None or where == "process" else predict_all(cost, **cores)
@@ -81,7 +81,7 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
         predictions=predictions,
         gain=gain,
         verdict=describe(step_ms, wait_ms, cost, where, gain),
-        advice=advise(step_ms, cost, where, predictions, {"textbook", *get_args(Placement)}, gain),
+        advice=advise(step_ms, cost, where, predictions, _settable(belts), gain),
         series=make_series(journal.step_s, journal.wait_s, run.state.step - num_steps),
         lanes=_lanes(run, belts, device, names),
         notes=(*_belt_notes(belts, gain), *str(outbound).splitlines(), *_gil_notes(run)),
@@ -172,10 +172,18 @@ def _mean_ms(stretches: Sequence[tuple[str, int, int]]) -> float | None:
     return sum(end - begin for _, begin, end in stretches) / len(stretches) / 1e6
 
 
-def _undisturbed(cost: StepCost | None, belts: Belts) -> StepCost | None:
-    """Take the time of a fetch from the textbook windows, if there were any: nothing ran beside it there."""
+def _settable(belts: Belts) -> set[str]:
+    """Return the places worth advising; none after `auto` has tried them, which knows better."""
+    has_tried = belts.placement is not None and belts.placement.tried_ms
+    return set() if has_tried else {"textbook", *get_args(Placement)}
+
+
+def _undisturbed(cost: StepCost | None, belts: Belts, where: Where, batches_per_step: int) -> StepCost | None:
+    """Take the time of a fetch from where nothing ran beside it, if that was seen: the textbook loop."""
     alone_ms = None if belts.meter is None else belts.meter.textbook_fetch_ms()
-    if cost is None or alone_ms is None or not cost.fetch_ms:
+    if alone_ms is None and belts.placement is not None and belts.placement.fetch_ms is not None:
+        alone_ms = belts.placement.fetch_ms * batches_per_step
+    if cost is None or alone_ms is None or not cost.fetch_ms or where == "process":
         return cost
     scale = alone_ms / cost.fetch_ms
     held_ms = None if cost.fetch_held_ms is None else cost.fetch_held_ms * scale

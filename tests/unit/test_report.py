@@ -438,3 +438,12 @@ def test_a_report_is_plain_values():
         {"x": float("nan")}, {}, {"train/loss": float("inf")}, 1.0, 0.0, 1.0, notes=("</script>",)
     )
     assert json.loads(to_json(report))["metrics"]["train/loss"] is None
+
+
+def test_after_auto_has_tried_the_places_none_is_advised(monkeypatch):
+    """It measured what advice could only predict; where and why is among the notes."""
+    monkeypatch.setattr("pipeline.loop.chooser.LOOK_S", 0)
+    monkeypatch.setattr("pipeline.loop.chooser.TRIAL_S", 0)
+    report = fit(max_epochs=20).report
+    assert report.notes[0].startswith("batches made in: ")
+    assert "placement=" not in report.advice
