@@ -72,6 +72,10 @@ class Inbound:
         stall_timeout_s: Longest wait for a batch; None waits for ever.
         times: Told how the threads that make batches spent theirs.
 
+    Attributes:
+        chooser: Of the place.
+        is_training: Whether a model is trained on the batches, and not only evaluated.
+
     Runs on:
         Loop thread.
     """
@@ -85,7 +89,7 @@ class Inbound:
         stall_timeout_s: float | None,
         times: ThreadTimes | None = None,
     ) -> None:
-        self._times = times
+        self._times, self.is_training = times, False
         self._source, self._transfer = source, transfer
         self.chooser: Chooser = Auto(self, source.name) if place is None else Pinned(place)
         self._depth, self._stall_timeout_s = depth, stall_timeout_s

@@ -17,6 +17,7 @@ from pipeline.loop.outbound import BeltOutbound, DirectOutbound, Outbound
 from pipeline.loop.placement import INLINE, TEXTBOOK, Place
 from pipeline.loop.stall import watch_loop
 from pipeline.loop.threads import ThreadTimes
+from pipeline.report.placement import PlacementReport
 from pipeline.settings import Settings
 
 
@@ -63,10 +64,16 @@ class Belts:
             settings.stall_timeout_s,
             self.times if is_training else None,
         )
+        inbound.is_training = is_training
         if is_training and self.meter is not None:
             self.meter.measure(inbound)
         self._inbound.append(inbound)
         return inbound
+
+    @property
+    def placement(self) -> PlacementReport:
+        """Where the batches of the training are made, and why."""
+        return next(each for each in self._inbound if each.is_training).chooser.report
 
     def close(self) -> None:
         """End what the inbound belts keep from epoch to epoch, such as processes."""
