@@ -42,8 +42,6 @@ class Chooser(Protocol):
 class Pinned:
     """The place that the user named."""
 
-    is_settled = True
-
     def __init__(self, place: Place) -> None:
         self._place = place
 
@@ -55,6 +53,10 @@ class Pinned:
 
     def watch(self, batches: Generator[Batch]) -> Generator[Batch]:
         return batches
+
+    @property
+    def is_settled(self) -> bool:
+        return True
 
     @property
     def report(self) -> PlacementReport:

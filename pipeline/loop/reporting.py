@@ -89,7 +89,7 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
         placement=placement,
         series=make_series(journal.step_s, journal.wait_s, run.state.step - num_steps),
         lanes=_lanes(run, belts, device, names),
-        notes=(*_gain_notes(belts, gain), *str(outbound).splitlines(), *_gil_notes(run)),
+        notes=(*_belt_notes(belts, gain), *str(outbound).splitlines(), *_gil_notes(run)),
     )
 
 
@@ -190,15 +190,18 @@ def _undisturbed(cost: StepCost | None, belts: Belts) -> StepCost | None:
     return replace(cost, fetch_ms=alone_ms, fetch_core_ms=cost.fetch_core_ms * scale, fetch_held_ms=held_ms)
 
 
-def _gain_notes(belts: Belts, gain: Gain | None) -> tuple[str, ...]:
+def _belt_notes(belts: Belts, gain: Gain | None) -> tuple[str, ...]:
+    place = str(belts.placement)
     if belts.meter is None:
-        return ()
+        return (place,)
     if gain is None:
         return (
+            place,
             "measure_gain: the run or its epochs were too short to tell; it takes some hundred steps, and "
             "epochs of more than one window",
         )
     return (
+        place,
         f"measure_gain: {gain.num_windows} windows of each schedule, {gain.steps_per_window} steps counted "
         f"in each of overlap; {belts.meter.textbook_ratio:.0%} of the steps meanwhile were textbook ones, "
         "and the stages above have both kinds in them",

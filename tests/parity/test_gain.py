@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 
 from pipeline import ConfigError, SimulatedBackend, Trainer
+from pipeline.checkpoint import load_model
 from pipeline.loop import gain
 from pipeline.loop.gain import GainMeter, ratio_interval
-from pipeline.loop.inbound import Pinned, Place
+from pipeline.loop.inbound import Pinned
+from pipeline.loop.placement import Place
 from pipeline.loop.rates import StepDone
 from pipeline.settings import Settings
 from pipeline.testing import InMemoryLogger
@@ -33,6 +35,8 @@ class Augmented(torch.utils.data.Dataset):
 def short_windows(monkeypatch):
     """Make windows of a few steps, so that a short run changes its schedule some twenty times."""
     monkeypatch.setattr(gain, "WINDOW_NS", 0)
+    monkeypatch.setattr("pipeline.loop.chooser.LOOK_S", 0)
+    monkeypatch.setattr("pipeline.loop.chooser.TRIAL_S", 0)
     monkeypatch.setattr(gain, "MIN_STEPS", 3)
     monkeypatch.setattr(gain, "GAP_S", 10.0)  # a busy machine's pause is no validation
 
@@ -55,7 +59,7 @@ def fit(data=None, **settings):
     "settings",
     [
         {"schedule": "overlap"},
-        {"schedule": "auto"},
+        {"schedule": "auto", "max_epochs": 16},
         {"schedule": "overlap", "placement": "thread", "num_workers": 2},
         {"schedule": "overlap", "placement": "process", "num_workers": 1, "max_epochs": 16},
         {"schedule": "overlap", "accumulate_grad_batches": 3},
@@ -105,6 +109,28 @@ def test_every_step_is_logged_once_and_in_order(short_windows):
     )
 
 
+def test_checkpoints_are_those_of_a_run_without_it(short_windows):
+    """Written by two threads in turn, with a validation between the epochs."""
+
+    def final(name, **settings):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(8, 3)
+        trainer = Trainer(max_epochs=8, run_dir=name, enable_progress_bar=False, prefetch_depth=2,
+                          max_steps_in_flight=1, val_check_interval=50, **settings)  # fmt: skip
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        result = trainer.fit(model, optimizer, Augmented(), loss_fn=F.cross_entropy, batch_size=4,
+                             val_data=Augmented())  # fmt: skip
+        saved = torch.nn.Linear(8, 3)
+        load_model(result.last_checkpoint, saved)
+        return result, saved.state_dict()
+
+    plain, weights = final("plain", schedule="textbook")
+    measured, measured_weights = final("measured", schedule="overlap", measure_gain=True)
+    assert measured.report.gain is not None
+    assert measured.metrics["val/loss"] == plain.metrics["val/loss"]
+    assert all(torch.equal(weights[name], measured_weights[name]) for name in weights)
+
+
 def test_a_lost_batch_would_be_noticed(short_windows, monkeypatch):
     """The check can fail: one batch left out behind each textbook window gives other losses."""
 
@@ -140,7 +166,7 @@ class Fed:
 
     def __init__(self, textbook_ms, overlap_ms, drained_ms, depth=4):
         settings = Settings(prefetch_depth=depth, max_steps_in_flight=1)
-        self.meter = GainMeter(Pinned(Place("inline")), settings)
+        self.meter = GainMeter(settings).around(Pinned(Place("inline")), lambda: True)
         self.times = {"textbook": textbook_ms, "overlap": overlap_ms, "drained": drained_ms}
         self.depth, self.now_s, self.step = depth, 0.0, 0
         self.kinds = []
