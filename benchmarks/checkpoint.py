@@ -104,9 +104,8 @@ def held_while_writing(state: dict[str, torch.Tensor], folder: Path, num: int) -
             thread.join()
         held = account.report().stage("writing", f"write {name}").held_ratio
         write_s = statistics.median(times)
-        print(
-            f"  {name:34} {write_s * 1e3:8.1f} ms, {held:.1%} of it ({held * write_s * 1e3:.1f} ms) with the GIL"
-        )
+        share = f"{held:.1%} of it with the GIL: {held * write_s * 1e3:.1f} ms"
+        print(f"  {name:34} {write_s * 1e3:8.1f} ms, {share}")
 
 
 def save_with_torch(state: dict[str, torch.Tensor], path: Path) -> None:

@@ -94,7 +94,7 @@ def test_handlers_are_put_back_after_an_error(tmp_path):
 
 
 def test_a_run_is_not_begun_again_in_silence(tmp_path):
-    """Files that cannot be used: refused. A run without any: begun again, with a warning. No folder: begun."""
+    """Files that cannot be used: refused. A run without any: begun again, with a warning."""
     with pytest.raises(ConfigError, match="resume='auto' looks into run_dir, which must be named"):
         fit("textbook", None, resume="auto")
     assert fit("textbook", tmp_path / "new", resume="auto").resumed_from is None
