@@ -55,6 +55,9 @@ class Settings:
         detect_host_reads: Find the lines that make the loop wait for the device, such as an
             ``.item()`` in a step, and name them in `FitResult.outbound`. Free on CUDA; elsewhere each
             operation takes some 10 µs longer, so it is for looking.
+        measure_gain: Measure what overlap wins: short windows of both schedules take turns in the run, with
+            the same numbers, until `FitResult.report` can say how many times as fast as the textbook loop
+            it is, with an interval. Some hundred steps; the rest of the run is in the faster of the two.
         gc: What Python's garbage collector may do: ``default`` leaves it alone; ``freeze`` takes what
             lives after some steps out of its walks; ``every_n_steps`` also turns it off between steps of
             your choice, and collects at the end of an epoch, with a guard that turns it on again if
@@ -128,6 +131,7 @@ class Settings:
     max_log_lag: int = 2048
     log_overflow: Literal["wait", "drop", "grow"] = "wait"
     detect_host_reads: bool = False
+    measure_gain: bool = False
     gc: Literal["default", "freeze", "every_n_steps"] = "default"
     gc_every_n_steps: int = 50
     check_val_every_n_epoch: int | None = 1
@@ -194,6 +198,11 @@ def _range_problems(found: dict[str, Any]) -> list[str]:
         problems.append(
             f"schedule=textbook makes batches on the loop thread, placement={found['placement']} elsewhere. "
             "Leave one of them at auto."
+        )
+    if found.get("schedule") == "textbook" and found.get("measure_gain"):
+        problems.append(
+            "measure_gain=true compares textbook with overlap, and schedule=textbook has no overlap. Set "
+            "schedule=auto."
         )
     clip, decay = found.get("gradient_clip_val"), found.get("ema_decay")
     if clip is not None and not clip > 0:

@@ -148,7 +148,7 @@ class Trainer(Settings):
             collector = wiring.make_collector(self)
             stack.enter_context(wiring.installed(collector))
             scope = stack.enter_context(Scope(self.stall_timeout_s))
-            outbound, inbound = belts.outbound(scope, journal), belts.inbound(source, belts.times)
+            outbound, inbound = belts.outbound(scope, journal), belts.inbound(source, is_training=True)
             watch = stack.enter_context(GilWatch(self.gil, clock, outbound.put_row, run_dir))
             run = Run(
                 settings=self,

@@ -41,6 +41,12 @@ class Job:
         self.device = SimulatedBackend(is_virtual=False) if is_simulated else None
         self.made_s = time.perf_counter()
         self.began_s: list[float] = []
+        self.num_steps = workload.num_steps
+
+    def settle_first(self, times: int) -> int:
+        """Run so many times as long, of which the last part counts; return the epochs of all of it."""
+        self.num_steps = times * self.workload.num_steps
+        return times * self.workload.num_epochs
 
     def restart(self) -> None:
         """Begin now: what came before was preparation."""
@@ -48,7 +54,7 @@ class Job:
 
     def forward(self, model: torch.nn.Module, batch: Any) -> torch.Tensor:
         """Return the loss; on the simulated device, its work is queued there."""
-        if len(self.began_s) == self.workload.num_steps - 1:
+        if len(self.began_s) == self.num_steps - 1:
             self.drain()
         self.began_s.append(time.perf_counter())
         if isinstance(batch, dict):
@@ -85,12 +91,13 @@ class Job:
     @property
     def step_ms(self) -> float:
         """Milliseconds a step, the first ones left out unless the start counts."""
-        if len(self.began_s) != self.workload.num_steps:
-            raise RuntimeError(f"{len(self.began_s)} of {self.workload.num_steps} steps were made")
+        if len(self.began_s) != self.num_steps:
+            raise RuntimeError(f"{len(self.began_s)} of {self.num_steps} steps were made")
         if self.workload.counts_start:
             return (self.began_s[-1] - self.made_s) / (len(self.began_s) - 1) * 1e3
-        warm = min(WARM_STEPS, len(self.began_s) // 4)
-        return (self.began_s[-1] - self.began_s[warm]) / (len(self.began_s) - 1 - warm) * 1e3
+        counted = self.began_s[self.num_steps - self.workload.num_steps :]
+        warm = min(WARM_STEPS, len(counted) // 4)
+        return (counted[-1] - counted[warm]) / (len(counted) - 1 - warm) * 1e3
 
     @property
     def first_ms(self) -> float:

@@ -13,6 +13,8 @@ from pipeline.settings import Placement
 
 PLACES = tuple(each for each in ("inline", "thread", "process") if each in get_args(Placement))
 
+SETTLING_TIMES = 5  # `auto` tries places for some seconds first; steady state is what comes after
+
 
 def settings(place: str) -> dict[str, Any]:
     """Return what to type for a place."""
@@ -26,6 +28,8 @@ def settings(place: str) -> dict[str, Any]:
 def ours(job: Job, place: str, **further: Any) -> FitResult:
     """Train with every step's loss logged, as it always is."""
     workload = job.workload
+    is_settling = place == "auto" and not workload.counts_start
+    num_epochs = job.settle_first(SETTLING_TIMES) if is_settling else workload.num_epochs
 
     def step(model: Any, batch: Any) -> Any:
         loss = job.forward(model, batch)
@@ -33,7 +37,7 @@ def ours(job: Job, place: str, **further: Any) -> FitResult:
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            max_epochs=workload.num_epochs, device=job.device or "cpu", run_dir=folder,
+            max_epochs=num_epochs, device=job.device or "cpu", run_dir=folder,
             enable_progress_bar=False, enable_checkpointing=False, **settings(place), **further,
         )  # fmt: skip
         job.restart()

@@ -118,7 +118,7 @@ class Workload:
     about: str
     make: Callable[[int], Any]
     batch_size: int = 16
-    num_batches: int = 140
+    num_batches: int = 100
     num_epochs: int = 1
     collate_fn: Callable[[list[Any]], Any] | None = None
     num_layers: int = 3

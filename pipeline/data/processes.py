@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import signal
+import time
 import warnings
 from collections.abc import Callable, Generator
 from typing import Any
@@ -40,18 +41,18 @@ class Processes:
         self._batch_bytes = 0
         self._tickets: dict[int, tuple[int, Slot, MapReader]] = {}
         payload, prepare = _packed_fetcher(source)
-        self._slots = SlotFile()
+        self._slots, self._stacks = SlotFile(), os.memfd_create("stacks")
         try:
             self._pool = WorkerPool(
                 ("pipeline.data.worker", "open_worker"),
-                (payload.overflow, self._slots.file),
+                (payload.overflow, self._slots.file, self._stacks),
                 (payload.offset, payload.nbytes),
                 num_workers,
                 MODULES,
                 prepare,
             )
         except BaseException:
-            self._slots.close()
+            self._close_files()
             raise
         finally:
             os.close(payload.overflow)
@@ -84,7 +85,11 @@ class Processes:
     def close(self) -> None:
         """Kill the workers, and wait until they are gone. Batches that somebody has stay valid."""
         self._pool.close()
+        self._close_files()
+
+    def _close_files(self) -> None:
         self._slots.close()
+        os.close(self._stacks)
 
     def batches(
         self, reader: MapReader, depth: int, goes_on: Callable[[], bool] = lambda: True
@@ -170,13 +175,22 @@ class Processes:
 
     def _stalled(self, reader: MapReader) -> StallError:
         ticket = next(each for each, job in self._tickets.items() if job[::2] == (reader.position, reader))
-        if (pid := self._pool.pid_of(ticket)) is not None:
-            os.kill(pid, signal.SIGUSR1)  # it writes its stack to standard error
         assert self._stall_timeout_s is not None
         error = StallError(self._stall_timeout_s, _describe_batch(reader, reader.position))
         error.stage = "fetch"
-        error.add_note(f"worker process {pid} has written its stack to standard error")
+        if (pid := self._pool.pid_of(ticket)) is not None:
+            error.stack = self._stack_of(pid)
         return error
+
+    def _stack_of(self, pid: int) -> str | None:
+        """Have a worker write where it stands, which it does even if it never comes back from C."""
+        written = os.fstat(self._stacks).st_size
+        os.kill(pid, signal.SIGUSR1)
+        for _ in range(20):
+            if os.fstat(self._stacks).st_size > written:
+                return os.pread(self._stacks, 1 << 16, written).decode(errors="replace")
+            time.sleep(0.02)  # what hangs has been waited for much longer than this
+        return None
 
 
 class ProcessReader:

@@ -29,12 +29,15 @@ ANSWER = struct.Struct("=?qqq")
 """Whether it is a batch; the skeleton's offset and bytes; the bytes that a slot should have had."""
 
 
-def open_worker(payload: int, slots: int, offset: int, nbytes: int) -> Callable[[socket.socket], None]:
+def open_worker(
+    payload: int, slots: int, stacks: int, offset: int, nbytes: int
+) -> Callable[[socket.socket], None]:
     """Take the dataset, once for all workers; return what each of them runs.
 
     Args:
         payload: A file with a `Fetcher`, packed.
         slots: The file of the slots.
+        stacks: A file to which a worker that gets SIGUSR1 writes where it stands.
         offset: Of the skeleton in the payload.
         nbytes: Of the skeleton.
 
@@ -46,7 +49,7 @@ def open_worker(payload: int, slots: int, offset: int, nbytes: int) -> Callable[
     def run(requests: socket.socket) -> None:
         torch.set_num_threads(1)
         faulthandler.enable()
-        faulthandler.register(signal.SIGUSR1, all_threads=True)
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         Worker(fetcher, slots, requests).run()
 
     return run

@@ -87,11 +87,16 @@ class Auto:
             asked_s, asked_core_s = done_s, core()
 
     @property
+    def is_settled(self) -> bool:
+        """Whether the place is chosen, and not only tried."""
+        return self._settled_ms is not None and not self._wanted_processes and not self._is_over
+
+    @property
     def report(self) -> PlacementReport:
         """What was chosen, and why."""
         job = self._job
         tried_ms = {str(place): ms for place, ms in self._tried.items()}
-        times = (None, None) if job is None else (job.fetch_ms, job.step_ms)
+        times = (None,) * 3 if job is None else (job.fetch_ms, job.fetch_core_ms, job.step_ms)
         return PlacementReport(str(self._place), self._reason, tried_ms, *times)
 
     def _look(self) -> None:
@@ -105,7 +110,7 @@ class Auto:
     def _begin(self, place: Place, *, settled_ms: float | None = None) -> None:
         """Begin to time a place; one that was settled on only in order to see it change."""
         self._place, self._settled_ms, self._num_slow = place, settled_ms, 0
-        self._is_over = False
+        self._is_over, self._trial_s = False, 0.0
         self._restart(-WARM_UP_BATCHES)
 
     def _restart(self, num_batches: int) -> None:
@@ -116,6 +121,10 @@ class Auto:
         if self._is_over:
             return  # what was made ahead is being used up
         self._num_batches += 1
+        if self._is_hopeless(wait_s + step_s):
+            self._num_batches, self._wait_s, self._step_s = 1, wait_s, step_s
+            self._is_over = True
+            return
         if self._num_batches <= 0:
             return
         self._wait_s += wait_s
@@ -125,12 +134,16 @@ class Auto:
 
     def _is_timed(self) -> bool:
         """Say whether the place that is tried has been timed."""
-        spent_s, count = self._wait_s + self._step_s, self._num_batches
-        if self._tried and count > 1:
-            enough_s = 1e-3 * GIVE_UP_RATIO * min(self._tried.values()) * (count + 2)
-            if spent_s > enough_s:
-                return True
-        return count >= MIN_BATCHES and spent_s >= (TRIAL_S if self._tried else LOOK_S)
+        spent_s = self._wait_s + self._step_s
+        return self._num_batches >= MIN_BATCHES and spent_s >= (TRIAL_S if self._tried else LOOK_S)
+
+    def _is_hopeless(self, last_s: float) -> bool:
+        """Say whether the place that is tried is so slow that there is no need to time it."""
+        if not self._tried or self._settled_ms is not None:
+            return False
+        self._trial_s += last_s
+        num_batches = self._num_batches + WARM_UP_BATCHES
+        return self._trial_s * 1e3 > GIVE_UP_RATIO * min(self._tried.values()) * (num_batches + 3)
 
     def _has_news(self, settled_ms: float) -> bool:
         """Say whether the processes that were waited for are there, or the job has changed."""
@@ -208,7 +221,7 @@ class Auto:
             if place != TEXTBOOK
             else f"a batch takes {self._job.fetch_ms:.3g} ms of {textbook_ms:.3g}: no other place was faster"
         )
-        logger.info("%s: %s", self._name, self.report)
+        logger.info("%s: batches made in %s", self._name, self.report)
 
 
 _THREADS = ("inline", "thread")

@@ -31,6 +31,10 @@ class Chooser(Protocol):
         """Pass on the batches of the place chosen last."""
 
     @property
+    def is_settled(self) -> bool:
+        """Whether the place is chosen, and not only tried."""
+
+    @property
     def report(self) -> PlacementReport:
         """What was chosen, and why."""
 
@@ -51,6 +55,10 @@ class Pinned:
         return batches
 
     @property
+    def is_settled(self) -> bool:
+        return True
+
+    @property
     def report(self) -> PlacementReport:
         return PlacementReport(str(self._place), "by the settings")
 
@@ -66,6 +74,10 @@ class Inbound:
         stall_timeout_s: Longest wait for a batch; None waits for ever.
         times: Told how the threads that make batches spent theirs.
 
+    Attributes:
+        chooser: Of the place.
+        is_training: Whether a model is trained on the batches, and not only evaluated.
+
     Runs on:
         Loop thread.
     """
@@ -79,13 +91,13 @@ class Inbound:
         stall_timeout_s: float | None,
         times: ThreadTimes | None = None,
     ) -> None:
-        self._times = times
+        self._times, self.is_training = times, False
         self._source, self._transfer = source, transfer
         self.chooser: Chooser = Auto(self, source.name) if place is None else Pinned(place)
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._opened: Reader | None = None
         self._processes: Processes | None = None
-        self._has_warned = False
+        self._has_warned, self._is_in_place = False, True
 
     def batches(self, epoch: int, max_batches: int | None, start: int = 0) -> Generator[Batch]:
         """Open an epoch, at once, and return its batches, those before `start` left out."""
@@ -101,8 +113,15 @@ class Inbound:
         with closing(opened) as reader:
             while not reader.is_exhausted:
                 place = self.chooser.choose(reader)
-                with closing(self.chooser.watch(self._made_in(place, reader))) as batches:
+                with (
+                    closing(self._made_in(place, reader)) as made,
+                    closing(self.chooser.watch(made)) as batches,
+                ):
                     yield from batches
+
+    def is_ready(self) -> bool:
+        """Say whether batches are made where they are to stay: places are tried, processes take a moment."""
+        return self._is_in_place and self.chooser.is_settled
 
     def close(self) -> None:
         """End what is kept from epoch to epoch."""
@@ -131,7 +150,8 @@ class Inbound:
         )
 
     def _made_by_processes(self, num_workers: int, reader: Reader) -> Generator[Batch]:
-        if not self.start_processes(num_workers):  # nobody waits for them to start
+        self._is_in_place = self.start_processes(num_workers)
+        if not self._is_in_place:  # nobody waits for them to start
             return read_in_line(reader, self._transfer, lambda: not self.start_processes(num_workers))
         assert isinstance(reader, MapReader)
         assert self._processes is not None

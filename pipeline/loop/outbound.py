@@ -31,9 +31,12 @@ class Outbound(Protocol):
         writer_cpu_s: Processor time of the writer thread, once it has ended; None if there is none.
     """
 
-    max_lag_steps: int
-    max_lag_s: float
-    writer_cpu_s: float | None
+    @property
+    def max_lag_steps(self) -> int: ...
+    @property
+    def max_lag_s(self) -> float: ...
+    @property
+    def writer_cpu_s(self) -> float | None: ...
 
     def put_step(self, done: StepDone, scalars: Scalars) -> None:
         """Take a step's scalars, on their device."""

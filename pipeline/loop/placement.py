@@ -5,9 +5,9 @@ would gain at best is predicted by the ceilings (`pipeline.report.ceilings`); th
 tried on the run itself, and so on, until no place is left that could be much better than the best so far.
 Since the batches are the same everywhere, a trial costs a little time if it is slow, and nothing else.
 
-Nobody can predict how long a thread's work holds the GIL; but a trial of ``inline`` shows it. If the belt
-keeps up with what its thread could make, the work lets go of the GIL, and further threads may help. If
-not, the loop waited for the GIL, and only a process helps.
+Nobody can predict how long a thread's work holds the GIL; but a trial of ``inline`` shows it. If its thread
+makes batches as fast as the textbook loop did, the work lets go of the GIL, and further threads may help. If
+not, the loop and the thread waited for each other, and only a process helps.
 """
 
 from __future__ import annotations
@@ -95,10 +95,13 @@ def _candidates(job: Job, tried: Mapping[Place, float]) -> dict[Place, float]:
     """Return the places worth a thought, each with the time that it would take at best."""
     found: dict[Place, float] = {}
     if job.has_threads:
+        more = _more("thread", _max_threads(job), job, tried) if job.has_order else []
+        threads = {place: _at_best_ms(job, place) for place in more}
         found[INLINE] = _at_best_ms(job, INLINE)
-        if job.has_order and INLINE in tried and not _is_held_up(job, tried[INLINE]):
-            more = _more("thread", _max_threads(job), job, tried)
-            found |= {place: _at_best_ms(job, place) for place in more}
+        if _is_latency(job) or (INLINE in tried and not _is_held_up(job, tried[INLINE])):
+            found |= threads
+        elif INLINE not in tried:  # one thread shows whether more would help
+            found[INLINE] = min([found[INLINE], *threads.values()])
     if job.has_processes and job.has_order and job.num_cores > 1:
         found |= {place: _at_best_ms(job, place) for place in _more("process", job.num_cores, job, tried)}
     return found
@@ -123,8 +126,12 @@ def _is_held_up(job: Job, inline_ms: float) -> bool:
 
 
 def _max_threads(job: Job) -> int:
-    is_latency = job.fetch_core_ms < LATENCY_RATIO * job.fetch_ms
-    return MAX_THREADS if is_latency else job.num_cores
+    return MAX_THREADS if _is_latency(job) else job.num_cores
+
+
+def _is_latency(job: Job) -> bool:
+    """Say whether making a batch is mostly waiting, with the GIL released as a matter of course."""
+    return job.fetch_core_ms < LATENCY_RATIO * job.fetch_ms
 
 
 def _at_best_ms(job: Job, place: Place) -> float:

@@ -7,6 +7,7 @@ import platform
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -19,12 +20,13 @@ from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
 from pipeline.loop.setup import is_rank_zero
 from pipeline.loop.wiring import plain_settings
-from pipeline.report.ceilings import WHERE, Where, ceilings, predict_all
+from pipeline.report.ceilings import WHERE, StepCost, Where, ceilings, predict_all
 from pipeline.report.costs import RunClocks, stage_lines, step_cost
 from pipeline.report.lanes import lanes_of_trace, make_lanes, make_series, write_trace
 from pipeline.report.outbound import OutboundReport
 from pipeline.report.page import to_html
-from pipeline.report.record import Lane, RunReport, to_dict, to_json
+from pipeline.report.placement import PlacementReport
+from pipeline.report.record import Gain, Lane, RunReport, to_dict, to_json
 from pipeline.report.verdict import advise, describe
 from pipeline.settings import Placement
 
@@ -46,7 +48,8 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
     """
     settings, journal, num_steps = run.settings, run.journal, run.clock.num_steps
     device = [] if run.limiter is None else _device_stretches(run, run.limiter)
-    where, num_cores = _where(settings.placement, belts.schedule), available_cores()
+    placement, num_cores = belts.placement, available_cores()
+    where = next(each for each in WHERE if each == placement.name)
     clocks = RunClocks(
         times=[each for each in [*run.clock.times(), *belts.times.times] if each.stage not in NOT_TRAINING],
         loop_thread=(loop := threading.current_thread().name),
@@ -57,13 +60,18 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
         is_remote=where == "process" or bool(getattr(train_data, "num_workers", 0)),
         gil=run.gil.report,
     )
-    cost = step_cost(clocks)
+    cost, gain = step_cost(clocks), None if belts.meter is None else belts.meter.gain()
+    cost = _undisturbed(_as_measured(cost, placement, settings.accumulate_grad_batches), belts)
+    tried = {place.split()[0] for place in placement.tried_ms}
+    settable = {"textbook", *get_args(Placement)} - tried
     cores = {"num_cores": num_cores, "num_workers": settings.num_workers or num_cores}
     # What a batch costs is not known here while worker processes make them.
     predictions = () if cost is None or where == "process" else predict_all(cost, **cores)
     step_ms = run.clock.train_s / num_steps * 1e3 if num_steps else 0.0
     wait_ms = sum(journal.wait_s) / num_steps * 1e3 if num_steps else 0.0
     names = {loop: "loop"}
+    if gain is not None and belts.meter is not None:
+        step_ms, wait_ms = gain.overlap_ms, belts.meter.overlap_wait_ms()  # the textbook windows left out
     return RunReport(
         facts=_facts(run, belts, where, num_cores),
         settings=plain_settings(settings),
@@ -75,11 +83,13 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
         cost=cost,
         ceilings=() if cost is None else ceilings(cost, where, **cores),
         predictions=predictions,
-        verdict=describe(step_ms, wait_ms, cost, where, None),
-        advice=advise(step_ms, cost, where, predictions, {"textbook", *get_args(Placement)}, None),
+        gain=gain,
+        verdict=describe(step_ms, wait_ms, cost, where, gain),
+        advice=advise(step_ms, cost, where, predictions, settable, gain),
+        placement=placement,
         series=make_series(journal.step_s, journal.wait_s, run.state.step - num_steps),
         lanes=_lanes(run, belts, device, names),
-        notes=(*str(outbound).splitlines(), *_gil_notes(run)),
+        notes=(*_belt_notes(belts, gain), *str(outbound).splitlines(), *_gil_notes(run)),
     )
 
 
@@ -116,9 +126,12 @@ def _facts(run: Run, belts: Belts, where: Where, num_cores: int) -> dict[str, An
     }
 
 
-def _where(placement: str, schedule: str) -> Where:
-    found = next((each for each in WHERE if each == placement), None)
-    return found or ("textbook" if schedule == "textbook" else "inline")
+def _as_measured(cost: StepCost | None, placement: PlacementReport, num_batches: int) -> StepCost | None:
+    """Return the cost with what `auto` has measured of a batch by itself: the run was in several places."""
+    if cost is None or placement.fetch_ms is None or placement.fetch_core_ms is None:
+        return cost
+    fetch_ms, fetch_core_ms = placement.fetch_ms * num_batches, placement.fetch_core_ms * num_batches
+    return replace(cost, fetch_ms=fetch_ms, fetch_core_ms=fetch_core_ms, is_remote=False)
 
 
 def _lanes(
@@ -165,6 +178,34 @@ def _mean_ms(stretches: Sequence[tuple[str, int, int]]) -> float | None:
     if not stretches:
         return None
     return sum(end - begin for _, begin, end in stretches) / len(stretches) / 1e6
+
+
+def _undisturbed(cost: StepCost | None, belts: Belts) -> StepCost | None:
+    """Take the time of a fetch from the textbook windows, if there were any: nothing ran beside it there."""
+    alone_ms = None if belts.meter is None else belts.meter.textbook_fetch_ms()
+    if cost is None or alone_ms is None or not cost.fetch_ms:
+        return cost
+    scale = alone_ms / cost.fetch_ms
+    held_ms = None if cost.fetch_held_ms is None else cost.fetch_held_ms * scale
+    return replace(cost, fetch_ms=alone_ms, fetch_core_ms=cost.fetch_core_ms * scale, fetch_held_ms=held_ms)
+
+
+def _belt_notes(belts: Belts, gain: Gain | None) -> tuple[str, ...]:
+    place = str(belts.placement)
+    if belts.meter is None:
+        return (place,)
+    if gain is None:
+        return (
+            place,
+            "measure_gain: the run or its epochs were too short to tell; it takes some hundred steps, and "
+            "epochs of more than one window",
+        )
+    return (
+        place,
+        f"measure_gain: {gain.num_windows} windows of each schedule, {gain.steps_per_window} steps counted "
+        f"in each of overlap; {belts.meter.textbook_ratio:.0%} of the steps meanwhile were textbook ones, "
+        "and the stages above have both kinds in them",
+    )
 
 
 def _gil_notes(run: Run) -> tuple[str, ...]:

@@ -10,12 +10,14 @@ import torch
 from pipeline.concurrency import Scope, available_cores
 from pipeline.data import Source
 from pipeline.device import Backend, StepLimiter, make_transfer
+from pipeline.loop.gain import GainMeter, SwitchedOutbound
 from pipeline.loop.inbound import Inbound
 from pipeline.loop.journal import Journal
 from pipeline.loop.outbound import BeltOutbound, DirectOutbound, Outbound
 from pipeline.loop.placement import INLINE, TEXTBOOK, Place
 from pipeline.loop.stall import watch_loop
 from pipeline.loop.threads import ThreadTimes
+from pipeline.report.placement import PlacementReport
 from pipeline.settings import Settings
 
 
@@ -32,6 +34,7 @@ class Belts:
             device runs ahead of the host, so that host work can hide behind it; textbook where it
             does not, since there a thread competes with the step for the cores and the GIL.
         times: How the threads beside the loop spent theirs, those of a validation left out.
+        meter: Measures what overlap wins; None where nobody asked.
     """
 
     def __init__(
@@ -42,14 +45,15 @@ class Belts:
     ) -> None:
         self.backend, self.device, self._settings = backend, backend.device, settings
         overlaps = settings.schedule == "overlap" or (
-            settings.schedule == "auto" and backend.streams is not None
+            settings.schedule == "auto" and (backend.streams is not None or settings.measure_gain)
         )
         self.schedule: Literal["overlap", "textbook"] = "overlap" if overlaps else "textbook"
-        self._inbound: list[Inbound] = []
         self.times = ThreadTimes()
+        self._inbound: list[Inbound] = []
         self._transfer = make_transfer(backend, overlaps=overlaps, prepare=prepare)
+        self.meter = GainMeter(settings) if settings.measure_gain else None
 
-    def inbound(self, source: Source, times: ThreadTimes | None = None) -> Inbound:
+    def inbound(self, source: Source, *, is_training: bool = False) -> Inbound:
         """Return the belt that brings a source's batches; it is kept until `close`."""
         settings = self._settings
         inbound = Inbound(
@@ -58,10 +62,18 @@ class Belts:
             self._place(),
             settings.prefetch_depth,
             settings.stall_timeout_s,
-            times,
+            self.times if is_training else None,
         )
+        inbound.is_training = is_training
+        if is_training and self.meter is not None:
+            self.meter.measure(inbound)
         self._inbound.append(inbound)
         return inbound
+
+    @property
+    def placement(self) -> PlacementReport:
+        """Where the batches of the training are made, and why."""
+        return next(each for each in self._inbound if each.is_training).chooser.report
 
     def close(self) -> None:
         """End what the inbound belts keep from epoch to epoch, such as processes."""
@@ -89,5 +101,9 @@ class Belts:
         if self.schedule == "textbook":
             if self._settings.stall_timeout_s is not None:
                 watch_loop(scope, self._settings.stall_timeout_s, lambda: len(journal.losses))
-            return DirectOutbound(self.backend, journal)
-        return BeltOutbound(scope, self.backend, journal, self._settings, self.times)
+            return self._direct(journal)
+        belt = BeltOutbound(scope, self.backend, journal, self._settings, self.times)
+        return belt if self.meter is None else SwitchedOutbound(self.meter, belt, self._direct(journal))
+
+    def _direct(self, journal: Journal) -> DirectOutbound:
+        return DirectOutbound(self.backend, journal)

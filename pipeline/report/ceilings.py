@@ -154,12 +154,14 @@ def _convoy_ms(cost: StepCost, where: Where) -> float:
 
     An operation of torch gives the GIL away, and behind a thread of plain Python gets it back an
     interval of some 5 ms later. A step has hundreds of them, so it waits as long as the other thread
-    holds the GIL at all: all of `fetch_held_ms`. With a device that is slower than the loop, the wait
-    eats the loop's slack first, which the maximum over the bounds takes care of.
+    holds the GIL at all: all of `fetch_held_ms`. A thread that holds it in short pieces, and lets go
+    of it between them, is met in one of them as often as its share of holding says, so it costs that
+    share of `fetch_held_ms`; between the two lies a parabola, which is a fit, and no law. With a device
+    that is slower than the loop, the wait eats the loop's slack first: see the maximum over the bounds.
     """
-    if where == "process" or cost.is_remote:
+    if where == "process" or cost.is_remote or not cost.fetch_held_ms:
         return 0.0
-    return cost.fetch_held_ms or 0.0
+    return cost.fetch_held_ms * min(cost.fetch_held_ms / cost.fetch_ms, 1.0)
 
 
 def _belt_ms(cost: StepCost, where: Where, num_workers: int) -> float:

@@ -1,0 +1,287 @@
+"""Worker processes that fail, hang or cannot start: who hears of it, and that nothing is left."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline import Trainer
+from pipeline.concurrency import SlotFile, available_cores
+from pipeline.concurrency.shared import check_room
+from pipeline.data import Processes, as_source
+from pipeline.errors import ConfigError, StageError, StallError, WorkerDiedError
+from pipeline.testing import InMemoryLogger
+from tests.workers import Augmented, Deadly, Failing, Hanging, UserError
+
+pytestmark = pytest.mark.usefixtures("warm_fork_server")
+
+
+def processes_of(data, *, num_workers=2, stall_timeout_s=60, **arguments):
+    """Return a source and its worker processes, ready."""
+    arguments = {"batch_size": 4, "shuffle": False, "drop_last": False, "collate_fn": None, **arguments}
+    source = as_source(data, name="data", seed=0, **arguments)
+    processes = Processes(source, num_workers, stall_timeout_s)
+    assert processes.wait_until_ready()
+    return source, processes
+
+
+def fit(data, **settings):
+    """Train with worker processes that are ready before the first batch."""
+    model = torch.nn.Linear(6, 3)
+    trainer = Trainer(
+        placement="process", num_workers=2, run_dir=None, enable_progress_bar=False, device="cpu", **settings
+    )
+    return trainer.fit(
+        model, torch.optim.SGD(model.parameters(), 0.05), data, loss_fn=F.cross_entropy, batch_size=4
+    )
+
+
+def test_the_users_exception_keeps_its_type_and_its_traceback():
+    """It crosses the process border as itself, behind the batches before it, and names the sample."""
+    source, processes = processes_of(Failing(20))
+    batches = processes.batches(source.open(0), 4)
+    try:
+        assert len(next(batches)[0]) == 4
+        with pytest.raises(UserError, match="mine") as caught:
+            next(batches)
+        assert caught.value.index == 5
+        notes = "\n".join(caught.value.__notes__)
+        assert "stage 'fetch', sample 5, batch 1 of epoch 0" in notes
+        assert "workers.py" in notes
+        assert 'raise UserError("mine", index)' in notes
+    finally:
+        processes.close()
+
+
+@pytest.mark.parametrize(("exit_code", "text"), [(None, "signal SIGKILL, twice"), (7, "exit code 7, twice")])
+@pytest.mark.filterwarnings("ignore:a worker process ended:RuntimeWarning")
+def test_a_batch_that_kills_its_workers_ends_the_run(exit_code, text):
+    """The error names the signal or the exit code, the batch and its samples; the one before it came."""
+    source, processes = processes_of(Deadly(20, index=9, exit_code=exit_code))
+    batches = processes.batches(source.open(0), 4)
+    try:
+        next(batches), next(batches)
+        with pytest.raises(WorkerDiedError, match=rf"{text}.*batch 2 of epoch 0 \(samples 8, 9, 10, 11\)"):
+            next(batches)
+    finally:
+        processes.close()
+
+
+def test_a_worker_that_hangs_ends_the_run():
+    """After the time-out the error names the batch, and shows where the worker stands."""
+    source, processes = processes_of(Hanging(20, index=2), stall_timeout_s=0.5)
+    try:
+        with pytest.raises(
+            StallError, match=r"batch 0 of epoch 0 \(samples 0, 1, 2, 3\) for 0\.5 s"
+        ) as caught:
+            next(processes.batches(source.open(0), 4))
+    finally:
+        processes.close()
+    assert "workers.py" in str(caught.value)
+
+
+class Unpicklable(Augmented):
+    """Holds a lock."""
+
+    def __init__(self):
+        super().__init__(8)
+        self.lock = threading.Lock()
+
+
+def test_a_dataset_that_does_not_pickle_is_refused_by_name():
+    """A pinned process says which attribute; nothing has been trained."""
+    with pytest.raises(ConfigError, match=r"attribute 'lock' \(lock\) cannot be pickled.*placement=thread"):
+        fit(Unpicklable())
+
+
+def test_a_class_that_a_process_cannot_import_is_refused():
+    """One of a function, as in a notebook, has no name that could be imported."""
+
+    class Local(Augmented):
+        pass
+
+    with pytest.raises(ConfigError, match="placement=process needs the dataset in a process"):
+        fit(Local(8))
+
+
+def test_batches_of_an_iterable_cannot_be_shared_out():
+    """A list of batches has no samples: the error says what has."""
+    model = torch.nn.Linear(6, 3)
+    trainer = Trainer(placement="process", run_dir=None, enable_progress_bar=False, device="cpu")
+    batches = [(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64))]
+    with pytest.raises(ConfigError, match="placement=process needs samples to share out"):
+        trainer.fit(model, torch.optim.SGD(model.parameters(), 0.05), batches, loss_fn=F.cross_entropy)
+
+
+def test_a_place_and_the_textbook_schedule_contradict():
+    """The two settings cannot both be meant."""
+    with pytest.raises(ConfigError, match="Leave one of them at auto"):
+        Trainer(schedule="textbook", placement="process")
+
+
+def test_room_is_looked_at_before_memory_is_taken():
+    """More than the machine has is refused, with how much is needed."""
+    with pytest.raises(StageError, match=r"need 1000000000 MB .* Lower batch_size"):
+        check_room(10**15)
+    slots = SlotFile()
+    try:
+        with pytest.raises(StageError, match="shared memory more"):
+            slots.acquire(10**15)
+    finally:
+        slots.close()
+
+
+def test_cores_are_those_of_this_process():
+    """Affinity counts, and not what the machine has."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(before)})
+    try:
+        assert available_cores() == 1
+    finally:
+        os.sched_setaffinity(0, before)
+
+
+def test_rows_before_the_failure_are_with_the_loggers():
+    """What was trained before a sample failed in a worker has been logged."""
+    logger, model = InMemoryLogger(), torch.nn.Linear(6, 3)
+    trainer = Trainer(
+        placement="process", num_workers=1, run_dir=None, enable_progress_bar=False, device="cpu"
+    )
+    with pytest.raises(UserError):
+        trainer.fit(
+            model,
+            torch.optim.SGD(model.parameters(), 0.05),
+            Failing(20),
+            loss_fn=F.cross_entropy,
+            batch_size=4,
+            loggers=[logger],
+        )
+    assert [row.step for row in logger.rows] == [1]
+
+
+SCRIPT = """
+import os, sys, time
+import torch
+from pipeline.data import Processes, as_source
+from tests.workers import Augmented, Hanging
+{guard}
+    source = as_source(
+        {data}, name="data", batch_size=4, shuffle=False, drop_last=False, collate_fn=None, seed=0
+    )
+    processes = Processes(source, 2, 60)
+    assert processes.wait_until_ready()
+    batches = processes.batches(source.open(0), 4)
+    first = next(batches)
+    print("pids", *[worker.pid for worker in processes._pool._workers], processes._pool._nursery, flush=True)
+    {end}
+"""
+
+
+def run_script(path, end, *, data="Augmented(64)", guard='if __name__ == "__main__":', prefix=""):
+    """Start a script of its own; return the process and the processes that it has told of."""
+    path.write_text(prefix + SCRIPT.format(data=data, guard=guard, end=end))
+    home = str(Path(__file__).parents[2])
+    script = subprocess.Popen(
+        [sys.executable, str(path)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": home},
+        start_new_session=True,
+    )
+    assert script.stdout is not None
+    line = script.stdout.readline()
+    return script, [int(each) for each in line.split()[1:]]
+
+
+def all_end(pids, timeout_s=10):
+    """Say whether processes that are no children of this one end in time."""
+    for pid in pids:
+        try:
+            file = os.pidfd_open(pid)
+        except ProcessLookupError:
+            continue
+        poller = select.poll()
+        poller.register(file, select.POLLIN)
+        has_ended = bool(poller.poll(timeout_s * 1e3))
+        os.close(file)
+        if not has_ended:
+            return False
+    return True
+
+
+@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_orphan_is_left_when_the_trainer_is_killed(tmp_path, signal_number):
+    """Workers and nursery end with it, in the middle of a batch that would never end."""
+    script, pids = run_script(tmp_path / "script.py", "for _ in batches: pass", data="Hanging(64, index=20)")
+    with script:
+        assert len(pids) == 3
+        os.kill(script.pid, signal_number)
+        script.wait()
+        assert all_end(pids)
+        script.stderr.read()
+
+
+def test_a_terminals_ctrl_c_is_the_trainers_alone(tmp_path):
+    """SIGINT to the whole group leaves the workers alive; they end when the trainer does."""
+    end = """
+    try:
+        os.killpg(0, 2)
+        time.sleep(30)
+    except KeyboardInterrupt:
+        print(len(next(batches)[0]), "more", flush=True)
+    processes.close()
+    """
+    script, pids = run_script(tmp_path / "script.py", end)
+    with script:
+        assert script.stdout.readline() == "4 more\n"
+        assert script.wait() == 0
+        assert all_end(pids)
+        assert "Traceback" not in script.stderr.read()
+
+
+def test_a_script_without_a_guard_may_use_processes_for_a_dataset_of_a_module(tmp_path):
+    """What is defined elsewhere is imported from there: the script is not run again."""
+    script, pids = run_script(tmp_path / "script.py", "processes.close()", guard="if True:")
+    with script:
+        assert len(pids) == 3
+        assert script.wait() == 0
+        script.stderr.read()
+
+
+OWN_CLASS = """
+from torch.utils.data import Dataset
+class Own(Dataset):
+    def __len__(self): return 64
+    def __getitem__(self, index): return index
+"""
+
+
+@pytest.mark.parametrize("is_guarded", [True, False])
+def test_a_class_of_the_script_needs_a_guard(tmp_path, is_guarded):
+    """With one the script is imported; without, the error shows what to write."""
+    guard = 'if __name__ == "__main__":' if is_guarded else "if True:"
+    script, pids = run_script(
+        tmp_path / "script.py",
+        "processes.close()",
+        data="Own()",
+        guard=guard,
+        prefix=OWN_CLASS,
+    )
+    with script:
+        code, errors = script.wait(), script.stderr.read()
+    if is_guarded:
+        assert code == 0, errors
+    else:
+        assert code == 1
+        assert 'if __name__ == "__main__":' in errors
+        assert "ConfigError" in errors

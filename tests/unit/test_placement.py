@@ -1,0 +1,183 @@
+"""placement=auto: measurements in, decisions out; and the same on a simulated clock, batch by batch."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.errors import ConfigError
+from pipeline.loop.chooser import Auto
+from pipeline.loop.placement import INLINE, TEXTBOOK, Job, Place, best_place, next_trial
+
+MS = 1e-3
+
+
+class Machine:
+    """A job whose time per batch in each place is known, on a clock of its own."""
+
+    def __init__(self, *, fetch_ms, step_ms, core_ms=None, place_ms=None, starts_after=0, fails=False):
+        self.fetch_ms, self.step_ms = fetch_ms, step_ms
+        self.core_ms = fetch_ms if core_ms is None else core_ms
+        self.place_ms = place_ms or {}
+        self.now_s, self.starts_after, self.fails = 0.0, starts_after, fails
+        self.wanted, self.stopped, self.visited = [], 0, []
+        self.is_random_access = self.is_threadable = True
+
+    def start_processes(self, num_workers):
+        """Be ready after so many questions."""
+        if self.fails:
+            raise ConfigError("it does not pickle")
+        self.wanted.append(num_workers)
+        self.starts_after -= 1
+        return self.starts_after < 0
+
+    def stop_processes(self):
+        """Count."""
+        self.stopped += 1
+
+    def clock(self):
+        """Return the time."""
+        return self.now_s
+
+    def batches(self, place):
+        """Take as long for each batch as this place does."""
+        while True:
+            period_ms = self.place_ms.get(place, self.fetch_ms + self.step_ms)
+            self.now_s += max(period_ms - self.step_ms, 0) * MS
+            yield "batch"
+
+    def run(self, auto, num_batches):
+        """Train on so many batches; return the place of each."""
+        places = []
+        while len(places) < num_batches:
+            place = auto.choose(self)
+            self.visited.append(place)
+            for _ in auto.watch(self.batches(place)):
+                places.append(place)
+                self.now_s += self.step_ms * MS
+                if not auto.goes_on() or len(places) >= num_batches:
+                    break
+        return places
+
+
+def make_auto(machine, monkeypatch, *, num_cores=4):
+    """Return a chooser on the machine's clock."""
+    monkeypatch.setattr("pipeline.loop.chooser.available_cores", lambda: num_cores)
+    monkeypatch.setattr(
+        "pipeline.loop.chooser.time.thread_time", lambda: machine.now_s * machine.core_ms / machine.fetch_ms
+    )
+    return Auto(machine, "train_data", machine.clock)
+
+
+@pytest.mark.parametrize(
+    ("job", "place_ms", "chosen"),
+    [
+        pytest.param({"fetch_ms": 0.05, "step_ms": 10}, {}, TEXTBOOK, id="nothing to gain"),
+        pytest.param({"fetch_ms": 10, "step_ms": 10}, {INLINE: 10.4}, INLINE, id="decoding"),
+        pytest.param(
+            {"fetch_ms": 10, "step_ms": 10},
+            {INLINE: 20.5, Place("process", 1): 10.6},
+            Place("process", 1),
+            id="plain Python",
+        ),
+        pytest.param(
+            {"fetch_ms": 30, "step_ms": 10},
+            {INLINE: 41, Place("process", 3): 11},
+            Place("process", 3),
+            id="much plain Python",
+        ),
+        pytest.param(
+            {"fetch_ms": 80, "step_ms": 10, "core_ms": 2},
+            {INLINE: 80, Place("thread", 8): 12, Place("process", 4): 22},
+            Place("thread", 8),
+            id="latency",
+        ),
+        pytest.param(
+            {"fetch_ms": 10, "step_ms": 10},
+            {INLINE: 30, Place("process", 1): 31},
+            TEXTBOOK,
+            id="nothing helps",
+        ),
+        pytest.param(
+            {"fetch_ms": 10, "step_ms": 10, "fails": True}, {INLINE: 21}, TEXTBOOK, id="no processes"
+        ),
+        pytest.param(
+            {"fetch_ms": 30, "step_ms": 10},
+            {INLINE: 33, Place("thread", 3): 14, Place("process", 3): 13.9},
+            Place("thread", 3),
+            id="as fast is not faster",
+        ),
+    ],
+)
+def test_the_best_place_is_found_and_kept(job, place_ms, chosen, monkeypatch):
+    """The run ends in the place that is fastest, by more than the noise, and says so."""
+    machine = Machine(place_ms=place_ms, **job)
+    auto = make_auto(machine, monkeypatch)
+    places = machine.run(auto, 3000)
+    assert places[-1] == chosen
+    assert auto.report.place == str(chosen)
+    assert str(chosen) in str(auto.report)
+    if chosen.name != "process":
+        assert machine.stopped
+
+
+def test_nothing_waits_for_processes_to_start(monkeypatch):
+    """Until they are there the best place so far makes the batches."""
+    machine = Machine(
+        fetch_ms=10, step_ms=10, place_ms={INLINE: 20.5, Place("process", 1): 10.6}, starts_after=200
+    )
+    places = machine.run(make_auto(machine, monkeypatch), 1000)
+    first = places.index(Place("process", 1))
+    assert set(places[:first]) == {TEXTBOOK, INLINE}
+    assert first > 190
+    assert places[-1] == Place("process", 1)
+
+
+def test_a_slow_trial_ends_at_once(monkeypatch):
+    """A place in which a step takes a second is left after two batches."""
+    machine = Machine(fetch_ms=10, step_ms=10, place_ms={INLINE: 1000}, fails=True)
+    places = machine.run(make_auto(machine, monkeypatch), 500)
+    assert places.count(INLINE) <= 4
+    assert places[-1] == TEXTBOOK
+
+
+def test_a_job_that_changes_is_measured_again(monkeypatch):
+    """A disk that becomes slow: what was best is tried again, and not all the time."""
+    machine = Machine(fetch_ms=0.1, step_ms=10)
+    auto = make_auto(machine, monkeypatch)
+    assert machine.run(auto, 2000)[-1] == TEXTBOOK
+    machine.fetch_ms, machine.core_ms = 40, 1
+    machine.place_ms = {INLINE: 40, Place("thread", 4): 11}
+    assert machine.run(auto, 3000)[-1] == Place("thread", 4)
+    assert len(machine.visited) < 12
+
+
+def test_a_dataset_that_threads_cannot_read_goes_to_processes(monkeypatch):
+    """A draw that no thread can isolate is met in the middle of a run: batches are made elsewhere."""
+    machine = Machine(fetch_ms=10, step_ms=10, place_ms={INLINE: 10.3, Place("process", 1): 10.6})
+    auto = make_auto(machine, monkeypatch)
+    assert machine.run(auto, 500)[-1] == INLINE
+    machine.is_threadable = False
+    assert machine.run(auto, 500)[-1] == Place("process", 1)
+
+
+@given(
+    fetch_ms=st.floats(0.01, 100),
+    step_ms=st.floats(0.01, 100),
+    core_ratio=st.floats(0, 1),
+    num_cores=st.integers(1, 64),
+    data=st.data(),
+)
+def test_trials_end_and_never_choose_what_is_slower(fetch_ms, step_ms, core_ratio, num_cores, data):
+    """Whatever the trials give: there are few of them, and the textbook loop is kept if it is best."""
+    job = Job(fetch_ms, core_ratio * fetch_ms, step_ms, num_cores)
+    tried = {TEXTBOOK: fetch_ms + step_ms}
+    while (trial := next_trial(job, tried)) is not None:
+        assert trial not in tried
+        assert trial.num_workers <= max(num_cores, 32)
+        tried[trial] = data.draw(st.floats(0.01, 300))
+        assert len(tried) < 16
+    assert tried[best_place(tried)] <= min(tried.values()) * 1.031
+    if min(tried.values()) == tried[TEXTBOOK]:
+        assert best_place(tried) == TEXTBOOK
