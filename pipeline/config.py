@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 import random
 import sys
 from collections.abc import Mapping, Sequence
@@ -42,6 +43,9 @@ _KEYS: dict[str, type | tuple[type, ...]] = {
 }
 # Without this Hydra would refuse the first mistyped key and stay silent on the others.
 ConfigStore.instance().store(group="trainer", name="any_key", node=DictConfig({}, flags={"struct": False}))
+EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "max_time": 75}  # 75: "try again", of sysexits.h
+"""The exit code of a run that was stopped and can be resumed, by its stop reason; of any other it is 0."""
+
 _SET_ELSEWHERE = {"seed": "seed=…", "run_dir": "hydra.run.dir=…"}
 
 
@@ -94,7 +98,7 @@ def train_from_config(config: DictConfig, run_dir: Path) -> tuple[FitResult, flo
     print(_summary(result, is_images=len(data.input_shape) == 3))
     if result.gil is not None:
         print(to_text(result.gil), file=sys.stderr)
-    return result, result.metrics[values["objective"]]
+    return result, result.metrics.get(values["objective"], math.nan)  # a run that was stopped may have none
 
 
 def check_overrides(arguments: Sequence[str]) -> None:
@@ -115,6 +119,12 @@ def check_overrides(arguments: Sequence[str]) -> None:
         close = difflib.get_close_matches(key, _KEYS, n=1)
         hint = f"Did you mean {meant or close[0]}?" if meant or close else _KNOWN
         problems.append(f"{key} is not a key of the config. {hint}")
+    is_named = any(argument.startswith("hydra.run.dir=") for argument in arguments)
+    if not is_named and any(argument.endswith("trainer.resume=auto") for argument in arguments):
+        problems.append(
+            "trainer.resume=auto looks into the run's folder, which is a new one each time. Name it as well: "
+            "hydra.run.dir=runs/NAME."
+        )
     if problems:
         raise ConfigError(problems)
 

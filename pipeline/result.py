@@ -12,6 +12,7 @@ import torch
 from pipeline.batch import Row
 from pipeline.gil import GilReport, StageTime
 from pipeline.report import OutboundReport, SaveReport
+from pipeline.report.placement import PlacementReport
 from pipeline.report.record import RunReport
 
 
@@ -40,6 +41,7 @@ class FitResult:
         resumed_from: The checkpoint that the run went on from; None for a new run.
         saves: What each checkpoint cost.
         outbound: What logging cost, how far it was behind, and which lines made the loop wait.
+        placement: Where batches were made, and why.
         report: Where the time went, which ceiling binds, and what to change next; ``print`` shows it.
     """
 
@@ -62,4 +64,5 @@ class FitResult:
     resumed_from: Path | None
     saves: tuple[SaveReport, ...] = field(repr=False)
     outbound: OutboundReport = field(repr=False)
+    placement: PlacementReport = field(repr=False)
     report: RunReport = field(repr=False)

@@ -9,12 +9,16 @@ import hydra
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
-from pipeline.config import check_overrides, config_dir, train_from_config
+from pipeline.config import EXIT_CODES, check_overrides, config_dir, train_from_config
 from pipeline.errors import PipelineError
 
 
 def main() -> None:
-    """Run the command line; an error of ours ends it with its message and exit code 2."""
+    """Run the command line; an error of ours ends it with its message and exit code 2.
+
+    A run that was stopped and can be resumed ends with 143 after SIGTERM, 130 after Ctrl-C, and 75 when
+    ``trainer.max_time`` is up.
+    """
     try:
         check_overrides(sys.argv[1:])
         run()
@@ -27,10 +31,13 @@ def main() -> None:
 def run(config: DictConfig) -> float:
     """Train what a config says and return its objective, for a sweeper."""
     try:
-        return train_from_config(config, Path(HydraConfig.get().runtime.output_dir))[1]
+        result, objective = train_from_config(config, Path(HydraConfig.get().runtime.output_dir))
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error  # Hydra would print a traceback
+    if result.stop_reason in EXIT_CODES:
+        raise SystemExit(EXIT_CODES[result.stop_reason])
+    return objective
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ class CsvLogger:
     later.
 
     Args:
-        path: The file; ``metrics.csv`` in the run folder unless told. It must not hold a run already.
+        path: The file; ``metrics.csv`` in the run folder unless told. It must not hold a run already,
+            but for one that is resumed, whose rows of later steps are cut.
 
     Raises:
         FileExistsError: At the first row, if the file is there already.
@@ -32,7 +33,10 @@ class CsvLogger:
 
     def open(self, info: RunInfo) -> None:
         self._path = self._path or (info.run_dir or Path()) / "metrics.csv"
-        self._file = self._path.open("x", encoding="utf-8", newline="")
+        if info.resumed_step is not None and self._path.exists():
+            self._take_up(self._path, info.resumed_step)
+        else:
+            self._file = self._path.open("x", encoding="utf-8", newline="")
 
     def log(self, row: Row) -> None:
         assert self._file is not None
@@ -49,6 +53,19 @@ class CsvLogger:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+    def _take_up(self, path: Path, step: int) -> None:
+        """Go on with the file of the run that is resumed, without the rows that come again."""
+        kept = path.with_name(f".{path.name}.kept")
+        with path.open(encoding="utf-8", newline="") as before:
+            rows = list(csv.reader(before))
+        self._file = kept.open("w", encoding="utf-8", newline="")
+        if rows:
+            self._names = dict.fromkeys(rows[0][2:])
+            earlier = [row for row in rows[1:] if len(row) == len(rows[0]) and int(row[0]) <= step]
+            csv.writer(self._file, lineterminator="\n").writerows([rows[0], *earlier])
+        self._file.flush()
+        os.replace(kept, path)
 
     def _widen(self, row: Row) -> None:
         """Put a new header before the lines so far, and empty cells behind them."""

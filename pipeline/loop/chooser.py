@@ -96,7 +96,7 @@ class Auto:
         """What was chosen, and why."""
         job = self._job
         tried_ms = {str(place): ms for place, ms in self._tried.items()}
-        times = (None, None) if job is None else (job.fetch_ms, job.step_ms)
+        times = (None,) * 3 if job is None else (job.fetch_ms, job.fetch_core_ms, job.step_ms)
         return PlacementReport(str(self._place), self._reason, tried_ms, *times)
 
     def _look(self) -> None:
@@ -221,7 +221,7 @@ class Auto:
             if place != TEXTBOOK
             else f"a batch takes {self._job.fetch_ms:.3g} ms of {textbook_ms:.3g}: no other place was faster"
         )
-        logger.info("%s: %s", self._name, self.report)
+        logger.info("%s: batches made in %s", self._name, self.report)
 
 
 _THREADS = ("inline", "thread")

@@ -42,8 +42,6 @@ class Chooser(Protocol):
 class Pinned:
     """The place that the user named."""
 
-    is_settled = True
-
     def __init__(self, place: Place) -> None:
         self._place = place
 
@@ -55,6 +53,10 @@ class Pinned:
 
     def watch(self, batches: Generator[Batch]) -> Generator[Batch]:
         return batches
+
+    @property
+    def is_settled(self) -> bool:
+        return True
 
     @property
     def report(self) -> PlacementReport:
@@ -72,6 +74,10 @@ class Inbound:
         stall_timeout_s: Longest wait for a batch; None waits for ever.
         times: Told how the threads that make batches spent theirs.
 
+    Attributes:
+        chooser: Of the place.
+        is_training: Whether a model is trained on the batches, and not only evaluated.
+
     Runs on:
         Loop thread.
     """
@@ -85,7 +91,7 @@ class Inbound:
         stall_timeout_s: float | None,
         times: ThreadTimes | None = None,
     ) -> None:
-        self._times = times
+        self._times, self.is_training = times, False
         self._source, self._transfer = source, transfer
         self.chooser: Chooser = Auto(self, source.name) if place is None else Pinned(place)
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
@@ -172,7 +178,7 @@ class Inbound:
         return self._processes.is_ready(num_workers)
 
     def stop_processes(self) -> None:
-        """End the worker processes, if there are any."""
+        """End the worker processes, if there are any; they are started again if they are wanted."""
         if self._processes is not None:
             self._processes.close()
             self._processes = None

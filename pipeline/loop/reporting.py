@@ -25,6 +25,7 @@ from pipeline.report.costs import RunClocks, stage_lines, step_cost
 from pipeline.report.lanes import lanes_of_trace, make_lanes, make_series, write_trace
 from pipeline.report.outbound import OutboundReport
 from pipeline.report.page import to_html
+from pipeline.report.placement import PlacementReport
 from pipeline.report.record import Gain, Lane, RunReport, to_dict, to_json
 from pipeline.report.verdict import advise, describe
 from pipeline.settings import Placement
@@ -47,7 +48,8 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
     """
     settings, journal, num_steps = run.settings, run.journal, run.clock.num_steps
     device = [] if run.limiter is None else _device_stretches(run, run.limiter)
-    where, num_cores = _where(belts), available_cores()
+    placement, num_cores = belts.placement, available_cores()
+    where = next(each for each in WHERE if each == placement.name)
     clocks = RunClocks(
         times=[each for each in [*run.clock.times(), *belts.times.times] if each.stage not in NOT_TRAINING],
         loop_thread=(loop := threading.current_thread().name),
@@ -59,7 +61,9 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
         gil=run.gil.report,
     )
     cost, gain = step_cost(clocks), None if belts.meter is None else belts.meter.gain()
-    cost = _undisturbed(cost, belts, where, settings.accumulate_grad_batches)
+    cost = _undisturbed(_as_measured(cost, placement, settings.accumulate_grad_batches), belts)
+    tried = {place.split()[0] for place in placement.tried_ms}
+    settable = {"textbook", *get_args(Placement)} - tried
     cores = {"num_cores": num_cores, "num_workers": settings.num_workers or num_cores}
     # What a batch costs is not known here while worker processes make them.
     predictions = () if cost is None or where == "process" else predict_all(cost, **cores)
@@ -81,7 +85,8 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
         predictions=predictions,
         gain=gain,
         verdict=describe(step_ms, wait_ms, cost, where, gain),
-        advice=advise(step_ms, cost, where, predictions, _settable(belts), gain),
+        advice=advise(step_ms, cost, where, predictions, settable, gain),
+        placement=placement,
         series=make_series(journal.step_s, journal.wait_s, run.state.step - num_steps),
         lanes=_lanes(run, belts, device, names),
         notes=(*_belt_notes(belts, gain), *str(outbound).splitlines(), *_gil_notes(run)),
@@ -121,9 +126,12 @@ def _facts(run: Run, belts: Belts, where: Where, num_cores: int) -> dict[str, An
     }
 
 
-def _where(belts: Belts) -> Where:
-    place = "textbook" if belts.placement is None else belts.placement.place.partition(" ")[0]
-    return next(each for each in WHERE if each == place)
+def _as_measured(cost: StepCost | None, placement: PlacementReport, num_batches: int) -> StepCost | None:
+    """Return the cost with what `auto` has measured of a batch by itself: the run was in several places."""
+    if cost is None or placement.fetch_ms is None or placement.fetch_core_ms is None:
+        return cost
+    fetch_ms, fetch_core_ms = placement.fetch_ms * num_batches, placement.fetch_core_ms * num_batches
+    return replace(cost, fetch_ms=fetch_ms, fetch_core_ms=fetch_core_ms, is_remote=False)
 
 
 def _lanes(
@@ -172,18 +180,10 @@ def _mean_ms(stretches: Sequence[tuple[str, int, int]]) -> float | None:
     return sum(end - begin for _, begin, end in stretches) / len(stretches) / 1e6
 
 
-def _settable(belts: Belts) -> set[str]:
-    """Return the places worth advising; none after `auto` has tried them, which knows better."""
-    has_tried = belts.placement is not None and belts.placement.tried_ms
-    return set() if has_tried else {"textbook", *get_args(Placement)}
-
-
-def _undisturbed(cost: StepCost | None, belts: Belts, where: Where, batches_per_step: int) -> StepCost | None:
-    """Take the time of a fetch from where nothing ran beside it, if that was seen: the textbook loop."""
+def _undisturbed(cost: StepCost | None, belts: Belts) -> StepCost | None:
+    """Take the time of a fetch from the textbook windows, if there were any: nothing ran beside it there."""
     alone_ms = None if belts.meter is None else belts.meter.textbook_fetch_ms()
-    if alone_ms is None and belts.placement is not None and belts.placement.fetch_ms is not None:
-        alone_ms = belts.placement.fetch_ms * batches_per_step
-    if cost is None or alone_ms is None or not cost.fetch_ms or where == "process":
+    if cost is None or alone_ms is None or not cost.fetch_ms or cost.is_remote:
         return cost
     scale = alone_ms / cost.fetch_ms
     held_ms = None if cost.fetch_held_ms is None else cost.fetch_held_ms * scale

@@ -33,9 +33,10 @@ def save(run: Run) -> None:
     if saver is None or not saver.is_new(place):
         return
     run.clock.enter(CHECKPOINT)
+    began_s = run.clock.since_ns / 1e9
     if saver.is_writing:
         run.outbound.flush()
-    run.outbound.put_job(saver.take(state.step, capture(run)))
+    run.outbound.put_job(saver.take(state.step, capture(run), began_s))
     run.clock.enter(LOG)
 
 

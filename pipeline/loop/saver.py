@@ -74,9 +74,14 @@ class Saver:
         """Whether the last snapshot is not on the disk yet: its memory is in use."""
         return not self._is_written.is_set()
 
-    def take(self, step: int, state: dict[str, Any]) -> SaveJob:
-        """Return the snapshot of a state as it is now, ready to be written."""
-        began_s = time.perf_counter()
+    def take(self, step: int, state: dict[str, Any], began_s: float) -> SaveJob:
+        """Return the snapshot of a state as it is now, ready to be written.
+
+        Args:
+            step: Its step.
+            state: Live.
+            began_s: Since when the loop has waited for it, by `time.perf_counter`.
+        """
         tensors: dict[str, torch.Tensor] = {}
         structure = pack(state, tensors)
         snapshot = Snapshot(tensors, None) if self._snapshotter is None else self._snapshotter.copy(tensors)

@@ -50,7 +50,6 @@ class Belts:
         self.schedule: Literal["overlap", "textbook"] = "overlap" if overlaps else "textbook"
         self.times = ThreadTimes()
         self._inbound: list[Inbound] = []
-        self._training: Inbound | None = None
         self._transfer = make_transfer(backend, overlaps=overlaps, prepare=prepare)
         self.meter = GainMeter(settings) if settings.measure_gain else None
 
@@ -60,36 +59,26 @@ class Belts:
         inbound = Inbound(
             source,
             self._transfer,
-            self._place(),
+            pinned_place(settings),
             settings.prefetch_depth,
             settings.stall_timeout_s,
             self.times if is_training else None,
         )
-        if is_training:
-            self._training = inbound
-            if self.meter is not None:
-                self.meter.measure(inbound)
+        inbound.is_training = is_training
+        if is_training and self.meter is not None:
+            self.meter.measure(inbound)
         self._inbound.append(inbound)
         return inbound
 
     @property
-    def placement(self) -> PlacementReport | None:
-        """Where training batches are made, and why; None before any is."""
-        return None if self._training is None else self._training.chooser.report
+    def placement(self) -> PlacementReport:
+        """Where the batches of the training are made, and why."""
+        return next(each for each in self._inbound if each.is_training).chooser.report
 
     def close(self) -> None:
         """End what the inbound belts keep from epoch to epoch, such as processes."""
         for inbound in self._inbound:
             inbound.close()
-
-    def _place(self) -> Place | None:
-        """Return where the settings want batches made; None where it is to be measured."""
-        settings = self._settings
-        if settings.placement in ("thread", "process"):
-            return Place(settings.placement, settings.num_workers or available_cores())
-        if settings.placement == "inline" or settings.schedule == "overlap":
-            return INLINE
-        return TEXTBOOK if settings.schedule == "textbook" else None
 
     def limiter(self, max_steps_in_flight: int) -> StepLimiter | None:
         """Return what bounds the run-ahead; None where each step's read already does."""
@@ -109,3 +98,12 @@ class Belts:
 
     def _direct(self, journal: Journal) -> DirectOutbound:
         return DirectOutbound(self.backend, journal)
+
+
+def pinned_place(settings: Settings) -> Place | None:
+    """Return where the settings want batches made; None where it is to be measured."""
+    if settings.placement in ("thread", "process"):
+        return Place(settings.placement, settings.num_workers or available_cores())
+    if settings.placement == "inline" or settings.schedule == "overlap":
+        return INLINE
+    return TEXTBOOK if settings.schedule == "textbook" else None

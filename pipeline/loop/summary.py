@@ -43,6 +43,7 @@ def make_result(
         resumed_from=resumed_from,
         saves=() if saver is None else tuple(saver.reports),
         outbound=outbound,
+        placement=belts.placement,
         report=report,
     )
 

@@ -15,6 +15,7 @@ class PlacementReport:
         tried_ms: Milliseconds from batch to batch in each place that was tried.
         fetch_ms: Making a batch in the textbook loop; None before it was measured, or where the place was
             the user's choice.
+        fetch_core_ms: How much of that was on a core.
         step_ms: Training on it there.
     """
 
@@ -22,8 +23,14 @@ class PlacementReport:
     reason: str
     tried_ms: dict[str, float] = field(default_factory=dict)
     fetch_ms: float | None = None
+    fetch_core_ms: float | None = None
     step_ms: float | None = None
+
+    @property
+    def name(self) -> str:
+        """The place without its number of workers."""
+        return self.place.split()[0]
 
     def __str__(self) -> str:
         tried = ", ".join(f"{place} {ms:.3g} ms" for place, ms in self.tried_ms.items())
-        return f"batches made in: {self.place} ({self.reason}{'; ' if tried else ''}{tried})"
+        return f"{self.place}: {self.reason}{'; tried ' if tried else ''}{tried}"

@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.report.ceilings import Ceiling, Prediction, StepCost
+from pipeline.report.placement import PlacementReport
 
 VERSION = 1
 
@@ -123,6 +124,7 @@ class RunReport:
         advice: The one setting to change next; empty for none.
         series: The run over time.
         lanes: Who did what when, for a short stretch.
+        placement: Where batches were made, and why.
         notes: What logging cost, what to hold against the figures, how to learn more.
     """
 
@@ -141,6 +143,7 @@ class RunReport:
     advice: str = ""
     series: Series = field(default_factory=Series)
     lanes: tuple[Lane, ...] = ()
+    placement: PlacementReport | None = None
     notes: tuple[str, ...] = ()
     version: int = VERSION
 
@@ -206,6 +209,7 @@ def _from_dict(found: dict[str, Any]) -> RunReport:
                 Lane(each["name"], each["kind"], tuple((w, b, e) for w, b, e in each["segments"]))
                 for each in found["lanes"]
             ),
+            "placement": None if found["placement"] is None else PlacementReport(**found["placement"]),
             "notes": tuple(found["notes"]),
         }
     )

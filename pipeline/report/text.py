@@ -11,6 +11,8 @@ MIN_SHOWN_MS = 0.0005
 def to_text(report: RunReport) -> str:
     """Return a report as lines for a terminal."""
     lines = [_headline(report), *_stage_table(report)]
+    if report.placement is not None:
+        lines.append(f"batches  made in {report.placement}")
     if ceiling := describe_ceiling(report.step_ms, report.ceilings):
         lines.append(f"ceiling  {ceiling}")
     if report.predictions:
