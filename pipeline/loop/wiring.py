@@ -25,7 +25,8 @@ from pipeline.loop.setup import is_rank_zero
 from pipeline.loop.step import TrainStep
 from pipeline.loop.train_metrics import TrainMetrics
 from pipeline.protocols import Logger, Metrics, RunInfo
-from pipeline.settings import Settings, seconds
+from pipeline.setting_ranges import seconds
+from pipeline.settings import Settings
 from pipeline.state import TrainState
 
 
