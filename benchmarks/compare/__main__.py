@@ -24,12 +24,12 @@ from benchmarks.compare.plots import write_plots
 from benchmarks.compare.table import Result, describe, read, summary
 from benchmarks.compare.variants import candidates, fixed, measure, tune
 from benchmarks.compare.workloads import WORKLOADS, Workload
-from benchmarks.measure import describe_machine, interleave
+from benchmarks.measure import OtherLoad, describe_machine, interleave
 
 
 def compare(workload: Workload, device: str, num_rounds: int, families: list[str]) -> Result:
     """Measure all variants of one workload on one device, interleaved."""
-    is_simulated = device == "simulated"
+    is_simulated, others = device == "simulated", OtherLoad()
     tuned, settings = tune(workload, families, is_simulated=is_simulated)
     found: dict[str, list[float]] = {}
 
@@ -41,7 +41,8 @@ def compare(workload: Workload, device: str, num_rounds: int, families: list[str
     variants = {**fixed(), **tuned}
     times = interleave({name: partial(timed, name) for name in variants}, num_rounds)
     predicted = ours.predict(workload, is_simulated=is_simulated)
-    return Result(workload.name, workload.about, device, times, found, settings, predicted)
+    shown = times, found, settings, predicted
+    return Result(workload.name, workload.about, device, *shown, others_ratio=others.ratio())
 
 
 def keep(path: Path | None, result: Result) -> None:
