@@ -14,7 +14,7 @@ import torch
 
 from pipeline.device import Backend
 from pipeline.errors import ConfigError
-from pipeline.hints import describe, fits
+from pipeline.hints import describe, fits, seconds
 
 Schedule = Literal["auto", "overlap", "textbook"]
 PlaceName = Literal["textbook", "inline", "thread", "process"]
@@ -232,17 +232,6 @@ def _range_problems(found: dict[str, Any]) -> list[str]:
                 f"up to 1.0), got {value}."
             )
     return problems
-
-
-def seconds(time: str | float) -> float | None:
-    """Return a time in seconds, given as such or as ``[DD:]HH:MM:SS``; None if it is neither."""
-    if not isinstance(time, str):
-        return time
-    parts = time.split(":")
-    if not 3 <= len(parts) <= 4 or not all(part.isdigit() for part in parts):
-        return None
-    units = (1, 60, 3600, 86400)
-    return float(sum(int(part) * unit for part, unit in zip(reversed(parts), units, strict=False)))
 
 
 _LEAST: dict[str, float] = {
