@@ -33,10 +33,12 @@ if TYPE_CHECKING:
         StepRead,
         Validated,
     )
+    from pipeline.loop.loader import Loader
     from pipeline.loop.prefetch import prefetch
     from pipeline.loop.profiler import ProfilerWindow
     from pipeline.loop.reads import DeferredReads
     from pipeline.protocols import Datasets, Logger
+    from pipeline.report.placement import PlacementReport
     from pipeline.result import FitResult
     from pipeline.trainer import Trainer
 
@@ -57,10 +59,12 @@ __all__ = [
     "FitStarted",
     "GilAccountError",
     "GilReport",
+    "Loader",
     "Logger",
     "Media",
     "NonFiniteError",
     "PipelineError",
+    "PlacementReport",
     "ProfilerWindow",
     "Row",
     "SimulatedBackend",
@@ -104,7 +108,9 @@ _HOMES = {
         "StepRead",
         "Validated",
     ],
+    "loop.loader": ["Loader"],
     "loop.prefetch": ["prefetch"],
+    "report.placement": ["PlacementReport"],
     "loop.profiler": ["ProfilerWindow"],
     "loop.reads": ["DeferredReads"],
     "protocols": ["Datasets", "Logger"],

@@ -1,4 +1,4 @@
-"""What a setting may be: its type, how to say it, and times as texts."""
+"""What a setting's type admits, and how to say it."""
 
 from __future__ import annotations
 
@@ -39,14 +39,3 @@ def describe(hint: Any) -> str:
         return "null (None)"
     plain = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
     return plain.get(hint) or str(getattr(origin or hint, "__name__", hint))
-
-
-def seconds(time: str | float) -> float | None:
-    """Return a time in seconds, given as such or as ``[DD:]HH:MM:SS``; None if it is neither."""
-    if not isinstance(time, str):
-        return time
-    parts = time.split(":")
-    if not 3 <= len(parts) <= 4 or not all(part.isdigit() for part in parts):
-        return None
-    units = (1, 60, 3600, 86400)
-    return float(sum(int(part) * unit for part, unit in zip(reversed(parts), units, strict=False)))

@@ -14,7 +14,8 @@ import torch
 
 from pipeline.device import Backend
 from pipeline.errors import ConfigError
-from pipeline.hints import describe, fits, seconds
+from pipeline.hints import describe, fits
+from pipeline.setting_ranges import range_problems
 
 Schedule = Literal["auto", "overlap", "textbook"]
 PlaceName = Literal["textbook", "inline", "thread", "process"]
@@ -169,7 +170,7 @@ class Settings:
     def __post_init__(self) -> None:
         hints = typing.get_type_hints(Settings)
         right = {name: value for name, value in vars(self).items() if fits(value, hints[name])}
-        problems = [*type_problems(vars(self)), *_range_problems(right)]
+        problems = [*type_problems(vars(self)), *range_problems(right)]
         if problems:
             raise ConfigError(problems)
         if self.fast_dev_run:
@@ -180,76 +181,6 @@ class Settings:
     def epoch_limit(self) -> int | None:
         """Epochs after which to stop; None where `max_steps` decides."""
         return 1 if self.max_epochs is None and self.max_steps is None else self.max_epochs
-
-
-def _range_problems(found: dict[str, Any]) -> list[str]:
-    """Say what is out of range among the settings whose types are right."""
-    problems = [
-        f"{name} must be {least} or more, got {value}."
-        for name, least in _LEAST.items()
-        if (value := found.get(name)) is not None and not value >= least
-    ]
-    if found.get("max_epochs") is not None and found.get("max_steps") is not None:
-        problems.append(
-            f"max_epochs={found['max_epochs']} and max_steps={found['max_steps']} contradict: each says "
-            "when to stop. Give one, and set the other to null (None)."
-        )
-    if found.get("schedule") == "textbook" and found.get("placement", "auto") != "auto":
-        problems.append(
-            f"schedule=textbook makes batches on the loop thread, placement={found['placement']} elsewhere. "
-            "Leave one of them at auto."
-        )
-    if found.get("schedule") == "textbook" and found.get("measure_gain"):
-        problems.append(
-            "measure_gain=true compares textbook with overlap, and schedule=textbook has no overlap. Set "
-            "schedule=auto."
-        )
-    clip, decay = found.get("gradient_clip_val"), found.get("ema_decay")
-    if clip is not None and not clip > 0:
-        problems.append(f"gradient_clip_val must be above 0, got {clip}. Use null (None) not to clip.")
-    peak = found.get("peak_tflops")
-    if peak is not None and not peak > 0:
-        problems.append(f"peak_tflops must be above 0, got {peak}. Use null (None) to leave it out.")
-    for name in ("checkpoint_every_n_minutes", "max_time"):
-        value = found.get(name)
-        if value is not None and not (seconds(value) or 0) > 0:
-            form = (
-                " of seconds, or a text like 01:30:00 or 2:00:00:00 (days first)"
-                if name == "max_time"
-                else ""
-            )
-            problems.append(f"{name} must be a number above 0{form}, got {value!r}.")
-    stall_s = found.get("stall_timeout_s")
-    if stall_s is not None and not stall_s > 0:
-        problems.append(f"stall_timeout_s must be above 0, got {stall_s}. Use null (None) to wait for ever.")
-    if decay is not None and not 0 < decay < 1:
-        problems.append(f"ema_decay must be between 0 and 1, got {decay}.")
-    for name in ("limit_train_batches", "limit_val_batches"):
-        value = found.get(name)
-        if value is not None and not (0 < value <= 1 if isinstance(value, float) else value > 0):
-            problems.append(
-                f"{name} must be a number of batches (1 or more) or a share of them (a float "
-                f"up to 1.0), got {value}."
-            )
-    return problems
-
-
-_LEAST: dict[str, float] = {
-    "max_epochs": 1,
-    "max_steps": 1,
-    "accumulate_grad_batches": 1,
-    "log_every_n_steps": 1,
-    "max_log_lag": 1,
-    "checkpoint_every_n_steps": 1,
-    "keep_last": 1,
-    "keep_best": 0,
-    "gc_every_n_steps": 1,
-    "check_val_every_n_epoch": 1,
-    "val_check_interval": 1,
-    "num_workers": 0,
-    "prefetch_depth": 1,
-    "max_steps_in_flight": 1,
-}
 
 
 _DEV_RUN: dict[str, Any] = {

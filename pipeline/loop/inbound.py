@@ -187,7 +187,7 @@ class Inbound:
         return self._processes.is_ready(num_workers)
 
     def stop_processes(self) -> None:
-        """End the worker processes, if there are any."""
+        """End the worker processes, if there are any; they are started again if they are wanted."""
         if self._processes is not None:
             self._processes.close()
             self._processes = None

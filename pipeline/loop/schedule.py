@@ -59,7 +59,7 @@ class Belts:
         inbound = Inbound(
             source,
             self._transfer,
-            self._place(),
+            pinned_place(settings),
             settings.prefetch_depth,
             settings.stall_timeout_s,
             self.times if is_training else None,
@@ -80,15 +80,6 @@ class Belts:
         for inbound in self._inbound:
             inbound.close()
 
-    def _place(self) -> Place | None:
-        """Return where the settings want batches made; None where it is to be measured."""
-        settings = self._settings
-        if settings.placement in ("thread", "process"):
-            return Place(settings.placement, settings.num_workers or available_cores())
-        if settings.placement == "inline" or settings.schedule == "overlap":
-            return INLINE
-        return TEXTBOOK if settings.schedule == "textbook" else None
-
     def limiter(self, max_steps_in_flight: int) -> StepLimiter | None:
         """Return what bounds the run-ahead; None where each step's read already does."""
         streams = self.backend.streams
@@ -107,3 +98,12 @@ class Belts:
 
     def _direct(self, journal: Journal) -> DirectOutbound:
         return DirectOutbound(self.backend, journal)
+
+
+def pinned_place(settings: Settings) -> Place | None:
+    """Return where the settings want batches made; None where it is to be measured."""
+    if settings.placement in ("thread", "process"):
+        return Place(settings.placement, settings.num_workers or available_cores())
+    if settings.placement == "inline" or settings.schedule == "overlap":
+        return INLINE
+    return TEXTBOOK if settings.schedule == "textbook" else None

@@ -13,7 +13,6 @@ import torch
 from pipeline.batch import Batch
 from pipeline.checkpoint import CheckpointFolder
 from pipeline.device import Backend, ReadDetector
-from pipeline.hints import seconds
 from pipeline.loggers import JsonlLogger, LoggerGroup, ProgressBar
 from pipeline.loop.clock import StepClock
 from pipeline.loop.collector import Collector
@@ -26,6 +25,7 @@ from pipeline.loop.setup import is_rank_zero
 from pipeline.loop.step import TrainStep
 from pipeline.loop.train_metrics import TrainMetrics
 from pipeline.protocols import Logger, Metrics, RunInfo
+from pipeline.setting_ranges import seconds
 from pipeline.settings import Settings
 from pipeline.state import TrainState
 

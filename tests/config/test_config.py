@@ -282,6 +282,7 @@ def test_an_installed_wheel_works_in_an_empty_folder(tmp_path):
         archive.extractall(tmp_path / "site")
         names = set(archive.namelist())
     assert {"pipeline/py.typed", "pipeline/conf/config.yaml", "recipes/assets/digits.npz"} <= names
+    assert {f"pipeline/report/page{end}" for end in (".html", ".css", ".js", "_time.js", "_run.js")} <= names
     empty = tmp_path / "empty"
     (empty / "mine" / "recipe").mkdir(parents=True)
     (empty / "my_package.py").write_text(MINE)
@@ -291,6 +292,7 @@ def test_an_installed_wheel_works_in_an_empty_folder(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "images/s" in done.stdout
     assert len(list(empty.glob("runs/*/metrics.jsonl"))) == 1
+    assert len(list(empty.glob("runs/*/report.html"))) == 1
     done = run_cli("--config-dir", "mine", "+recipe=mine", cwd=empty, env=env)
     assert done.returncode == 0, done.stderr
     assert "samples/s" in done.stdout

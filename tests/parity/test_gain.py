@@ -161,12 +161,23 @@ def test_textbook_alone_cannot_be_compared():
 # ---- the meter, with times fed
 
 
+class Belt:
+    """An inbound belt as the meter sees it."""
+
+    def __init__(self):
+        self.chooser = Pinned(Place("inline"))
+
+    def is_ready(self):
+        return True
+
+
 class Fed:
     """A loop whose steps take as long as a test says, in either schedule."""
 
     def __init__(self, textbook_ms, overlap_ms, drained_ms, depth=4):
         settings = Settings(prefetch_depth=depth, max_steps_in_flight=1)
-        self.meter = GainMeter(settings).around(Pinned(Place("inline")), lambda: True)
+        self.meter = GainMeter(settings)
+        self.meter.measure(Belt())
         self.times = {"textbook": textbook_ms, "overlap": overlap_ms, "drained": drained_ms}
         self.depth, self.now_s, self.step = depth, 0.0, 0
         self.kinds = []

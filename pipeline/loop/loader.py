@@ -1,0 +1,121 @@
+"""The inbound belt by itself, for a loop of the user's own: `Loader`."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from pipeline.batch import Batch
+from pipeline.data import as_source
+from pipeline.device import Backend, make_transfer, select_backend
+from pipeline.loop.inbound import Inbound
+from pipeline.loop.schedule import pinned_place
+from pipeline.report.placement import PlacementReport
+from pipeline.settings import Placement, Settings
+
+
+class Loader:
+    """Makes batches where that costs the loop least, and brings them to the device.
+
+        with Loader(dataset, batch_size=64, shuffle=True) as loader:
+            for epoch in range(10):
+                for inputs, target in loader:
+                    train(inputs, target)
+
+    Each iteration is an epoch: its order and each sample's random numbers come from ``(seed, epoch)``, and
+    so are the same wherever batches are made. A batch that you keep stays valid.
+
+    Args:
+        data: A map-style dataset (with `batch_size`), a DataLoader, or any iterable of batches.
+        batch_size: Samples per batch, if `data` is a dataset.
+        shuffle: Draw a new order of the dataset for each epoch.
+        drop_last: Leave out a last batch that is not full.
+        collate_fn: Makes a batch of a list of samples; torch's `default_collate` unless told.
+        seed: Decides the order and the random numbers of each sample.
+        placement: As for the Trainer; ``auto`` measures the loop that asks for the batches.
+        num_workers: Threads or processes; 0 is as many as there are cores for this process.
+        depth: Batches that are made ahead.
+        device: Where the batches go; ``auto`` takes the accelerator that is there.
+        stall_timeout_s: Longest wait for a batch; None waits for ever.
+
+    Attributes:
+        epoch: Of the next iteration; set it to go on where an earlier run was.
+
+    Raises:
+        ConfigError: If the settings do not fit each other or the data.
+        StallError: While iterating, if no batch came for too long.
+        Exception: While iterating, the dataset's own, when its batch's turn comes.
+
+    Runs on:
+        The caller's thread; threads end with each iteration, worker processes with the `with`, or when
+        nobody has the loader any more.
+    """
+
+    def __init__(
+        self,
+        data: Any,
+        *,
+        batch_size: int | None = None,
+        shuffle: bool = False,
+        drop_last: bool = False,
+        collate_fn: Callable[[list[Any]], Batch] | None = None,
+        seed: int = 0,
+        placement: Placement = "auto",
+        num_workers: int = 0,
+        depth: int = 8,
+        device: str | torch.device | Backend = "cpu",
+        stall_timeout_s: float | None = 600.0,
+    ) -> None:
+        settings = Settings(
+            placement=placement,
+            num_workers=num_workers,
+            prefetch_depth=depth,
+            seed=seed,
+            stall_timeout_s=stall_timeout_s,
+        )
+        self._source = as_source(
+            data,
+            name="data",
+            batch_size=batch_size,
+            shuffle=shuffle,
+            drop_last=drop_last,
+            collate_fn=collate_fn,
+            seed=seed,
+        )
+        transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)
+        self._inbound = Inbound(self._source, transfer, pinned_place(settings), depth, stall_timeout_s)
+        self._finalizer = weakref.finalize(self, self._inbound.close)
+        self.epoch = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.epoch += 1
+        return self._inbound.batches(self.epoch - 1, None)
+
+    def __len__(self) -> int:
+        if self._source.num_batches is None:
+            raise TypeError("the data does not say how many batches it has")
+        return self._source.num_batches
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    @property
+    def placement(self) -> PlacementReport:
+        """Where batches are made now, and why."""
+        return self._inbound.chooser.report
+
+    def close(self) -> None:
+        """End the worker processes, if there are any."""
+        self._finalizer()
