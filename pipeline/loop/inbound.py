@@ -8,7 +8,7 @@ from contextlib import closing
 from typing import Any, Protocol
 
 from pipeline.batch import Batch
-from pipeline.data import MapReader, MapSource, Processes, ProcessReader, Reader, Source
+from pipeline.data import IterableSource, MapReader, MapSource, Processes, ProcessReader, Reader, Source
 from pipeline.device import Transfer
 from pipeline.errors import ConfigError
 from pipeline.loop.chooser import Auto
@@ -103,6 +103,15 @@ class Inbound:
         """Open an epoch, at once, and return its batches, those before `start` left out."""
         self._opened = self._source.open(epoch, max_batches, start)
         return self._batches(self._opened)
+
+    def state(self, position: int) -> dict[str, Any] | None:
+        """Return the data's own state at a position of the epoch under way; None if it has none."""
+        return self._source.state(position) if isinstance(self._source, IterableSource) else None
+
+    def load_state(self, found: dict[str, Any] | None) -> None:
+        """Have the epoch that is resumed opened from such a state."""
+        if isinstance(self._source, IterableSource):
+            self._source.load_state(found)
 
     def sample_indices(self, position: int) -> list[int] | None:
         """Return the samples of a batch of the epoch under way; None where nobody knows. Any thread."""
