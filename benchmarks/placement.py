@@ -5,8 +5,8 @@ to the first batch, and ratios of run times; above 1, ours is faster. Memory: `b
 
     python -m benchmarks.placement [--rounds 7] [--only handoff,first,short]
 
-- **handoff**: what the loop thread spends on a batch that is there already; nobody else has work to do. To free
-  the batch before it is not counted.
+- **handoff**: what the loop thread spends on a batch that is there already; nobody else has work to do. To
+  free the batch before it is not counted.
 - **first**: from the request for an epoch to its first batch, nothing having been started before.
 - **short**: runs of 1, 5 and 20 s in the textbook schedule, against the same with everything at ``auto``. A
   fork server is started by the first of them.
