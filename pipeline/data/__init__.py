@@ -1,5 +1,6 @@
 """From a user's data to host batches: sampler, fetch, collate."""
 
+from pipeline.data.iterable import IterableSource
 from pipeline.data.main_module import refuse_in_nursery
 from pipeline.data.processes import Processes, ProcessReader
 from pipeline.data.randomness import UnhookableDrawError
@@ -9,6 +10,7 @@ from pipeline.data.source import as_source, own_generators
 __all__ = [
     "END",
     "EVALUATION_EPOCH",
+    "IterableSource",
     "MapReader",
     "MapSource",
     "ProcessReader",

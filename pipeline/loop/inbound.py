@@ -8,7 +8,7 @@ from contextlib import closing
 from typing import Any, Protocol
 
 from pipeline.batch import Batch
-from pipeline.data import MapReader, MapSource, Processes, ProcessReader, Reader, Source
+from pipeline.data import IterableSource, MapReader, MapSource, Processes, ProcessReader, Reader, Source
 from pipeline.device import Transfer
 from pipeline.errors import ConfigError
 from pipeline.loop.chooser import Auto
@@ -97,12 +97,21 @@ class Inbound:
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._opened: Reader | None = None
         self._processes: Processes | None = None
-        self._has_warned, self._is_in_place = False, True
+        self._has_warned = self._is_in_place = False
 
     def batches(self, epoch: int, max_batches: int | None, start: int = 0) -> Generator[Batch]:
         """Open an epoch, at once, and return its batches, those before `start` left out."""
         self._opened = self._source.open(epoch, max_batches, start)
         return self._batches(self._opened)
+
+    def state(self, position: int) -> dict[str, Any] | None:
+        """Return the data's own state at a position of the epoch under way; None if it has none."""
+        return self._source.state(position) if isinstance(self._source, IterableSource) else None
+
+    def load_state(self, found: dict[str, Any] | None) -> None:
+        """Have the epoch that is resumed opened from such a state."""
+        if isinstance(self._source, IterableSource):
+            self._source.load_state(found)
 
     def sample_indices(self, position: int) -> list[int] | None:
         """Return the samples of a batch of the epoch under way; None where nobody knows. Any thread."""
@@ -131,6 +140,7 @@ class Inbound:
         goes_on = self.chooser.goes_on
         if place.name == "process":
             return self._made_by_processes(place.num_workers, reader)
+        self._is_in_place = True
         if place.name != "textbook":
             if reader.is_threadable:
                 return self._made_ahead(reader, max(place.num_workers, 1), goes_on)

@@ -119,6 +119,8 @@ def resume(run: Run) -> None:
     run.journal.losses = array("d", journal["losses"].tolist())
     run.journal.last_values = journal["last_values"]
     run.epoch_generators = found["epoch_generators"]
+    if run.data is not None and run.is_epoch_open:
+        run.data.load_state(found["data"])
     if run.saver is not None:
         run.saver.folder.take_best(found["best"])
     _warn_of_changes(found["settings"], plain_settings(run.settings))

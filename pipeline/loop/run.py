@@ -18,6 +18,7 @@ from pipeline.loop.callback_list import CallbackList
 from pipeline.loop.clock import StepClock
 from pipeline.loop.collector import Collector
 from pipeline.loop.gil import GilWatch
+from pipeline.loop.inbound import Inbound
 from pipeline.loop.journal import Journal
 from pipeline.loop.outbound import Outbound
 from pipeline.loop.rates import StepDone
@@ -40,7 +41,7 @@ class Run:
         detector: Finds the lines that wait for the device; None where nobody asked.
         saver: Writes checkpoints; None where there are to be none.
         run_dir: The folder with the run's files; None if nothing is written.
-        sample_indices: Returns the samples of a batch of the epoch under way.
+        data: The inbound belt itself, for the data's own state and the samples of a batch.
         generators: Those that the data keeps for itself.
         checkpoint: What a run that is resumed goes on from; None for a new one.
         ends_at_s: When `max_time` is up, by `time.perf_counter`.
@@ -81,7 +82,7 @@ class Run:
     num_tokens_before: int = 0
     num_samples_earlier: int = 0  # by the runs that this one goes on from
     run_dir: Path | None = None
-    sample_indices: Callable[[int], list[int] | None] = lambda position: None
+    data: Inbound | None = None
     generators: Sequence[torch.Generator] = ()
     checkpoint: dict[str, Any] | None = None
     ends_at_s: float = math.inf
@@ -112,12 +113,12 @@ class Run:
 
     def note_nonfinite(self, done: StepDone, loss: float) -> None:
         """Write which batches and samples a step had that was not finite; the thread of the loggers."""
-        if self.run_dir is None:
+        if self.run_dir is None or self.data is None:
             return
         each = self.settings.accumulate_grad_batches
         first = (done.step - 1 - self.epoch_first_step) * each
         batches = list(range(first, first + each))
-        samples = [self.sample_indices(position) for position in batches]
+        samples = [self.data.sample_indices(position) for position in batches]
         line = {"step": done.step - 1, "epoch": done.epoch, "loss": str(loss), "batches": batches}
         with (self.run_dir / "nonfinite.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, "samples": samples}) + "\n")

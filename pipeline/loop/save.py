@@ -70,6 +70,7 @@ def capture(run: Run) -> dict[str, Any]:
         "history": [tuple(row) for row in run.history],
         "generators": generator_states(run.generators),
         "epoch_generators": run.epoch_generators,
+        "data": None if run.data is None else run.data.state(run.position),
         "settings": plain_settings(run.settings),
         "versions": versions(),
     }

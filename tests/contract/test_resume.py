@@ -113,18 +113,20 @@ def run(
     belts = dict(BELTS[belt])
     device = SimulatedBackend() if belts.pop("device", "cpu") == "simulated" else "cpu"
     data = Augmented(22) if make_data is None else make_data()
-    batching = {} if isinstance(data, DataLoader) else {"batch_size": 4, "shuffle": True}
+    is_loader = isinstance(data, (DataLoader, Stateful))
+    batching = {} if is_loader else {"batch_size": 4, "shuffle": True}
     trainer = Trainer(
         run_dir=run_dir, enable_progress_bar=False, accumulate_grad_batches=accumulate, ema_decay=0.9,
         gradient_clip_val=0.5, device=device, **{"max_epochs": 2, **belts, **options},
     )  # fmt: skip
     result = trainer.fit(
-        model, optimizer, data, loss_fn=stopper(stop_at).loss_fn, val_data=Augmented(8),
+        model, optimizer, data, loss_fn=stopper(stop_at).loss_fn,
+        val_data=DataLoader(Augmented(8), 4) if is_loader else Augmented(8),
         metrics={"accuracy": accuracy}, train_metrics={"accuracy": accuracy},
         callbacks=[Drawing(), EarlyStopping(patience=50)],
         scheduler=scheduler and torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20),
         scheduler_interval=scheduler or "epoch",
-        **(batching or {"batch_size": 4}),
+        **batching,
     )  # fmt: skip
     return result, model
 
@@ -226,6 +228,44 @@ def test_a_data_loader(tmp_path, name, stop_at):
     """It draws its order from a generator when its epoch begins: it is given that moment again."""
     for belt in ("textbook", "overlap-inline"):
         check(tmp_path / belt, belt, OTHER[belt], stop_at, make_data=LOADERS[name], kind="dropout")
+
+
+class Stateful:
+    """A loader that knows where it is, and counts what it is asked for."""
+
+    def __init__(self):
+        self.data, self.position, self.num_made = Augmented(22), 0, 0
+
+    def __iter__(self):
+        while self.position < 5:
+            self.position += 1
+            self.num_made += 1
+            rows = slice(4 * self.position, 4 * self.position + 4)
+            inputs = self.data.inputs[rows]
+            yield inputs, torch.arange(len(inputs)) % 3
+        self.position = 0
+
+    def state_dict(self):
+        return {"position": self.position}
+
+    def load_state_dict(self, state):
+        self.position = state["position"]
+
+
+@pytest.mark.parametrize("belt", ["textbook", "overlap-inline"])
+@pytest.mark.parametrize("stop_at", [1, 3, 4, 7])
+def test_a_loader_with_a_state_is_resumed_through_it(tmp_path, belt, stop_at):
+    """It is given the state of the batch consumed, however far ahead it was, and reads nothing again."""
+    loaders = []
+
+    def make():
+        loaders.append(Stateful())
+        return loaders[-1]
+
+    check(tmp_path, belt, OTHER[belt], stop_at, make_data=make, kind="linear")
+    whole, _, resumed = loaders
+    used_before = stop_at if stop_at <= 5 else stop_at - 2  # a validation of two batches is behind epoch 0
+    assert resumed.num_made == whole.num_made - used_before
 
 
 def test_resuming_twice_and_after_the_end(tmp_path):
