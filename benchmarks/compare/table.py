@@ -91,7 +91,7 @@ def verdict(result: Result, variant: str) -> str:
 def summary(results: Sequence[Result]) -> str:
     """Return a table in Markdown, a line for each workload.
 
-    Behind each time of this project stand its ratios to the textbook loop, the sensible one and the best peer.
+    Behind each time of this project are its ratios to the textbook loop, the sensible one and the best peer.
     """
     names = list(
         dict.fromkeys(name for result in results for name in result.step_ms if name.startswith("ours "))
