@@ -122,7 +122,7 @@ def resume(run: Run) -> None:
     if run.data is not None and run.is_epoch_open:
         run.data.load_state(found["data"])
     if run.saver is not None:
-        run.saver.folder.take_best(found["best"])
+        run.saver.resume(run.state.step, found["best"])
     _warn_of_changes(found["settings"], plain_settings(run.settings))
     restore_generators(found["generators"], run.generators)
 
