@@ -9,6 +9,7 @@ import random
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
@@ -23,6 +24,29 @@ def describe_machine() -> str:
         f"{len(os.sched_getaffinity(0))} cores ({names[0] if names else platform.machine()}), "
         f"{torch.get_num_threads()} intra-op thread, switch interval {sys.getswitchinterval() * 1e3:g} ms"
     )
+
+
+class OtherLoad:
+    """Says how much of the machine other programs took meanwhile: figures taken beside them mean little."""
+
+    def __init__(self) -> None:
+        self._busy_s, self._own_s, self._began_s = _busy_s(), _own_s(), time.perf_counter()
+
+    def ratio(self) -> float:
+        """Return the share of all cores that others, and children still alive, were on since then."""
+        others_s = _busy_s() - self._busy_s - (_own_s() - self._own_s)
+        return max(others_s, 0.0) / (time.perf_counter() - self._began_s) / (os.cpu_count() or 1)
+
+
+def _busy_s() -> float:
+    with open("/proc/stat") as file:
+        fields = [int(field) for field in file.readline().split()[1:]]
+    return (sum(fields[:3]) + sum(fields[5:8])) / os.sysconf("SC_CLK_TCK")
+
+
+def _own_s() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
 
 
 def interleave(variants: Mapping[str, Callable[[], float]], num_rounds: int) -> dict[str, list[float]]:

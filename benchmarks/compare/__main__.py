@@ -24,12 +24,12 @@ from benchmarks.compare.plots import write_plots
 from benchmarks.compare.table import Result, describe, read, summary
 from benchmarks.compare.variants import candidates, fixed, measure, tune
 from benchmarks.compare.workloads import WORKLOADS, Workload
-from benchmarks.measure import describe_machine, interleave
+from benchmarks.measure import OtherLoad, describe_machine, interleave
 
 
 def compare(workload: Workload, device: str, num_rounds: int, families: list[str]) -> Result:
     """Measure all variants of one workload on one device, interleaved."""
-    is_simulated = device == "simulated"
+    is_simulated, others = device == "simulated", OtherLoad()
     tuned, settings = tune(workload, families, is_simulated=is_simulated)
     found: dict[str, list[float]] = {}
 
@@ -41,7 +41,15 @@ def compare(workload: Workload, device: str, num_rounds: int, families: list[str
     variants = {**fixed(), **tuned}
     times = interleave({name: partial(timed, name) for name in variants}, num_rounds)
     predicted = ours.predict(workload, is_simulated=is_simulated)
-    return Result(workload.name, workload.about, device, times, found, settings, predicted)
+    shown = times, found, settings, predicted
+    return Result(workload.name, workload.about, device, *shown, others_ratio=others.ratio())
+
+
+def keep(path: Path | None, result: Result) -> None:
+    """Add a result to a file, so that a run that is cut short loses little."""
+    if path is not None:
+        before = json.loads(path.read_text()) if path.exists() else []
+        path.write_text(json.dumps([*before, result.to_dict()], indent=1))
 
 
 def main() -> None:
@@ -68,10 +76,8 @@ def main() -> None:
             if workload.name in options.only.split(","):
                 results.append(compare(workload, options.device, options.rounds, options.peers.split(",")))
                 print(describe(results[-1]), flush=True)
+                keep(options.json, results[-1])
     print(f"\n{summary(results)}")
-    if options.json is not None:
-        before = json.loads(options.json.read_text()) if options.json.exists() else []
-        options.json.write_text(json.dumps([*before, *(result.to_dict() for result in results)], indent=1))
     if options.png is not None:
         write_plots(options.png, results)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +24,7 @@ class Result:
         first_ms: Each variant's milliseconds to the first step.
         settings: What tuning chose for each family.
         predicted_ms: What this project predicted for each placement.
+        others_ratio: The share of the cores that other programs took meanwhile.
     """
 
     workload: str
@@ -32,6 +34,7 @@ class Result:
     first_ms: dict[str, list[float]]
     settings: dict[str, str]
     predicted_ms: dict[str, float]
+    others_ratio: float = math.nan
 
     def to_dict(self) -> dict[str, Any]:
         """Return it as plain values."""
@@ -51,7 +54,8 @@ class Result:
 
 def describe(result: Result) -> str:
     """Return the lines of one workload: every variant's time, and this project against each baseline."""
-    lines = [f"{result.workload} on {result.device}: {result.about}"]
+    others = f"other programs took {result.others_ratio:.0%} of the cores"
+    lines = [f"{result.workload} on {result.device}: {result.about} ({others})"]
     for name, values in result.step_ms.items():
         middle, low, high = median_interval(values)
         setting = f" ({result.settings[name]})" if name in result.settings else ""

@@ -60,15 +60,13 @@ class BatchPlan:
         return self._num_batches
 
     def indices(self, position: int) -> torch.Tensor:
-        start = position * self._batch_size
-        if self._order is None:
-            return torch.arange(start, min(start + self._batch_size, self._num_samples))
         # Cut in one call for many batches: a slice for each would cost a step 3 µs.
         block, place = divmod(position, _BLOCK)
         cut_block, indices = self._cut
         if block != cut_block:
-            first, length = block * _BLOCK * self._batch_size, _BLOCK * self._batch_size
-            piece = self._order[first : first + length]
+            first = block * _BLOCK * self._batch_size
+            last = min(first + _BLOCK * self._batch_size, self._num_samples)
+            piece = torch.arange(first, last) if self._order is None else self._order[first:last]
             indices = piece.split(self._batch_size)  # type: ignore[no-untyped-call]
             self._cut = block, indices
         return indices[place]

@@ -97,7 +97,7 @@ class Inbound:
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._opened: Reader | None = None
         self._processes: Processes | None = None
-        self._has_warned, self._is_in_place = False, True
+        self._has_warned = self._is_in_place = False
 
     def batches(self, epoch: int, max_batches: int | None, start: int = 0) -> Generator[Batch]:
         """Open an epoch, at once, and return its batches, those before `start` left out."""
@@ -140,6 +140,7 @@ class Inbound:
         goes_on = self.chooser.goes_on
         if place.name == "process":
             return self._made_by_processes(place.num_workers, reader)
+        self._is_in_place = True
         if place.name != "textbook":
             if reader.is_threadable:
                 return self._made_ahead(reader, max(place.num_workers, 1), goes_on)

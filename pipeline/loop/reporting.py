@@ -183,7 +183,7 @@ def _mean_ms(stretches: Sequence[tuple[str, int, int]]) -> float | None:
 def _undisturbed(cost: StepCost | None, belts: Belts) -> StepCost | None:
     """Take the time of a fetch from the textbook windows, if there were any: nothing ran beside it there."""
     alone_ms = None if belts.meter is None else belts.meter.textbook_fetch_ms()
-    if cost is None or alone_ms is None or not cost.fetch_ms:
+    if cost is None or alone_ms is None or not cost.fetch_ms or cost.is_remote:
         return cost
     scale = alone_ms / cost.fetch_ms
     held_ms = None if cost.fetch_held_ms is None else cost.fetch_held_ms * scale

@@ -438,3 +438,10 @@ def test_a_report_is_plain_values():
         {"x": float("nan")}, {}, {"train/loss": float("inf")}, 1.0, 0.0, 1.0, notes=("</script>",)
     )
     assert json.loads(to_json(report))["metrics"]["train/loss"] is None
+
+
+def test_the_report_says_where_batches_were_made_and_why():
+    """In its first note, and as a record that its JSON keeps."""
+    report = fit(max_epochs=20).report
+    assert report.notes[0] == str(report.placement)
+    assert load("run").placement.place == report.placement.place
