@@ -170,6 +170,19 @@ def test_another_run_is_refused_and_another_setting_named(tmp_path):
     assert fit("textbook", tmp_path / "b", resume=path).losses.tolist() == whole, "into its own"
 
 
+def test_going_back_to_an_older_checkpoint(tmp_path):
+    """The later ones are put aside: their rows are gone, and they are not the newest any more."""
+    whole = fit("textbook", tmp_path)
+    older = tmp_path / "checkpoints" / "step-00000009.safetensors"
+    again = fit("textbook", tmp_path, resume=older)
+    assert again.losses == whole.losses
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == [
+        "step-00000009.safetensors", "step-00000010.safetensors", "step-00000010.safetensors.superseded"
+    ]  # fmt: skip
+    assert fit("textbook", tmp_path, resume="auto").losses == whole.losses
+
+
 def test_a_table_goes_on_where_the_run_does(tmp_path):
     """CsvLogger takes up its file and cuts what comes again."""
     fit("textbook", tmp_path / "whole", loggers=[CsvLogger()])
