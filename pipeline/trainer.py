@@ -162,6 +162,7 @@ class Trainer(Settings):
                 saver=wiring.make_saver(self, opened.folder, belts.backend, rows, belts.schedule),
                 checkpoint=opened.checkpoint,
                 run_dir=run_dir,
+                has_ranks=setup.has_ranks(),
                 data=inbound,
                 generators=own_generators(train_data, val_data),
                 ends_at_s=wiring.deadline_s(self, clock),

@@ -117,8 +117,7 @@ class CheckpointFolder:
                 continue
             for reason in reasons:
                 warnings.warn(f"{reason} The one before it is used: {path}.", stacklevel=2)
-            for newer in self._steps()[: len(reasons)]:
-                newer.rename(newer.with_name(f"{newer.name}.unusable"))
+            self.put_aside_behind(_step_of(path), "unusable")
             self.last = path
             return found
         if reasons:
@@ -127,6 +126,12 @@ class CheckpointFolder:
                 "another run_dir, or remove the folder."
             )
         return None
+
+    def put_aside_behind(self, step: int, why: str) -> None:
+        """Rename the checkpoints of later steps, so that nobody takes them for the newest."""
+        for path in self._steps():
+            if _step_of(path) > step:
+                path.rename(path.with_name(f"{path.name}.{why}"))
 
     def _steps(self) -> list[Path]:
         """Return the files of steps, the newest first."""

@@ -87,6 +87,8 @@ def _pack_tensor(value: torch.Tensor, tensors: dict[str, torch.Tensor], path: st
 checkpoint cannot hold yet. Let its state_dict return dense tensors."
         )
     value = value.detach()
+    while path in tensors:  # keys may have dots, or differ in their type alone
+        path += "'"
     tensors[path] = value
     packed: dict[str, Any] = {_KIND: "tensor", "name": path}
     if not value.is_contiguous():  # a file holds values in order; sums over them go by their place in memory

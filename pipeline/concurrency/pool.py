@@ -48,7 +48,7 @@ class Answer:
     exit_code: int | None = None
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Worker:
     requests: socket.socket
     pid: int = 0

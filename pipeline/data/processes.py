@@ -108,17 +108,21 @@ class Processes:
         """
         ready: dict[int, tuple[bytes, Slot, int]] = {}  # what was answered, by position
         asked = reader.position
-        while True:
-            while asked < reader.num_batches and asked - reader.position < depth and goes_on():
-                self._ask(reader, asked)
-                asked += 1
-            if reader.position == asked:
-                return
-            while reader.position not in ready:
-                self._collect(reader, ready)
-            batch = self._open(reader, *ready.pop(reader.position))
-            reader.position += 1
-            yield batch
+        try:
+            while True:
+                while asked < reader.num_batches and asked - reader.position < depth and goes_on():
+                    self._ask(reader, asked)
+                    asked += 1
+                if reader.position == asked:
+                    return
+                while reader.position not in ready:
+                    self._collect(reader, ready)
+                batch = self._open(*ready.pop(reader.position))
+                reader.position += 1
+                yield batch
+        finally:
+            for _, slot, file in ready.values():
+                self._drop(slot, file)
 
     def _ask(self, reader: MapReader, position: int) -> None:
         indices = reader.indices(position)
@@ -136,15 +140,18 @@ class Processes:
             position, slot, asker = self._tickets.pop(answer.ticket)
             file = answer.files[0] if answer.files else -1
             if asker is not reader:  # nobody wants it any more
-                self._slots.release(slot)
-                if file >= 0:
-                    os.close(file)
+                self._drop(slot, file)
             elif answer.exit_code is not None:
                 raise self._died(reader, position, answer.exit_code)
             else:
                 ready[position] = answer.message, slot, file
 
-    def _open(self, reader: MapReader, message: bytes, slot: Slot, file: int) -> Batch:
+    def _drop(self, slot: Slot, file: int) -> None:
+        self._slots.release(slot)
+        if file >= 0:
+            os.close(file)
+
+    def _open(self, message: bytes, slot: Slot, file: int) -> Batch:
         is_batch, offset, nbytes, wanted_bytes = ANSWER.unpack_from(message)
         if not is_batch:
             self._slots.release(slot)

@@ -25,6 +25,8 @@ from pipeline.loop.resume import open_epoch, resume
 from pipeline.loop.run import Run
 from pipeline.loop.save import save, save_epoch
 
+AGREE_EVERY_N_STEPS = 16  # the steps after which ranks tell each other that one of them was asked to stop
+
 
 def fit(run: Run) -> None:
     """Train, and tell the callbacks how it began and how it ended."""
@@ -134,6 +136,8 @@ def _after_step(run: Run, scalars: Scalars) -> bool:
         run.stop("max_steps")
     if run.clock.began_s >= run.ends_at_s:
         run.interrupt("max_time")
+    if run.has_ranks and state.step % AGREE_EVERY_N_STEPS == 0:
+        run.agree()
     every_n = settings.val_check_interval
     is_validated = every_n is not None and state.step % every_n == 0
     if is_validated:

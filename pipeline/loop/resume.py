@@ -122,7 +122,7 @@ def resume(run: Run) -> None:
     if run.data is not None and run.is_epoch_open:
         run.data.load_state(found["data"])
     if run.saver is not None:
-        run.saver.folder.take_best(found["best"])
+        run.saver.resume(run.state.step, found["best"])
     _warn_of_changes(found["settings"], plain_settings(run.settings))
     restore_generators(found["generators"], run.generators)
 
@@ -164,7 +164,10 @@ def _open_with(settings: Settings, path: Path) -> Opened:
         run_dir = None
     else:
         cut_rows(run_dir / "metrics.jsonl", found["journal"]["num_bytes"], found["step"])
-    return Opened(run_dir, _make_folder(settings, run_dir), path, found)
+    folder = _make_folder(settings, run_dir)
+    if folder is not None:
+        folder.put_aside_behind(found["step"], "superseded")  # their rows have just been cut
+    return Opened(run_dir, folder, path, found)
 
 
 def _open_newest(settings: Settings, run_dir: Path) -> Opened:

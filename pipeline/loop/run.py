@@ -27,6 +27,8 @@ from pipeline.loop.step import TrainStep
 from pipeline.settings import Settings
 from pipeline.state import TrainState
 
+_REASONS = ("", "max_time", "SIGINT", "SIGTERM")  # of several, the last one counts for all ranks
+
 
 @dataclass
 class Run:
@@ -48,6 +50,8 @@ class Run:
 
     Attributes:
         stop_reason: Why the run is over; a run that was interrupted goes on when it is resumed.
+        has_ranks: Whether others train the same model.
+        asked_by: What asked this rank to stop.
         interrupted_by: The signal, or ``max_time``.
         is_ending: Whether it has one of the two: the loop ends after the step under way.
         position: Batches of the epoch that were consumed.
@@ -86,6 +90,8 @@ class Run:
     generators: Sequence[torch.Generator] = ()
     checkpoint: dict[str, Any] | None = None
     ends_at_s: float = math.inf
+    has_ranks: bool = False
+    asked_by: str = ""
     interrupted_by: str = ""
     is_ending: bool = False
     position: int = 0
@@ -99,9 +105,22 @@ class Run:
         self.is_ending = True
 
     def interrupt(self, reason: str) -> None:
-        """End the run after the step under way, in the middle of its epoch; it can be resumed there."""
-        self.interrupted_by = self.interrupted_by or reason
-        self.is_ending = True
+        """End the run after the step under way, in the middle of its epoch; it can be resumed there.
+
+        Among several ranks, which must all stop at the same step, it is only asked for; see `agree`.
+        """
+        self.asked_by = self.asked_by or reason
+        if not self.has_ranks:
+            self.interrupted_by, self.is_ending = self.asked_by, True
+
+    def agree(self) -> None:
+        """Stop if any rank was asked to; each calls this at the same steps, and waits for the others."""
+        code = _REASONS.index(self.asked_by) if self.asked_by in _REASONS else 0
+        is_on_host = torch.distributed.get_backend() == "gloo"
+        asked = torch.tensor(code, device="cpu" if is_on_host else self.step.device)
+        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
+        if found := int(asked.item()):
+            self.interrupted_by, self.is_ending = _REASONS[found], True
 
     def tell(self, event: type[Event], *values: Any) -> None:
         """Tell the callbacks of an event."""

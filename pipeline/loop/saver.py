@@ -54,6 +54,12 @@ class Saver:
         self._is_written = threading.Event()
         self._is_written.set()
 
+    def resume(self, step: int, best: list[tuple[float, str]]) -> None:
+        """Go on counting from a step, and with what was best so far."""
+        self.folder.take_best(best)
+        if self._every is not None:
+            self._every.load_state_dict({"last_step": step, "since_s": 0.0})
+
     def is_due(self, step: int) -> bool:
         """Say whether a checkpoint is to be made after this step."""
         is_time = self._every is not None and self._every.is_due(step)

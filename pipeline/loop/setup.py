@@ -79,6 +79,12 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | 
     return torch.amp.GradScaler(device.type) if precision == "16-mixed" else None
 
 
+def has_ranks() -> bool:
+    """Say whether other processes train the same model."""
+    is_grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return is_grouped and torch.distributed.get_world_size() > 1
+
+
 def is_rank_zero() -> bool:
     """Say whether this process is the one that writes, among those that train together."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():

@@ -38,9 +38,9 @@ def handling_signals(run: Run) -> Iterator[None]:
 
     def stop(number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if run.interrupted_by in _NAMES:
+        if run.asked_by in _NAMES:
             put_back()
-            raise KeyboardInterrupt(f"{name} after {run.interrupted_by}: stopped at once")
+            raise KeyboardInterrupt(f"{name} after {run.asked_by}: stopped at once")
         run.interrupt(name)
         # Not print: the signal may have come in the middle of one.
         os.write(2, f"{name}: the step under way is finished and saved. Once more stops at once.\n".encode())

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 import zipfile
 from pathlib import Path
 
@@ -64,6 +65,30 @@ def test_a_recipe_trains_and_leaves_its_config():
     rows = [json.loads(line) for line in Path("run/metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 4
     assert list(Path("run/checkpoints").glob("step-*.safetensors"))
+
+
+@pytest.mark.parametrize(("reason", "code"), [("max_time", 75), ("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_run_that_was_stopped_ends_with_a_code_of_its_own(monkeypatch, tmp_path, reason, code):
+    """A cluster can tell a run that is to be resumed from one that is over."""
+    stopped = types.SimpleNamespace(stop_reason=reason)
+    monkeypatch.setattr("pipeline.train.train_from_config", lambda config, run_dir: (stopped, 1.0))
+    monkeypatch.setattr("sys.argv", ["train", f"hydra.run.dir={tmp_path}/run"])
+    with pytest.raises(SystemExit) as caught:
+        pipeline.train.main()
+    assert caught.value.code == code
+
+
+def test_a_run_that_is_stopped_and_resumed_is_the_run(tmp_path):
+    """The command line's max_time and resume=auto; what resume=auto needs is asked for."""
+    whole, objective = train_from_config(compose_config(*QUICK), tmp_path / "whole")
+    cut = compose_config(*QUICK, "trainer.max_time=1e-6")
+    assert train_from_config(cut, tmp_path / "cut")[0].stop_reason == "max_time"
+    again = compose_config(*QUICK, "trainer.resume=auto")
+    result, found = train_from_config(again, tmp_path / "cut")
+    assert result.resumed_from is not None
+    assert (result.losses, found) == (whole.losses, objective)
+    with pytest.raises(ConfigError, match=r"Name it as well: hydra\.run\.dir=runs/NAME"):
+        check_overrides(["+recipe=resnet", "trainer.resume=auto"])
 
 
 def test_loggers_are_chosen_by_name():

@@ -5,7 +5,10 @@ from __future__ import annotations
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from benchmarks.torture import torture
 from pipeline import CheckpointError, ConfigError, Trainer
 from pipeline.loggers import CsvLogger
 from tests.faults.cells import At, Samples, UserError, fail, fit
+
+ROOT = Path(__file__).parents[2]
 
 
 def at(number, do):
@@ -110,6 +115,40 @@ def test_a_run_is_not_begun_again_in_silence(tmp_path):
     assert [row["step"] for row in rows if "train/loss" in row] == list(range(1, 11))
 
 
+RANK = """
+import os, signal, sys, torch
+from pipeline import Trainer
+rank, store = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+calls = []
+def loss_fn(outputs, target):
+    calls.append(1)
+    if rank == 1 and len(calls) == 5:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return torch.nn.functional.cross_entropy(outputs, target)
+model = torch.nn.Linear(4, 2)
+data = torch.utils.data.TensorDataset(torch.randn(100, 4), torch.arange(100) % 2)
+trainer = Trainer(run_dir=sys.argv[3], device="cpu", enable_progress_bar=False)
+result = trainer.fit(
+    model, torch.optim.SGD(model.parameters(), 0.1), data, loss_fn=loss_fn, batch_size=2
+)
+print(result.stop_reason, result.num_steps)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_all_ranks_stop_at_the_same_step(tmp_path):
+    """One of them gets SIGTERM at step 5; both stop at step 16, where they tell each other."""
+    command = [sys.executable, "-c", RANK]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store"), str(tmp_path / "run")], cwd=ROOT,
+                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in range(2)
+    ]  # fmt: skip
+    said = [each.communicate(timeout=100) for each in ranks]
+    assert [out.split() for out, _ in said] == [["SIGTERM", "16"], ["SIGTERM", "16"]], said
+
+
 def test_another_run_is_refused_and_another_setting_named(tmp_path):
     """A checkpoint of another model, other callbacks, or with settings that decide the numbers changed."""
     whole = fit("textbook", tmp_path / "a").losses.tolist()
@@ -129,6 +168,19 @@ def test_another_run_is_refused_and_another_setting_named(tmp_path):
         )
     assert fit("textbook", tmp_path / "e", resume=path).losses.tolist() == whole, "into a new folder"
     assert fit("textbook", tmp_path / "b", resume=path).losses.tolist() == whole, "into its own"
+
+
+def test_going_back_to_an_older_checkpoint(tmp_path):
+    """The later ones are put aside: their rows are gone, and they are not the newest any more."""
+    whole = fit("textbook", tmp_path)
+    older = tmp_path / "checkpoints" / "step-00000009.safetensors"
+    again = fit("textbook", tmp_path, resume=older)
+    assert again.losses == whole.losses
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == [
+        "step-00000009.safetensors", "step-00000010.safetensors", "step-00000010.safetensors.superseded"
+    ]  # fmt: skip
+    assert fit("textbook", tmp_path, resume="auto").losses == whole.losses
 
 
 def test_a_table_goes_on_where_the_run_does(tmp_path):

@@ -172,13 +172,16 @@ def test_an_epoch_left_early_leaves_no_trace_in_the_next():
     processes = Processes(source, 2, 60)
     try:
         assert processes.wait_until_ready()
-        for epoch in (0, 1, EVALUATION_EPOCH):
+        for epoch in (*range(20), EVALUATION_EPOCH):
             batches = processes.batches(source.open(epoch), 6)
             assert torch.equal(next(batches)[0], source.open(epoch).read()[0])
+            for _ in zip(range(5), batches, strict=False):  # by now there are answers behind the last one
+                pass
             batches.close()
         reader = source.open(2)
         for batch in processes.batches(source.open(2), 6):
             assert torch.equal(batch[0], reader.read()[0])
+        assert processes.num_slots <= 16  # those of the epochs left early came back
     finally:
         processes.close()
 

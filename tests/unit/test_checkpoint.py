@@ -77,6 +77,18 @@ def test_what_json_does_not_have_comes_back_too(tmp_path):
     assert same(found["number"], 0.5)
 
 
+def test_names_that_would_be_the_same_are_kept_apart(tmp_path):
+    """Keys with dots, and keys that differ in their type alone."""
+    tree = {
+        "a": {"b.c": torch.tensor(1)},
+        "a.b": {"c": torch.tensor(2)},
+        "d": {0: torch.tensor(3), "0": torch.tensor(4)},
+    }
+    save_checkpoint(tmp_path / "a.safetensors", {"model": {}, **tree})
+    found = load_checkpoint(tmp_path / "a.safetensors")
+    assert all(same(found[name], each) for name, each in tree.items())
+
+
 def test_what_would_need_code_is_refused_by_name():
     """The message has the path of the value, and what to do."""
     with pytest.raises(CheckpointError, match=r"a\.b\.1 is a Path.*state_dict return tensors"):
