@@ -140,7 +140,7 @@ def test_a_dataset_that_hangs_in_textbook(tmp_path, whole, capfd):
     assert "__getitem__" in "".join(seen)
 
 
-@pytest.mark.parametrize("place", IN_THIS_PROCESS)
+@every_place
 def test_a_dataset_that_exits(tmp_path, whole, place):
     """SystemExit travels like any exception."""
     with pytest.raises(SystemExit) as caught:
