@@ -50,6 +50,14 @@ def workers_are_waited_for(monkeypatch):
     monkeypatch.setattr(Processes, "is_ready", lambda self, num_workers: self._pool.wait_until_ready(60.0))
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """A shell's background job ignores SIGINT, and so does what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Return the losses of the run that has no fault."""
