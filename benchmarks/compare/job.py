@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import tempfile
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -43,10 +44,11 @@ class Job:
         self.began_s: list[float] = []
         self.num_steps = workload.num_steps
 
-    def settle_first(self, times: int) -> int:
-        """Run so many times as long, of which the last part counts; return the epochs of all of it."""
-        self.num_steps = times * self.workload.num_steps
-        return times * self.workload.num_epochs
+    def settle_first(self, times: int) -> Workload:
+        """Run with epochs so many times as long, of which the last part counts; return all of it."""
+        longer = replace(self.workload, num_batches=times * self.workload.num_batches)
+        self.num_steps = longer.num_steps
+        return longer
 
     def restart(self) -> None:
         """Begin now: what came before was preparation."""

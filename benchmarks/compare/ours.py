@@ -27,10 +27,9 @@ def settings(place: str) -> dict[str, Any]:
 
 def ours(job: Job, place: str, settling_times: int = 1, **further: Any) -> FitResult:
     """Train with every step's loss logged, as it always is; measure the last part of so many."""
-    workload = job.workload
-    if place == "auto" and not workload.counts_start:
+    if place == "auto" and not job.workload.counts_start:
         settling_times = SETTLING_TIMES
-    num_epochs = job.settle_first(settling_times)
+    workload = job.settle_first(settling_times)
 
     def step(model: Any, batch: Any) -> Any:
         loss = job.forward(model, batch)
@@ -38,7 +37,7 @@ def ours(job: Job, place: str, settling_times: int = 1, **further: Any) -> FitRe
 
     with tempfile.TemporaryDirectory() as folder:
         trainer = Trainer(
-            max_epochs=num_epochs, device=job.device or "cpu", run_dir=folder,
+            max_epochs=workload.num_epochs, device=job.device or "cpu", run_dir=folder,
             enable_progress_bar=False, enable_checkpointing=False, **settings(place), **further,
         )  # fmt: skip
         job.restart()
