@@ -54,8 +54,9 @@ class Result:
 
 def describe(result: Result) -> str:
     """Return the lines of one workload: every variant's time, and this project against each baseline."""
-    others = f"other programs took {result.others_ratio:.0%} of the cores"
-    lines = [f"{result.workload} on {result.device}: {result.about} ({others})"]
+    lines = [f"{result.workload} on {result.device}: {result.about}"]
+    if not math.isnan(result.others_ratio):
+        lines.append(f"  (other programs took {result.others_ratio:.0%} of the cores meanwhile)")
     for name, values in result.step_ms.items():
         middle, low, high = median_interval(values)
         setting = f" ({result.settings[name]})" if name in result.settings else ""
@@ -88,7 +89,10 @@ def verdict(result: Result, variant: str) -> str:
 
 
 def summary(results: Sequence[Result]) -> str:
-    """Return a table in Markdown, a line for each workload."""
+    """Return a table in Markdown, a line for each workload.
+
+    Behind each time of this project are its ratios to the textbook loop, the sensible one and the best peer.
+    """
     names = list(
         dict.fromkeys(name for result in results for name in result.step_ms if name.startswith("ours "))
     )
