@@ -50,6 +50,14 @@ def workers_are_waited_for(monkeypatch):
     monkeypatch.setattr(Processes, "is_ready", lambda self, num_workers: self._pool.wait_until_ready(60.0))
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c_is_heard():
+    """A shell's background job ignores SIGINT, and so does what it starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     """Return the losses of the run that has no fault."""
@@ -140,7 +148,7 @@ def test_a_dataset_that_hangs_in_textbook(tmp_path, whole, capfd):
     assert "__getitem__" in "".join(seen)
 
 
-@pytest.mark.parametrize("place", IN_THIS_PROCESS)
+@every_place
 def test_a_dataset_that_exits(tmp_path, whole, place):
     """SystemExit travels like any exception."""
     with pytest.raises(SystemExit) as caught:
