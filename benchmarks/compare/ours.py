@@ -50,7 +50,8 @@ def ours(job: Job, place: str, settling_times: int = 1, **further: Any) -> FitRe
 def predict(workload: Workload, *, is_simulated: bool) -> dict[str, float]:
     """Return what each placement is predicted to take, from one textbook run with the account on."""
     job = Job(workload, is_simulated=is_simulated)
-    report = ours(job, "textbook", gil="account").report
+    # Long, since its first steps are slow, and are in the means.
+    report = ours(job, "textbook", SETTLING_TIMES, gil="account").report
     if report.cost is None:
         return {}
     num_cores = report.facts["num_cores"]
