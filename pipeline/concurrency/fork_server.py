@@ -16,6 +16,7 @@ terminal sends to every process and which is the trainer's to handle.
 
 from __future__ import annotations
 
+import array
 import contextlib
 import ctypes
 import importlib
@@ -33,6 +34,7 @@ from typing import Any, TypeAlias
 RunWorker: TypeAlias = Callable[[socket.socket], None]
 MAX_MESSAGE_BYTES = 1 << 16
 MAX_FILES = 3
+_FILES_BYTES = socket.CMSG_SPACE(MAX_FILES * array.array("i").itemsize)
 
 _PR_SET_PDEATHSIG = 1
 _nursery_pid = 0
@@ -172,10 +174,14 @@ def _die_with_parent() -> None:
 def receive(sender: socket.socket) -> tuple[bytes, list[int]]:
     """Return a message and the descriptors sent along; an empty message when the sender is gone."""
     try:
-        message, files, _, _ = socket.recv_fds(sender, MAX_MESSAGE_BYTES, MAX_FILES)
+        message, further, _, _ = sender.recvmsg(MAX_MESSAGE_BYTES, _FILES_BYTES)
     except ConnectionResetError:
         return b"", []
-    return message, files
+    files = array.array("i")
+    for level, kind, data in further:  # mostly none: `socket.recv_fds` would take the time of the rest
+        if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+            files.frombytes(data)
+    return message, list(files)
 
 
 def pickled_error(error: BaseException) -> bytes:

@@ -17,7 +17,7 @@ import threading
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.concurrency.fork_server import receive
 
@@ -31,8 +31,7 @@ MAX_DEATHS = 2
 _CLOSE_TIMEOUT_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(NamedTuple):
     """What a worker has answered, or that workers died of the job.
 
     Args:
@@ -141,6 +140,7 @@ class WorkerPool:
     ) -> None:
         self._num_workers, self._workers = num_workers, list[_Worker]()
         self._is_ready, self._next_ticket, self._nursery = False, 0, 0
+        self._poller, self._by_file = select.poll(), dict[int, _Worker]()
         self._deaths: dict[int, int] = {}
         self._exit_codes: dict[int, int] = {}  # by process
         self._control = fork_server(modules).open_nursery()
@@ -166,7 +166,7 @@ class WorkerPool:
         while len(self._workers) < num_workers:
             self._workers.append(self._start_worker())
         for worker in [each for each in self._workers if not each.jobs][: len(self._workers) - num_workers]:
-            worker.requests.close()  # which ends it
+            self._let_go(worker)  # which ends it
             self._workers.remove(worker)
         return True
 
@@ -183,12 +183,8 @@ class WorkerPool:
         Returns:
             An empty list after the time-out, or if a worker has died, which `died` tells.
         """
-        poller = select.poll()
-        by_file = {worker.requests.fileno(): worker for worker in self._workers}
-        for file in by_file:
-            poller.register(file, select.POLLIN)
-        ready = poller.poll(None if timeout_s is None else timeout_s * 1e3)
-        return [answer for file, _ in ready for answer in self._take(by_file[file])]
+        ready = self._poller.poll(None if timeout_s is None else timeout_s * 1e3)
+        return [answer for file, _ in ready for answer in self._take(self._by_file[file])]
 
     def pid_of(self, ticket: int) -> int | None:
         """Return the process that has a job, if any has."""
@@ -208,7 +204,7 @@ class WorkerPool:
                 os.kill(self._nursery, signal.SIGKILL)
         self._control.close()  # a nursery that has not been forked yet never will be
         for worker in self._workers:
-            worker.requests.close()
+            self._let_go(worker)
         self._workers.clear()
 
     def _start_workers(self) -> None:
@@ -226,6 +222,8 @@ class WorkerPool:
         with theirs:
             socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
         worker = _Worker(ours)
+        self._by_file[ours.fileno()] = worker
+        self._poller.register(ours, select.POLLIN)
         while not worker.pid:
             kind, *found = self._next_word()
             if kind == "died":
@@ -233,6 +231,11 @@ class WorkerPool:
             else:
                 worker.pid = found[0]
         return worker
+
+    def _let_go(self, worker: _Worker) -> None:
+        self._poller.unregister(worker.requests)
+        del self._by_file[worker.requests.fileno()]
+        worker.requests.close()
 
     def _next_word(self) -> Any:
         message, _ = receive(self._control)
@@ -253,7 +256,7 @@ class WorkerPool:
 
     def _replace(self, worker: _Worker) -> list[Answer]:
         """Start another worker for one that has died, and give it the jobs that were left."""
-        worker.requests.close()
+        self._let_go(worker)
         while worker.pid not in self._exit_codes:
             _, pid, exit_code = self._next_word()
             self._exit_codes[pid] = exit_code

@@ -40,8 +40,8 @@ class SlotFile:
         num_slots: Made so far.
 
     Runs on:
-        One thread acquires; a lease may end on any thread, in the middle of anything: all it does is one
-        append to a deque.
+        One thread acquires; a lease may end on any thread, in the middle of anything: all it does is to take
+        a key out of a dict and to append to a deque.
     """
 
     def __init__(self) -> None:
@@ -49,6 +49,7 @@ class SlotFile:
         os.ftruncate(self.file, span_bytes())
         self._memory = map_slots(self.file)
         self._free: deque[Slot] = deque()
+        self._leases: dict[int, weakref.ref[Any]] = {}
         self._end = 0
         self.num_slots = 0
 
@@ -80,7 +81,13 @@ class SlotFile:
     def lend(self, slot: Slot) -> Any:
         """Return a buffer over the slot; the slot is free when the buffer and all its views are gone."""
         buffer = view_slot(self._memory, slot.offset, slot.nbytes)
-        weakref.finalize(buffer, self._free.append, slot).atexit = False
+        leases, free = self._leases, self._free
+
+        def end(lease: weakref.ref[Any]) -> None:
+            del leases[slot.offset]
+            free.append(slot)
+
+        leases[slot.offset] = weakref.ref(buffer, end)  # a third of what `weakref.finalize` costs
         return buffer
 
     def close(self) -> None:
