@@ -86,7 +86,9 @@ def _nurse(control: socket.socket) -> None:
         control.send(pickle.dumps(("born", os.getpid())))
     try:
         message, files = receive(control)
-        preparation, home, name, arguments = pickle.loads(message)
+        preparation, environment, home, name, arguments = pickle.loads(message)
+        os.environ.clear()
+        os.environ.update(environment)
         with _in_idle_time():
             spawn.prepare(preparation)
             run_worker: RunWorker = getattr(importlib.import_module(home), name)(*files, *arguments)
