@@ -16,7 +16,7 @@ from pipeline.concurrency import Answer, NurseryDiedError, Slot, SlotFile, Worke
 from pipeline.data.main_module import describe_unpicklable, main_preparation
 from pipeline.data.packing import Arena, Packed, pack, unpack
 from pipeline.data.reader import END, MapReader, MapSource
-from pipeline.data.worker import ANSWER, JOB
+from pipeline.data.worker import ANSWER, JOB, TorchDefaults
 from pipeline.errors import ConfigError, StageError, StallError, WorkerDiedError
 
 MODULES = ("numpy", "torch", "torch.utils.data", "pipeline.data.worker")
@@ -58,7 +58,7 @@ class Processes:
             self._pool = WorkerPool(
                 ("pipeline.data.worker", "open_worker"),
                 (payload.overflow, self._slots.file, self._stacks),
-                (payload.offset, payload.nbytes),
+                (payload.offset, payload.nbytes, TorchDefaults.of_process()),
                 num_workers,
                 MODULES,
                 prepare,

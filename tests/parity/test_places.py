@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from pipeline import Trainer
 from pipeline.data import EVALUATION_EPOCH, Processes, as_source
 from tests.textbook import assert_same_weights, build_model, seeded_batches, textbook, weights
-from tests.workers import Augmented, Deadly, Ragged, collate_ragged
+from tests.workers import Augmented, Deadly, Ragged, Surroundings, collate_ragged
 
 PLACES = [
     {"schedule": "textbook"},
@@ -198,3 +198,16 @@ def test_an_unseeded_draw_is_noticed():
         warnings.simplefilter("error")
         first, second = made_by_processes(Augmented(8), epochs=(0, 1))
     assert not torch.equal(first[0][0], second[0][0])
+
+
+def test_workers_have_the_surroundings_of_the_trainer(monkeypatch):
+    """The environment and torch's default dtype are those of now, and not of when the server started."""
+    monkeypatch.setenv("SURROUNDINGS", "7")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        (batch,) = made_by_processes(Surroundings(4))[0]
+    finally:
+        torch.set_default_dtype(before)
+    assert batch.dtype is torch.float64
+    assert batch.flatten().tolist() == [7, 8, 9, 10]
