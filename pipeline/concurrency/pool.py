@@ -151,7 +151,9 @@ class WorkerPool:
         self._owner = os.getpid()
         self._exit_codes: dict[int, int] = {}  # by process
         self._control = fork_server(modules).open_nursery()
-        socket.send_fds(self._control, [pickle.dumps((prepare, _environment(), *entry, arguments))], list(files))
+        environment = {**os.environ, **_ONE_THREAD}  # as it is now, and not when the server was started
+        data = pickle.dumps((prepare, environment, *entry, arguments))
+        socket.send_fds(self._control, [data], list(files))
         self.died: list[tuple[int, int]] = []  # a job's ticket and its worker's exit code
 
     def is_ready(self) -> bool:
@@ -283,11 +285,6 @@ class WorkerPool:
         for ticket, message in jobs:
             self._send(replacement, ticket, message)
         return given_up
-
-
-def _environment() -> dict[str, str]:
-    """Return the environment as it is now: it may have changed since the fork server was started."""
-    return {**os.environ, **_ONE_THREAD}
 
 
 class NurseryDiedError(Exception):

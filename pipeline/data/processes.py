@@ -183,16 +183,17 @@ class Processes:
     def _check_open(self) -> None:
         if self._is_closed:
             raise StageError(
-                "the worker processes were closed in the middle of an epoch. Close the loader after the loop.",
+                "the worker processes were closed in the middle of an epoch. Close them after the loop.",
                 stage="fetch",
             )
 
     def _warn_of_deaths(self) -> None:
         for ticket, exit_code in self._pool.died:
             position, _, asker = self._tickets[ticket]
+            batch = _describe_batch(asker.reader, position)
             warnings.warn(
                 f"a worker process ended with {_describe_exit(exit_code)} while it made "
-                f"{_describe_batch(asker.reader, position)}. Another one makes it again, with the same numbers.",
+                f"{batch}. Another one makes it again, with the same numbers.",
                 RuntimeWarning,
                 stacklevel=3,
             )

@@ -122,6 +122,6 @@ class Loader:
         self._inbound.close()
 
     def _keep(self, batches: Generator[Batch]) -> Iterator[Batch]:
-        """Hold this loader as long as somebody iterates: ``for batch in Loader(…)`` has no other name for it."""
+        """Hold this loader while somebody iterates: ``for batch in Loader(…)`` has no other name for it."""
         with closing(batches):
             yield from batches
