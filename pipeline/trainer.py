@@ -149,6 +149,7 @@ class Trainer(Settings):
             stack.enter_context(wiring.installed(collector))
             scope = stack.enter_context(Scope(self.stall_timeout_s))
             outbound, inbound = belts.outbound(scope, journal), belts.inbound(source, is_training=True)
+            inbound.num_pauses = lambda: clock.num_pauses
             watch = stack.enter_context(GilWatch(self.gil, clock, outbound.put_row, run_dir))
             run = Run(
                 settings=self,

@@ -127,3 +127,27 @@ def collate_ragged(samples):
         "parts": Parts(samples[-1].to(torch.bfloat16), ["a", "b"]),
         "sparse": torch.eye(2).to_sparse(),
     }
+
+
+class Surroundings(Augmented):
+    """Samples that depend on the process they are made in: its environment and torch's default dtype."""
+
+    def __init__(self, count):
+        super().__init__(count)
+
+    def __getitem__(self, index):
+        return torch.tensor([float(os.environ["SURROUNDINGS"]) + index])
+
+
+class Verbose(Augmented):
+    """Every sample fails at length; with a note at length if told to."""
+
+    def __init__(self, count, *, text, note=None):
+        super().__init__(count)
+        self.text, self.note = text, note
+
+    def __getitem__(self, index):
+        error = ValueError(self.text)
+        if self.note is not None:
+            error.add_note(self.note)
+        raise error

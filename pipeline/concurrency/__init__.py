@@ -4,7 +4,7 @@ from pipeline.concurrency.channel import Channel, ChannelClosedError, ChannelSta
 from pipeline.concurrency.child import Child, ChildDiedError
 from pipeline.concurrency.cores import available_cores
 from pipeline.concurrency.fork_server import is_nursery, pickled_error
-from pipeline.concurrency.pool import NurseryDiedError, WorkerPool, fork_server, preparation
+from pipeline.concurrency.pool import Answer, NurseryDiedError, WorkerPool, fork_server, preparation
 from pipeline.concurrency.scope import Scope, stack_of
 from pipeline.concurrency.shared import HAS_SHARED_MEMORY, Slot, SlotFile, map_slots, view_file, view_slot
 from pipeline.concurrency.watchdog import watch
@@ -12,6 +12,7 @@ from pipeline.concurrency.writer import Writer
 
 __all__ = [
     "HAS_SHARED_MEMORY",
+    "Answer",
     "Channel",
     "ChannelClosedError",
     "ChannelStatistics",

@@ -29,7 +29,7 @@ import sys
 import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing import spawn
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 RunWorker: TypeAlias = Callable[[socket.socket], None]
 MAX_MESSAGE_BYTES = 1 << 16
@@ -87,8 +87,10 @@ def _nurse(control: socket.socket) -> None:
     with contextlib.suppress(BrokenPipeError):
         control.send(pickle.dumps(("born", os.getpid())))
     try:
-        message, files = receive(control)
-        preparation, home, name, arguments = pickle.loads(message)
+        message, files = receive(control, 2 * MAX_MESSAGE_BYTES)  # with the whole environment
+        preparation, environment, home, name, arguments = pickle.loads(message)
+        os.environ.clear()
+        os.environ.update(environment)
         with _in_idle_time():
             spawn.prepare(preparation)
             run_worker: RunWorker = getattr(importlib.import_module(home), name)(*files, *arguments)
@@ -171,10 +173,10 @@ def _die_with_parent() -> None:
         os._exit(1)
 
 
-def receive(sender: socket.socket) -> tuple[bytes, list[int]]:
+def receive(sender: socket.socket, max_bytes: int = MAX_MESSAGE_BYTES) -> tuple[bytes, list[int]]:
     """Return a message and the descriptors sent along; an empty message when the sender is gone."""
     try:
-        message, further, _, _ = sender.recvmsg(MAX_MESSAGE_BYTES, _FILES_BYTES)
+        message, further, _, _ = sender.recvmsg(max_bytes, _FILES_BYTES)
     except ConnectionResetError:
         return b"", []
     files = array.array("i")
@@ -185,18 +187,24 @@ def receive(sender: socket.socket) -> tuple[bytes, list[int]]:
 
 
 def pickled_error(error: BaseException) -> bytes:
-    """Return an error as bytes: itself if it survives that, else one with its text."""
-    frames = "".join(traceback.format_exception(error))[-MAX_MESSAGE_BYTES // 4 :]
+    """Return an error as bytes that fit a message: itself if it survives that, else one with its text."""
+    frames = "".join(traceback.format_exception(error))
     try:
-        revived: Any = pickle.loads(pickle.dumps(error))
-        is_itself = type(revived) is type(error) and len(pickle.dumps(error)) < MAX_MESSAGE_BYTES // 2
+        message = pickle.dumps(error)
+        is_itself = type(pickle.loads(message)) is type(error) and len(message) < MAX_MESSAGE_BYTES // 2
     except Exception:
         is_itself = False
     if not is_itself:
-        text = f"{type(error).__name__}: {error}"
-        notes, error = getattr(error, "__notes__", []), RuntimeError(text[: MAX_MESSAGE_BYTES // 4])
-        for note in notes:
-            error.add_note(note)
+        text = _cut(f"{type(error).__name__}: {error}")
+        notes, error = "\n".join(map(str, getattr(error, "__notes__", []))), RuntimeError(text)
+        if notes:
+            error.add_note(_cut(notes))
     with contextlib.suppress(Exception):  # an exception that takes no notes still travels as itself
-        error.add_note(f"raised in a process of its own:\n{frames}")
+        error.add_note(f"raised in a process of its own:\n{_cut(frames, is_end=True)}")
     return pickle.dumps(error)
+
+
+def _cut(text: str, *, is_end: bool = False) -> str:
+    """Return the beginning of a text, or its end: so much that a message has room for three of them."""
+    max_bytes, data = MAX_MESSAGE_BYTES // 4, text.encode(errors="replace")
+    return (data[-max_bytes:] if is_end else data[:max_bytes]).decode(errors="ignore")

@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 from pipeline.concurrency.fork_server import receive
 
 _PROGRAM = (
-    "import sys; sys.path[:] = {path!r}; from pipeline.concurrency.fork_server import serve; "
+    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
+    "sys.path[:] = {path!r}; from pipeline.concurrency.fork_server import serve; "
     "serve({file}, {owner}, {modules!r})"
 )
 # A library's pool of threads, started by its import, would make forks unsafe; a worker has one core.
@@ -64,7 +65,7 @@ class ForkServer:
     def __init__(self, modules: Sequence[str]) -> None:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         program = _PROGRAM.format(
-            path=sys.path, file=theirs.fileno(), owner=os.getpid(), modules=list(modules)
+            path=_import_path(), file=theirs.fileno(), owner=os.getpid(), modules=list(modules)
         )
         with theirs:
             self._process = subprocess.Popen(
@@ -90,6 +91,7 @@ class ForkServer:
 
     def close(self) -> None:
         """End it, and wait for it."""
+        self._control.shutdown(socket.SHUT_RDWR)  # a fork of this process may have the socket too
         self._control.close()
         self._process.wait()
 
@@ -109,7 +111,11 @@ def fork_server(modules: Sequence[str] = ()) -> ForkServer:
 
 def preparation() -> dict[str, Any]:
     """Return what a fresh process needs to find the modules of this one, `__main__` left out."""
-    return {"sys_path": list(sys.path), "sys_argv": list(sys.argv), "dir": os.getcwd()}
+    return {"sys_path": _import_path(), "sys_argv": list(sys.argv), "dir": os.getcwd()}
+
+
+def _import_path() -> list[str]:
+    return [each for each in sys.path if isinstance(each, str)]  # as the interpreter, which skips others
 
 
 class WorkerPool:
@@ -142,9 +148,12 @@ class WorkerPool:
         self._is_ready, self._next_ticket, self._nursery = False, 0, 0
         self._poller, self._by_file = select.poll(), dict[int, _Worker]()
         self._deaths: dict[int, int] = {}
+        self._owner = os.getpid()
         self._exit_codes: dict[int, int] = {}  # by process
         self._control = fork_server(modules).open_nursery()
-        socket.send_fds(self._control, [pickle.dumps((prepare, *entry, arguments))], list(files))
+        environment = {**os.environ, **_ONE_THREAD}  # as it is now, and not when the server was started
+        data = pickle.dumps((prepare, environment, *entry, arguments))
+        socket.send_fds(self._control, [data], list(files))
         self.died: list[tuple[int, int]] = []  # a job's ticket and its worker's exit code
 
     def is_ready(self) -> bool:
@@ -191,7 +200,15 @@ class WorkerPool:
         return next((each.pid for each in self._workers for job in each.jobs if job[0] == ticket), None)
 
     def close(self) -> None:
-        """Kill the workers, and wait until they are gone."""
+        """Kill the workers, and wait until they are gone; in a fork of this process, only let go of them."""
+        if os.getpid() == self._owner:
+            self._end_nursery()
+        self._control.close()
+        for worker in self._workers:
+            self._let_go(worker)
+        self._workers.clear()
+
+    def _end_nursery(self) -> None:
         with contextlib.suppress(OSError, NurseryDiedError):
             if self._is_ready:
                 self._control.shutdown(socket.SHUT_WR)
@@ -202,10 +219,8 @@ class WorkerPool:
                     self._nursery = word[1]
             if self._nursery:
                 os.kill(self._nursery, signal.SIGKILL)
-        self._control.close()  # a nursery that has not been forked yet never will be
-        for worker in self._workers:
-            self._let_go(worker)
-        self._workers.clear()
+        with contextlib.suppress(OSError):  # a nursery that has not been forked yet never will be
+            self._control.shutdown(socket.SHUT_RDWR)
 
     def _start_workers(self) -> None:
         kind, found = self._next_word()

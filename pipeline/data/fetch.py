@@ -100,8 +100,9 @@ def _has_getitems(dataset: Any) -> bool:
     """Say whether a list of samples is made faster than one by one.
 
     torch's `Subset` offers ``__getitems__`` over any dataset; taken, it would make a sample's random
-    numbers depend on its neighbours in the batch.
+    numbers depend on its neighbours in the batch. A class of the user's is taken at its word, as a DataLoader
+    does.
     """
-    if isinstance(dataset, Subset):
+    if type(dataset) is Subset:
         return _has_getitems(dataset.dataset)
-    return hasattr(dataset, "__getitems__")
+    return getattr(dataset, "__getitems__", None) is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import os
+import pickle
 import sys
 from typing import Any
 
@@ -52,6 +53,21 @@ def main_preparation(skeleton: bytes) -> dict[str, Any]:
             + _GUARD
         )
     return {**prepare, "init_main_from_path": os.path.abspath(path)}
+
+
+def describe_unpicklable(dataset: Any, error: Exception) -> str:
+    """Say which attribute of a dataset keeps it out of a process."""
+    where = "the dataset"
+    for name, value in getattr(dataset, "__dict__", {}).items():
+        try:
+            pickle.dumps(value)
+        except Exception:
+            where = f"the dataset's attribute {name!r} ({type(value).__name__})"
+            break
+    return (
+        f"placement=process needs the dataset in a process, but {where} cannot be pickled: {error}. Make it "
+        "in __getitem__ when it is first needed, or set placement=thread."
+    )
 
 
 def refuse_in_nursery() -> None:

@@ -106,6 +106,9 @@ class _Packer(pickle.Pickler):
     def __init__(self, file: io.BytesIO, arena: Arena) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
         self._arena, self.overflow = arena, _Overflow()
+        # What was put, by address and bytes: what shares its memory here shares it there, so that a step
+        # which writes to one sees it in the other. The tensors are kept, or an address would be used again.
+        self._put_before: dict[tuple[int, int], tuple[torch.Tensor, tuple[bool, int]]] = {}
 
     def persistent_id(self, found: Any) -> Any:
         if type(found) is torch.Tensor and _is_plain(found):
@@ -127,6 +130,12 @@ class _Packer(pickle.Pickler):
         """Put it into memory; return whether that is the overflow, and the offset."""
         if not flat.numel():
             return False, 0
+        key = flat.data_ptr(), flat.nbytes
+        if key not in self._put_before:
+            self._put_before[key] = flat, self._put_first(flat)
+        return self._put_before[key][1]
+
+    def _put_first(self, flat: torch.Tensor) -> tuple[bool, int]:
         if (offset := self._arena.offset_of(flat)) is not None:
             return False, offset
         if (offset := self._arena.take(flat.nbytes)) is not None:

@@ -8,17 +8,28 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.batch import Batch
-from pipeline.concurrency import NurseryDiedError, Slot, SlotFile, WorkerPool
-from pipeline.data.main_module import main_preparation
+from pipeline.concurrency import Answer, NurseryDiedError, Slot, SlotFile, WorkerPool
+from pipeline.data.main_module import describe_unpicklable, main_preparation
 from pipeline.data.packing import Arena, Packed, pack, unpack
 from pipeline.data.reader import END, MapReader, MapSource
-from pipeline.data.worker import ANSWER, JOB
-from pipeline.errors import ConfigError, StallError, WorkerDiedError
+from pipeline.data.worker import ANSWER, JOB, TorchDefaults
+from pipeline.errors import ConfigError, StageError, StallError, WorkerDiedError
 
 MODULES = ("numpy", "torch", "torch.utils.data", "pipeline.data.worker")
+_MAX_AHEAD = 100  # jobs lie in the buffer of a socket, which takes some 270; to fill it would block
+
+
+@dataclass(slots=True, eq=False)
+class _Asker:
+    """Who iterates over an epoch, and what was answered and is not yet taken, by position."""
+
+    reader: MapReader
+    ready: dict[int, tuple[Answer, Slot]] = field(default_factory=dict)
+    is_gone: bool = False
 
 
 class Processes:
@@ -39,14 +50,15 @@ class Processes:
     def __init__(self, source: MapSource, num_workers: int, stall_timeout_s: float | None = None) -> None:
         self._stall_timeout_s = stall_timeout_s
         self._batch_bytes = 0
-        self._tickets: dict[int, tuple[int, Slot, MapReader]] = {}
+        self._tickets: dict[int, tuple[int, Slot, _Asker]] = {}
+        self._is_closed = False
         payload, prepare = _packed_fetcher(source)
         self._slots, self._stacks = SlotFile(), os.memfd_create("stacks")
         try:
             self._pool = WorkerPool(
                 ("pipeline.data.worker", "open_worker"),
                 (payload.overflow, self._slots.file, self._stacks),
-                (payload.offset, payload.nbytes),
+                (payload.offset, payload.nbytes, TorchDefaults.of_process()),
                 num_workers,
                 MODULES,
                 prepare,
@@ -84,8 +96,10 @@ class Processes:
 
     def close(self) -> None:
         """Kill the workers, and wait until they are gone. Batches that somebody has stay valid."""
-        self._pool.close()
-        self._close_files()
+        if not self._is_closed:
+            self._is_closed = True
+            self._pool.close()
+            self._close_files()
 
     def _close_files(self) -> None:
         self._slots.close()
@@ -106,67 +120,80 @@ class Processes:
             StallError: If there was no batch for too long.
             Exception: The dataset's own.
         """
-        ready: dict[int, tuple[bytes, Slot, int]] = {}  # what was answered, by position
-        asked = reader.position
+        asker, asked, depth = _Asker(reader), reader.position, min(depth, _MAX_AHEAD)
         try:
             while True:
                 while asked < reader.num_batches and asked - reader.position < depth and goes_on():
-                    self._ask(reader, asked)
+                    self._ask(asker, asked)
                     asked += 1
                 if reader.position == asked:
                     return
-                while reader.position not in ready:
-                    self._collect(reader, ready)
-                batch = self._open(*ready.pop(reader.position))
+                while reader.position not in asker.ready:
+                    self._collect(asker)
+                batch = self._open(asker, *asker.ready.pop(reader.position))
                 reader.position += 1
                 yield batch
         finally:
-            for _, slot, file in ready.values():
-                self._drop(slot, file)
+            asker.is_gone = True
+            for answer, slot in asker.ready.values():
+                self._drop(answer, slot)
 
-    def _ask(self, reader: MapReader, position: int) -> None:
+    def _ask(self, asker: _Asker, position: int) -> None:
+        self._check_open()
+        reader = asker.reader
         indices = reader.indices(position)
         slot = self._slots.acquire(indices.nbytes + self._batch_bytes)
         self._slots.write(slot, indices.numpy().tobytes())
         job = JOB.pack(reader.epoch, position, len(indices), slot.offset, slot.nbytes)
-        self._tickets[self._pool.submit(job)] = position, slot, reader
+        self._tickets[self._pool.submit(job)] = position, slot, asker
 
-    def _collect(self, reader: MapReader, ready: dict[int, tuple[bytes, Slot, int]]) -> None:
+    def _collect(self, asker: _Asker) -> None:
+        self._check_open()
         answers = self._pool.answers(self._stall_timeout_s)
         if not answers and not self._pool.died:
-            raise self._stalled(reader)
+            raise self._stalled(asker)
         self._warn_of_deaths()
         for answer in answers:
-            position, slot, asker = self._tickets.pop(answer.ticket)
-            file = answer.files[0] if answer.files else -1
-            if asker is not reader:  # nobody wants it any more
-                self._drop(slot, file)
-            elif answer.exit_code is not None:
-                raise self._died(reader, position, answer.exit_code)
+            position, slot, whose = self._tickets.pop(answer.ticket)
+            if whose.is_gone:
+                self._drop(answer, slot)
             else:
-                ready[position] = answer.message, slot, file
+                whose.ready[position] = answer, slot
 
-    def _drop(self, slot: Slot, file: int) -> None:
-        self._slots.release(slot)
-        if file >= 0:
-            os.close(file)
-
-    def _open(self, message: bytes, slot: Slot, file: int) -> Batch:
-        is_batch, offset, nbytes, wanted_bytes = ANSWER.unpack_from(message)
+    def _open(self, asker: _Asker, answer: Answer, slot: Slot) -> Batch:
+        if answer.exit_code is not None:
+            self._slots.release(slot)
+            raise self._died(asker.reader, asker.reader.position, answer.exit_code)
+        is_batch, offset, nbytes, wanted_bytes = ANSWER.unpack_from(answer.message)
         if not is_batch:
             self._slots.release(slot)
-            raise _error_in(message[ANSWER.size :])
+            raise _error_in(answer.message[ANSWER.size :])
+        file = answer.files[0] if answer.files else -1
         if file >= 0:
             # It came by a file of its own, and a copy: make the next slots large enough.
             self._batch_bytes = max(self._batch_bytes, wanted_bytes + wanted_bytes // 8)
         return unpack(Packed(offset, nbytes, file, 0), self._slots.lend(slot))
 
+    def _drop(self, answer: Answer, slot: Slot) -> None:
+        """Take back what nobody wants any more."""
+        self._slots.release(slot)
+        for file in answer.files:
+            os.close(file)
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StageError(
+                "the worker processes were closed in the middle of an epoch. Close them after the loop.",
+                stage="fetch",
+            )
+
     def _warn_of_deaths(self) -> None:
         for ticket, exit_code in self._pool.died:
-            position, _, reader = self._tickets[ticket]
+            position, _, asker = self._tickets[ticket]
+            batch = _describe_batch(asker.reader, position)
             warnings.warn(
                 f"a worker process ended with {_describe_exit(exit_code)} while it made "
-                f"{_describe_batch(reader, position)}. Another one makes it again, with the same numbers.",
+                f"{batch}. Another one makes it again, with the same numbers.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -180,8 +207,9 @@ class Processes:
             stage="fetch",
         )
 
-    def _stalled(self, reader: MapReader) -> StallError:
-        ticket = next(each for each, job in self._tickets.items() if job[::2] == (reader.position, reader))
+    def _stalled(self, asker: _Asker) -> StallError:
+        reader = asker.reader
+        ticket = next(each for each, job in self._tickets.items() if job[::2] == (reader.position, asker))
         assert self._stall_timeout_s is not None
         error = StallError(self._stall_timeout_s, _describe_batch(reader, reader.position))
         error.stage = "fetch"
@@ -240,27 +268,13 @@ def _packed_fetcher(source: MapSource) -> tuple[Packed, dict[str, Any]]:
     try:
         packed = pack(source.fetcher, Arena(None))
     except Exception as error:
-        raise ConfigError(_unpicklable(source.fetcher.dataset, error)) from error
+        raise ConfigError(describe_unpicklable(source.fetcher.dataset, error)) from error
     try:
         skeleton = os.pread(packed.overflow, packed.nbytes, packed.offset)
         return packed, main_preparation(skeleton)
     except BaseException:
         os.close(packed.overflow)
         raise
-
-
-def _unpicklable(dataset: Any, error: Exception) -> str:
-    where = "the dataset"
-    for name, value in getattr(dataset, "__dict__", {}).items():
-        try:
-            pickle.dumps(value)
-        except Exception:
-            where = f"the dataset's attribute {name!r} ({type(value).__name__})"
-            break
-    return (
-        f"placement=process needs the dataset in a process, but {where} cannot be pickled: {error}. Make it "
-        "in __getitem__ when it is first needed, or set placement=thread."
-    )
 
 
 def _error_in(message: bytes) -> BaseException:

@@ -118,9 +118,17 @@ def _is_safe_to_take_apart(data: Any) -> bool:
     return (
         type(batches) is BatchSampler
         and type(batches.sampler) in _SAMPLERS
+        and _has_numbers(batches.sampler)
         and data.num_workers == 0
         and data.worker_init_fn is None
     )
+
+
+def _has_numbers(sampler: Any) -> bool:
+    """Say whether samples go by their number, and not by the key of a dict."""
+    if type(sampler) is not SubsetRandomSampler or isinstance(sampler.indices, torch.Tensor):
+        return True
+    return all(isinstance(index, numbers.Integral) for index in sampler.indices)
 
 
 def own_generators(*data: Any) -> list[torch.Generator]:

@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -29,8 +30,34 @@ ANSWER = struct.Struct("=?qqq")
 """Whether it is a batch; the skeleton's offset and bytes; the bytes that a slot should have had."""
 
 
+@dataclass(frozen=True)
+class TorchDefaults:
+    """Settings of a process that decide what a dataset's torch operations return."""
+
+    dtype: torch.dtype
+    matmul_precision: str
+    is_deterministic: bool
+    warns_only: bool
+
+    @classmethod
+    def of_process(cls) -> TorchDefaults:
+        """Return those of this process."""
+        return cls(
+            torch.get_default_dtype(),
+            torch.get_float32_matmul_precision(),
+            torch.are_deterministic_algorithms_enabled(),
+            torch.is_deterministic_algorithms_warn_only_enabled(),
+        )
+
+    def apply(self) -> None:
+        """Make them those of this process."""
+        torch.set_default_dtype(self.dtype)
+        torch.set_float32_matmul_precision(self.matmul_precision)
+        torch.use_deterministic_algorithms(self.is_deterministic, warn_only=self.warns_only)
+
+
 def open_worker(
-    payload: int, slots: int, stacks: int, offset: int, nbytes: int
+    payload: int, slots: int, stacks: int, offset: int, nbytes: int, defaults: TorchDefaults
 ) -> Callable[[socket.socket], None]:
     """Take the dataset, once for all workers; return what each of them runs.
 
@@ -40,10 +67,12 @@ def open_worker(
         stacks: A file to which a worker that gets SIGUSR1 writes where it stands.
         offset: Of the skeleton in the payload.
         nbytes: Of the skeleton.
+        defaults: Of the trainer's process.
 
     Runs on:
         The nursery.
     """
+    defaults.apply()
     fetcher = unpack(Packed(offset, nbytes, payload, 0), None, is_private=True)
 
     def run(requests: socket.socket) -> None:

@@ -30,7 +30,13 @@ logger = logging.getLogger("pipeline")
 
 
 class Workers(Protocol):
-    """Starts worker processes without waiting for them."""
+    """Starts worker processes without waiting for them.
+
+    Attributes:
+        num_pauses: Returns how often the loop did something else than train, such as validate.
+    """
+
+    num_pauses: Callable[[], int]
 
     def start_processes(self, num_workers: int) -> bool:
         """See that they are there or on their way; say whether they are there.
@@ -78,12 +84,15 @@ class Auto:
         """Pass on the batches of the place chosen last, and time them."""
         clock = self._clock
         core = time.thread_time if self._job is None else _nothing
+        num_pauses = self._workers.num_pauses()
         asked_s, asked_core_s = clock(), core()
         for batch in batches:
             there_s, there_core_s = clock(), core()
             yield batch
             done_s = clock()
-            self._note(there_s - asked_s, done_s - there_s, there_core_s - asked_core_s)
+            if (count := self._workers.num_pauses()) == num_pauses:
+                self._note(there_s - asked_s, done_s - there_s, there_core_s - asked_core_s)
+            num_pauses = count  # a step with a validation behind it says nothing of the place
             asked_s, asked_core_s = done_s, core()
 
     @property

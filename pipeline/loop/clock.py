@@ -18,6 +18,7 @@ class StepClock(StageClock):
     Attributes:
         num_steps: Steps ended so far.
         began_s: When the step under way began, by `time.perf_counter`.
+        num_pauses: How often the loop did something else between two steps.
         train_s: All time so far that was training: without validations and checkpoints.
 
     Runs on:
@@ -29,7 +30,7 @@ class StepClock(StageClock):
         self._train_ns = 0
         self._began_ns, self._waited_ns = self.since_ns, 0
         self.began_s = self.since_ns / 1e9
-        self.num_steps = 0
+        self.num_steps = self.num_pauses = 0
         self._cpu_due_ns = 0
 
     @property
@@ -41,6 +42,7 @@ class StepClock(StageClock):
         self.enter(DATA_WAIT)
         self._began_ns, self._waited_ns = self.since_ns, self._wall_ns[DATA_WAIT]
         self.began_s = self.since_ns / 1e9
+        self.num_pauses += 1
 
     def step_ended(self) -> tuple[int, int]:
         """End a step and begin the next with its log; return its time and its data wait, in nanoseconds."""

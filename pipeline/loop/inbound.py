@@ -77,6 +77,7 @@ class Inbound:
     Attributes:
         chooser: Of the place.
         is_training: Whether a model is trained on the batches, and not only evaluated.
+        num_pauses: Returns how often the loop did something else than train, such as validate.
 
     Runs on:
         Loop thread.
@@ -92,6 +93,7 @@ class Inbound:
         times: ThreadTimes | None = None,
     ) -> None:
         self._times, self.is_training = times, False
+        self.num_pauses: Callable[[], int] = _none
         self._source, self._transfer = source, transfer
         self.chooser: Chooser = Auto(self, source.name) if place is None else Pinned(place)
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
@@ -204,6 +206,10 @@ class Inbound:
             "Draw from torch's functions that take a generator, or set placement=process.",
             stacklevel=2,
         )
+
+
+def _none() -> int:
+    return 0
 
 
 def _closing(reader: Any, batches: Generator[Batch]) -> Generator[Batch]:

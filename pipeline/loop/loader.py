@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 from types import TracebackType
 from typing import Any
 
@@ -88,12 +89,12 @@ class Loader:
         )
         transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)
         self._inbound = Inbound(self._source, transfer, pinned_place(settings), depth, stall_timeout_s)
-        self._finalizer = weakref.finalize(self, self._inbound.close)
+        weakref.finalize(self, self._inbound.close)
         self.epoch = 0
 
     def __iter__(self) -> Iterator[Batch]:
         self.epoch += 1
-        return self._inbound.batches(self.epoch - 1, None)
+        return self._keep(self._inbound.batches(self.epoch - 1, None))
 
     def __len__(self) -> int:
         if self._source.num_batches is None:
@@ -117,5 +118,10 @@ class Loader:
         return self._inbound.chooser.report
 
     def close(self) -> None:
-        """End the worker processes, if there are any."""
-        self._finalizer()
+        """End the worker processes, if there are any; a further iteration starts them again."""
+        self._inbound.close()
+
+    def _keep(self, batches: Generator[Batch]) -> Iterator[Batch]:
+        """Hold this loader while somebody iterates: ``for batch in Loader(…)`` has no other name for it."""
+        with closing(batches):
+            yield from batches

@@ -16,11 +16,13 @@ import torch.nn.functional as F
 
 from pipeline import Trainer
 from pipeline.concurrency import SlotFile, available_cores
+from pipeline.concurrency.pool import ForkServer
 from pipeline.concurrency.shared import check_room
 from pipeline.data import Processes, as_source
+from pipeline.data.processes import MODULES
 from pipeline.errors import ConfigError, StageError, StallError, WorkerDiedError
 from pipeline.testing import InMemoryLogger
-from tests.workers import Augmented, Deadly, Failing, Hanging, UserError
+from tests.workers import Augmented, Deadly, Failing, Hanging, UserError, Verbose
 
 pytestmark = pytest.mark.usefixtures("warm_fork_server")
 
@@ -60,6 +62,28 @@ def test_the_users_exception_keeps_its_type_and_its_traceback():
         assert 'raise UserError("mine", index)' in notes
     finally:
         processes.close()
+
+
+@pytest.mark.parametrize(("text", "note"), [("é" * 100_000, None), ("short", "long" * 200_000)])
+def test_an_error_at_length_is_cut(text, note):
+    """What does not fit a message comes with the beginning of its text, and kills nobody."""
+    source, processes = processes_of(Verbose(8, text=text, note=note))
+    try:
+        with pytest.raises(RuntimeError, match="ValueError: " + text[:5]):
+            next(processes.batches(source.open(0), 4))
+    finally:
+        processes.close()
+
+
+def test_what_is_no_text_in_the_import_path_is_left_out(monkeypatch):
+    """As the interpreter does, so that a Path which somebody put there keeps no worker from its start."""
+    monkeypatch.setattr(sys, "path", [*sys.path, Path("somewhere")])
+    server = ForkServer(MODULES)
+    try:
+        with server.open_nursery() as control:
+            assert b"born" in control.recv(1 << 10)
+    finally:
+        server.close()
 
 
 @pytest.mark.parametrize(("exit_code", "text"), [(None, "signal SIGKILL, twice"), (7, "exit code 7, twice")])

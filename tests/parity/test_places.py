@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, default_collate
 
 from pipeline import Trainer
 from pipeline.data import EVALUATION_EPOCH, Processes, as_source
 from tests.textbook import assert_same_weights, build_model, seeded_batches, textbook, weights
-from tests.workers import Augmented, Deadly, Ragged, collate_ragged
+from tests.workers import Augmented, Deadly, Ragged, Surroundings, collate_ragged
 
 PLACES = [
     {"schedule": "textbook"},
@@ -142,6 +142,49 @@ def test_ragged_and_nested_batches_come_through():
         assert torch.equal(batch["sparse"].to_dense(), expected["sparse"].to_dense())
 
 
+def collate_twice(samples):
+    inputs, _ = default_collate(samples)
+    return inputs, inputs
+
+
+def test_what_shares_memory_in_a_batch_shares_it_there():
+    """A step that writes to one of two names of a tensor sees it in the other, as in a plain loop."""
+    for depth in (1, 4):  # by the overflow, and by a slot
+        for inputs, target in made_by_processes(Augmented(8), depth=depth, collate_fn=collate_twice)[0]:
+            inputs.zero_()
+            assert not target.any()
+
+
+def test_samples_may_go_by_a_key():
+    """A sampler of keys is the DataLoader's own business: it is run as it is."""
+    data = {"a": torch.zeros(2), "b": torch.ones(2)}
+    source = as_source(
+        DataLoader(data, 2, sampler=SubsetRandomSampler(["a", "b"])),
+        name="data",
+        batch_size=None,
+        shuffle=False,
+        drop_last=False,
+        collate_fn=None,
+        seed=0,
+    )
+    assert source.open(0).read().sum() == 2
+
+
+class Doubled(Subset):
+    """A user's own way to many samples at once."""
+
+    def __getitems__(self, indices):
+        return [2 * self[index] for index in indices]
+
+
+def test_a_subset_of_the_users_own_is_taken_at_its_word():
+    """A DataLoader calls its ``__getitems__``, and so does whoever takes the DataLoader apart."""
+    loader = DataLoader(Doubled(torch.ones(4), range(4)), 2)
+    arguments = {"batch_size": None, "shuffle": False, "drop_last": False, "collate_fn": None}
+    reader = as_source(loader, name="data", seed=0, **arguments).open(0)
+    assert torch.equal(reader.read(), next(iter(loader)))
+
+
 def test_batches_that_are_kept_stay_valid():
     """A slot is used again only when nobody views it: a list of all batches is right, after the end too."""
     found = made_by_processes(Augmented(40, draws=()), depth=2)[0]
@@ -201,3 +244,16 @@ def test_an_unseeded_draw_is_noticed():
         warnings.simplefilter("error")
         first, second = made_by_processes(Augmented(8), epochs=(0, 1))
     assert not torch.equal(first[0][0], second[0][0])
+
+
+def test_workers_have_the_surroundings_of_the_trainer(monkeypatch):
+    """The environment and torch's default dtype are those of now, and not of when the server started."""
+    monkeypatch.setenv("SURROUNDINGS", "7")
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        (batch,) = made_by_processes(Surroundings(4))[0]
+    finally:
+        torch.set_default_dtype(before)
+    assert batch.dtype is torch.float64
+    assert batch.flatten().tolist() == [7, 8, 9, 10]

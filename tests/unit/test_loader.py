@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 
 import pytest
 import torch
 from torch.utils.data import DataLoader
 
 from pipeline import Loader
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StageError
 from tests.textbook import seeded_batches
 from tests.workers import Augmented
 
@@ -76,3 +77,73 @@ def test_wrong_settings_are_refused():
         Loader(Augmented(8))
     with pytest.raises(TypeError, match="does not say how many"):
         len(Loader(iter([torch.zeros(2)])))
+
+
+def with_processes(data, num_workers=1, **arguments):
+    """Return a loader whose worker processes are there."""
+    loader = Loader(data, batch_size=2, placement="process", num_workers=num_workers, **arguments)
+    inbound = loader._inbound
+    inbound.start_processes(num_workers)
+    assert inbound._processes.wait_until_ready()
+    assert inbound.start_processes(num_workers)
+    return loader
+
+
+def test_loops_left_early_use_the_same_memory_again():
+    """Batches that were answered and never taken give their slots back."""
+    with with_processes(Augmented(40), depth=4) as loader:
+        processes = loader._inbound._processes
+        for _ in range(6):
+            batches = iter(loader)
+            next(batches)
+            for _ in range(3):  # its answers lie ready for the iterator that is closed
+                asker = next(iter(processes._tickets.values()))[2]
+                processes._collect(asker)
+            batches.close()
+        assert processes.num_slots <= 9
+
+
+def test_two_loops_over_one_loader_disturb_each_other_in_nothing():
+    """As with a DataLoader, each iteration has its own batches."""
+    plain = Loader(Augmented(20), batch_size=2, placement="inline")
+    expected = list(zip(plain, plain, strict=True))
+    with with_processes(Augmented(20), stall_timeout_s=20) as loader:
+        for found, other in zip(zip(loader, loader, strict=True), expected, strict=True):
+            assert torch.equal(found[0][0], other[0][0])
+            assert torch.equal(found[1][0], other[1][0])
+
+
+def test_a_loader_lives_as_long_as_its_loop():
+    """``for batch in Loader(…)`` names it nowhere else; its processes end with the loop."""
+    batches = iter(with_processes(Augmented(20)))
+    gc.collect()
+    assert len(list(batches)) == 10
+
+
+def test_closing_in_the_middle_of_an_epoch_is_told():
+    """The loop that goes on learns of it at once; a further epoch starts the processes again."""
+    with with_processes(Augmented(40)) as loader:
+        batches = iter(loader)
+        next(batches)
+    with pytest.raises(StageError, match="closed in the middle of an epoch"):
+        list(batches)
+    with loader:
+        assert len(list(loader)) == 20
+
+
+def test_a_great_depth_fills_no_socket():
+    """More batches ahead than a socket's buffer takes jobs: nobody blocks."""
+    with with_processes(Augmented(4000, draws=()), depth=3000) as loader:
+        assert len(list(loader)) == 2000
+
+
+def test_a_fork_that_ends_leaves_the_workers_alone():
+    """A child of the user's own has the same sockets, and closes the loader on its way out."""
+    with with_processes(Augmented(40)) as loader:
+        batches = iter(loader)
+        next(batches)
+        if (child := os.fork()) == 0:
+            loader.close()
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert len(list(batches)) == 19

@@ -23,6 +23,7 @@ class Machine:
         self.now_s, self.starts_after, self.fails = 0.0, starts_after, fails
         self.wanted, self.stopped, self.visited = [], 0, []
         self.is_random_access = self.is_threadable = True
+        self.pauses, self.validates_every = 0, None
 
     def start_processes(self, num_workers):
         """Be ready after so many questions."""
@@ -35,6 +36,10 @@ class Machine:
     def stop_processes(self):
         """Count."""
         self.stopped += 1
+
+    def num_pauses(self):
+        """Return how often something else was done."""
+        return self.pauses
 
     def clock(self):
         """Return the time."""
@@ -56,6 +61,9 @@ class Machine:
             for _ in auto.watch(self.batches(place)):
                 places.append(place)
                 self.now_s += self.step_ms * MS
+                if self.validates_every and len(places) % self.validates_every == 0:
+                    self.now_s += 1.0
+                    self.pauses += 1
                 if not auto.goes_on() or len(places) >= num_batches:
                     break
         return places
@@ -181,3 +189,14 @@ def test_trials_end_and_never_choose_what_is_slower(fetch_ms, step_ms, core_rati
     assert tried[best_place(tried)] <= min(tried.values()) * 1.031
     if min(tried.values()) == tried[TEXTBOOK]:
         assert best_place(tried) == TEXTBOOK
+
+
+def test_a_validation_between_two_steps_is_no_step(monkeypatch):
+    """A second every ten steps makes no place look slow, and no job look changed."""
+    machine = Machine(fetch_ms=5, step_ms=5, place_ms={INLINE: 5.1})
+    machine.validates_every = 10
+    auto = make_auto(machine, monkeypatch)
+    assert machine.run(auto, 4000)[-1] == INLINE
+    assert machine.visited[0] == TEXTBOOK
+    assert len(set(machine.visited)) == 2
+    assert TEXTBOOK not in machine.visited[1:]
