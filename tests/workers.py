@@ -17,13 +17,13 @@ class Augmented(Dataset):
     """Samples whose numbers are drawn from torch's, Python's and NumPy's global generators."""
 
     def __init__(self, count, *, draws=("torch",)):
-        self.count, self.draws = count, draws
+        self.count, self.draws, self.offset = count, draws, 0
 
     def __len__(self):
         return self.count
 
     def __getitem__(self, index):
-        sample = torch.full((6,), float(index))
+        sample = torch.full((6,), float(index + self.offset))
         if "torch" in self.draws:
             sample += torch.rand(6)
         if "python" in self.draws:
@@ -33,6 +33,16 @@ class Augmented(Dataset):
         if "dropout" in self.draws:
             sample = torch.nn.functional.dropout(sample, 0.3)
         return sample, index % 3
+
+
+class Reducing(Dataset):
+    """Samples that are sums of so many numbers that several threads share in them."""
+
+    def __len__(self):
+        return 16
+
+    def __getitem__(self, index):
+        return torch.rand(3, 224, 224).sum() + torch.rand(3, 224, 224).std()
 
 
 class Deadly(Augmented):

@@ -4,8 +4,9 @@ from pipeline.concurrency.channel import Channel, ChannelClosedError, ChannelSta
 from pipeline.concurrency.child import Child, ChildDiedError
 from pipeline.concurrency.cores import available_cores
 from pipeline.concurrency.fork_server import is_nursery, pickled_error
-from pipeline.concurrency.pool import Answer, NurseryDiedError, WorkerPool, fork_server, preparation
+from pipeline.concurrency.pool import Answer, NurseryDiedError, WorkerPool
 from pipeline.concurrency.scope import Scope, stack_of
+from pipeline.concurrency.server import fork_server, preparation
 from pipeline.concurrency.shared import HAS_SHARED_MEMORY, Slot, SlotFile, map_slots, view_file, view_slot
 from pipeline.concurrency.watchdog import watch
 from pipeline.concurrency.writer import Writer

@@ -27,7 +27,7 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from multiprocessing import spawn
 from typing import TypeAlias
 
@@ -50,9 +50,8 @@ def serve(control_file: int, owner: int, modules: list[str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries nurseries
     control, owner_file = socket.socket(fileno=control_file), os.pidfd_open(owner)
-    with _in_idle_time():
-        for name in modules:
-            importlib.import_module(name)
+    for name in modules:
+        importlib.import_module(name)
     poller = select.poll()
     for file in (control.fileno(), owner_file):
         poller.register(file, select.POLLIN)
@@ -91,9 +90,8 @@ def _nurse(control: socket.socket) -> None:
         preparation, environment, home, name, arguments = pickle.loads(message)
         os.environ.clear()
         os.environ.update(environment)
-        with _in_idle_time():
-            spawn.prepare(preparation)
-            run_worker: RunWorker = getattr(importlib.import_module(home), name)(*files, *arguments)
+        spawn.prepare(preparation)
+        run_worker: RunWorker = getattr(importlib.import_module(home), name)(*files, *arguments)
     except BaseException as error:
         with contextlib.suppress(BrokenPipeError):
             control.send(pickle.dumps(("failed", pickled_error(error))))
@@ -152,18 +150,6 @@ def _run_to_the_end(run: Callable[[], None]) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
         os._exit(code)
-
-
-@contextlib.contextmanager
-def _in_idle_time() -> Iterator[None]:
-    """Take only processor time that nobody else wants: while processes start, somebody trains."""
-    with contextlib.suppress(OSError):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
 
 
 def _die_with_parent() -> None:

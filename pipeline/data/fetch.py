@@ -75,6 +75,18 @@ class Fetcher:
             add_stage_note(error, "collate", batch=position, epoch=epoch)
             raise
 
+    def plain_state(self) -> list[tuple[str, Any]]:
+        """Return the dataset's numbers, texts and flags, and those of the datasets in it.
+
+        What a callback changes between two epochs, such as an image size, is seen by them to have changed.
+        """
+        found, dataset = [], self.dataset
+        while dataset is not None:
+            attributes = getattr(dataset, "__dict__", {})
+            found += [each for each in attributes.items() if isinstance(each[1], (bool, int, float, str))]
+            dataset = attributes.get("dataset")
+        return found
+
     def _samples(
         self, indices: Sequence[int], epoch: int, position: int, seed_sample: SeedSample
     ) -> list[Any]:

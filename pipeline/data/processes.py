@@ -48,8 +48,8 @@ class Processes:
     """
 
     def __init__(self, source: MapSource, num_workers: int, stall_timeout_s: float | None = None) -> None:
-        self._stall_timeout_s = stall_timeout_s
-        self._batch_bytes = 0
+        self._stall_timeout_s, self._batch_bytes = stall_timeout_s, 0
+        self._given = source.fetcher.plain_state()
         self._tickets: dict[int, tuple[int, Slot, _Asker]] = {}
         self._is_closed = False
         payload, prepare = _packed_fetcher(source)
@@ -89,6 +89,10 @@ class Processes:
                 f"the dataset cannot be unpickled in a process: {type(error).__name__}: {error}. Set "
                 "placement=thread, or see why with pickle.loads(pickle.dumps(dataset))."
             ) from error
+
+    def is_stale(self, source: MapSource) -> bool:
+        """Say whether the dataset is, by its plain attributes, no longer what the workers were given."""
+        return source.fetcher.plain_state() != self._given
 
     def wait_until_ready(self) -> bool:
         """Wait until the workers are there; False after the time-out."""
@@ -221,7 +225,7 @@ class Processes:
         """Have a worker write where it stands, which it does even if it never comes back from C."""
         written = os.fstat(self._stacks).st_size
         os.kill(pid, signal.SIGUSR1)
-        for _ in range(20):
+        for _ in range(100):
             if os.fstat(self._stacks).st_size > written:
                 return os.pread(self._stacks, 1 << 16, written).decode(errors="replace")
             time.sleep(0.02)  # what hangs has been waited for much longer than this

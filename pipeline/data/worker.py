@@ -38,6 +38,7 @@ class TorchDefaults:
     matmul_precision: str
     is_deterministic: bool
     warns_only: bool
+    num_threads: int
 
     @classmethod
     def of_process(cls) -> TorchDefaults:
@@ -47,13 +48,15 @@ class TorchDefaults:
             torch.get_float32_matmul_precision(),
             torch.are_deterministic_algorithms_enabled(),
             torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.get_num_threads(),
         )
 
     def apply(self) -> None:
-        """Make them those of this process."""
+        """Make them those of this process, but for the number of threads."""
         torch.set_default_dtype(self.dtype)
         torch.set_float32_matmul_precision(self.matmul_precision)
-        torch.use_deterministic_algorithms(self.is_deterministic, warn_only=self.warns_only)
+        if self.is_deterministic != torch.are_deterministic_algorithms_enabled():  # imports for a second
+            torch.use_deterministic_algorithms(self.is_deterministic, warn_only=self.warns_only)
 
 
 def open_worker(
@@ -72,13 +75,14 @@ def open_worker(
     Runs on:
         The nursery.
     """
+    torch.set_num_threads(1)  # this process forks, and must not have threads
     defaults.apply()
     fetcher = unpack(Packed(offset, nbytes, payload, 0), None, is_private=True)
 
     def run(requests: socket.socket) -> None:
-        torch.set_num_threads(1)
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
+        torch.set_num_threads(defaults.num_threads)
         Worker(fetcher, slots, requests).run()
 
     return run

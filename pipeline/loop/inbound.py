@@ -162,6 +162,8 @@ class Inbound:
         )
 
     def _made_by_processes(self, num_workers: int, reader: Reader) -> Generator[Batch]:
+        if self._processes is not None and self._processes.is_stale(self._source):  # type: ignore[arg-type]
+            self.stop_processes()  # somebody has changed the dataset: give it to them anew
         self._is_in_place = self.start_processes(num_workers)
         if not self._is_in_place:  # nobody waits for them to start
             return read_in_line(reader, self._transfer, lambda: not self.start_processes(num_workers))

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from pipeline import Trainer
 from pipeline.concurrency import SlotFile, available_cores
-from pipeline.concurrency.pool import ForkServer
+from pipeline.concurrency.server import ForkServer
 from pipeline.concurrency.shared import check_room
 from pipeline.data import Processes, as_source
 from pipeline.data.processes import MODULES

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, default_collate
 
-from pipeline import Trainer
+from pipeline import Loader, Trainer
 from pipeline.data import EVALUATION_EPOCH, Processes, as_source
 from tests.textbook import assert_same_weights, build_model, seeded_batches, textbook, weights
-from tests.workers import Augmented, Deadly, Ragged, Surroundings, collate_ragged
+from tests.workers import Augmented, Deadly, Ragged, Reducing, Surroundings, collate_ragged
 
 PLACES = [
     {"schedule": "textbook"},
@@ -236,6 +236,29 @@ def test_validation_in_the_middle_is_made_by_processes_too():
         for place in PLACES
     ]
     assert all(losses == found[0][0] for losses, _ in found[1:])
+
+
+def test_intra_op_threads_are_those_of_the_trainer():
+    """A sum over a large sample rounds as it does in the loop, with two threads as with one."""
+    torch.set_num_threads(2)
+    source = as_source(
+        Reducing(), name="data", batch_size=4, shuffle=False, drop_last=False, collate_fn=None, seed=0
+    )
+    reader = source.open(0)
+    for batch in made_by_processes(Reducing())[0]:
+        assert torch.equal(batch, reader.read())
+
+
+def test_a_dataset_that_changes_between_epochs_changes_in_its_workers():
+    """A size set by a callback, or by hand, is that of the next epoch's batches, wherever they are made."""
+    data = Augmented(12, draws=())
+    with Loader(data, batch_size=4, placement="process", num_workers=1) as loader:
+        while not loader._inbound.is_ready():
+            list(loader)
+        assert len(list(loader)) == 3
+        data.offset = 100
+        for _ in range(2):
+            assert next(iter(loader))[0][0, 0] == 100
 
 
 def test_an_unseeded_draw_is_noticed():
