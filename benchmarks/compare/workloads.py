@@ -140,6 +140,9 @@ class Workload:
 
 WORKLOADS = (
     Workload("python", "pure-Python samples: tokenising, parsing", tokenise),
+    Workload(
+        "balanced", "pure Python that takes as long as the step", tokenise, batch_size=48, num_layers=8
+    ),
     Workload("jpeg", "JPEG decode and augment", decode),
     Workload("numpy", "NumPy augment", augment),
     Workload("storage", "storage with 2 to 20 ms a sample", store, batch_size=8, num_batches=16),

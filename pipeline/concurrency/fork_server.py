@@ -49,7 +49,10 @@ def serve(control_file: int, owner: int, modules: list[str]) -> None:
     """Fork a nursery for each message, until the owner is gone; runs in the fork server."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries nurseries
-    control, owner_file = socket.socket(fileno=control_file), os.pidfd_open(owner)
+    try:
+        control, owner_file = socket.socket(fileno=control_file), os.pidfd_open(owner)
+    except ProcessLookupError:
+        return  # it has ended already
     for name in modules:
         importlib.import_module(name)
     poller = select.poll()

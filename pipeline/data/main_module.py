@@ -43,8 +43,8 @@ def main_preparation(skeleton: bytes) -> dict[str, Any]:
     if path is None or not os.path.exists(path):
         raise ConfigError(
             "placement=process needs the dataset in a process, but its class or a function of it is "
-            "defined in a notebook or an interactive session, which a process cannot import. Move it to a "
-            "module, or set placement=thread."
+            "defined in a notebook, an interactive session or a script read from standard input, which a "
+            "process cannot import. Move it to a module, or set placement=thread."
         )
     if not _is_guarded(path):
         raise ConfigError(

@@ -105,14 +105,16 @@ class Auto:
         """What was chosen, and why."""
         job = self._job
         tried_ms = {str(place): ms for place, ms in self._tried.items()}
-        times = (None,) * 3 if job is None else (job.fetch_ms, job.fetch_core_ms, job.step_ms)
-        return PlacementReport(str(self._place), self._reason, tried_ms, *times)
+        times = {} if job is None else {name: getattr(job, name) for name in _TIMES}
+        return PlacementReport(
+            str(self._place), self._reason, tried_ms=tried_ms, obstacle=self._obstacle, **times
+        )
 
     def _look(self) -> None:
         """Begin again, in the textbook loop."""
         self._tried = {}
         self._job: Job | None = None
-        self._has_processes, self._wanted_processes = True, 0
+        self._has_processes, self._wanted_processes, self._obstacle = True, 0, ""
         self._reason = "too short to tell: the first batches are timed in the textbook loop"
         self._begin(TEXTBOOK)
 
@@ -186,6 +188,7 @@ class Auto:
         while (trial := next_trial(self._job, self._tried)) is not None:
             has_started = trial.name != "process" or self._start_processes(trial.num_workers)
             if has_started:
+                self._reason = "still being tried"
                 self._begin(trial)
                 return
             if has_started is False:  # not yet: the best place so far, until they are there
@@ -210,6 +213,7 @@ class Auto:
             return self._workers.start_processes(num_workers)
         except PipelineError as error:
             logger.info("%s: no worker processes: %s", self._name, error)
+            self._obstacle = str(error)
             self._has_processes = False
             return None
 
@@ -234,6 +238,7 @@ class Auto:
 
 
 _THREADS = ("inline", "thread")
+_TIMES = ("fetch_ms", "fetch_core_ms", "step_ms")
 
 
 def _nothing() -> float:

@@ -26,8 +26,8 @@ MAX_WINDOWS = 3
 MIN_SAMPLES = 200
 CONVOY_RATIO = 0.1  # of the loop's time lost to the GIL: worth a warning
 ADVICE = {
-    "prefetch": "Batches are made by Python code on a prefetch thread: set placement='process', where it has "
-    "a GIL of its own, or leave it at 'auto', which tries what is best.",
+    "prefetch": "Batches are made by Python code on a prefetch thread: with placement='process' it has a GIL "
+    "of its own, and placement='auto' moves it there where that pays.",
     "writer": "Loggers run much Python on the writer thread: set log_every_n_steps higher.",
 }
 OTHER_ADVICE = (

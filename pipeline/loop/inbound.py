@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Generator
 from contextlib import closing
+from dataclasses import replace
 from typing import Any, Protocol
 
 from pipeline.batch import Batch
@@ -100,6 +101,7 @@ class Inbound:
         self._opened: Reader | None = None
         self._processes: Processes | None = None
         self._has_warned = self._is_in_place = False
+        self._num_in_line = 0
 
     def batches(self, epoch: int, max_batches: int | None, start: int = 0) -> Generator[Batch]:
         """Open an epoch, at once, and return its batches, those before `start` left out."""
@@ -166,7 +168,8 @@ class Inbound:
             self.stop_processes()  # somebody has changed the dataset: give it to them anew
         self._is_in_place = self.start_processes(num_workers)
         if not self._is_in_place:  # nobody waits for them to start
-            return read_in_line(reader, self._transfer, lambda: not self.start_processes(num_workers))
+            in_line = read_in_line(reader, self._transfer, lambda: not self.start_processes(num_workers))
+            return self._counted(in_line)
         assert isinstance(reader, MapReader)
         assert self._processes is not None
         processes = self._processes
@@ -175,6 +178,24 @@ class Inbound:
         if self._transfer.runs_ahead:
             return _closing(made, read_ahead(made, self._transfer, 2, stall_timeout_s=self._stall_timeout_s))
         return _closing(made, read_in_line(made, self._transfer))
+
+    def _counted(self, batches: Generator[Batch]) -> Generator[Batch]:
+        with closing(batches):
+            for batch in batches:
+                self._num_in_line += 1
+                yield batch
+
+    @property
+    def placement(self) -> PlacementReport:
+        """Where batches are made, and why; and how many were made elsewhere until processes had started."""
+        report = self.chooser.report
+        if not self._num_in_line:
+            return report
+        waited = (
+            f"the first {self._num_in_line} batches were made on the loop thread, while processes started"
+        )
+        place = report.place if self._is_in_place else "textbook"
+        return replace(report, place=place, reason=f"{report.reason}; {waited}")
 
     def start_processes(self, num_workers: int) -> bool:
         """See that worker processes are there or on their way; say whether they are there.

@@ -115,7 +115,7 @@ class Loader:
     @property
     def placement(self) -> PlacementReport:
         """Where batches are made now, and why."""
-        return self._inbound.chooser.report
+        return self._inbound.placement
 
     def close(self) -> None:
         """End the worker processes, if there are any; a further iteration starts them again."""

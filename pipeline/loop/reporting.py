@@ -62,8 +62,8 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
     )
     cost, gain = step_cost(clocks), None if belts.meter is None else belts.meter.gain()
     cost = _undisturbed(_as_measured(cost, placement, settings.accumulate_grad_batches), belts)
-    tried = {place.split()[0] for place in placement.tried_ms}
-    settable = {"textbook", *get_args(Placement)} - tried
+    is_auto = settings.placement == "auto" and settings.schedule == "auto"  # it has tried what there is
+    settable = set() if is_auto else {"textbook", *get_args(Placement)}
     cores = {"num_cores": num_cores, "num_workers": settings.num_workers or num_cores}
     # What a batch costs is not known here while worker processes make them.
     predictions = () if cost is None or where == "process" else predict_all(cost, **cores)
@@ -85,7 +85,7 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
         predictions=predictions,
         gain=gain,
         verdict=describe(step_ms, wait_ms, cost, where, gain),
-        advice=advise(step_ms, cost, where, predictions, settable, gain),
+        advice=placement.obstacle or advise(step_ms, cost, where, predictions, settable, gain),
         placement=placement,
         series=make_series(journal.step_s, journal.wait_s, run.state.step - num_steps),
         lanes=_lanes(run, belts, device, names),
@@ -95,6 +95,8 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
 
 def publish(report: RunReport, settings: Any, run_dir: Path | None) -> None:
     """Write a run's report to its folder, and show it where a bar is shown; never ends a run badly."""
+    if not report.facts["num_steps"]:
+        return  # a run that had ended before: its report stays
     try:
         if run_dir is not None:
             (run_dir / "report.json").write_text(to_json(report))

@@ -73,7 +73,7 @@ class Belts:
     @property
     def placement(self) -> PlacementReport:
         """Where the batches of the training are made, and why."""
-        return next(each for each in self._inbound if each.is_training).chooser.report
+        return next(each for each in self._inbound if each.is_training).placement
 
     def close(self) -> None:
         """End what the inbound belts keep from epoch to epoch, such as processes."""

@@ -17,6 +17,7 @@ class PlacementReport:
             the user's choice.
         fetch_core_ms: How much of that was on a core.
         step_ms: Training on it there.
+        obstacle: Why worker processes, which promised most, could not be tried; empty if that is not so.
     """
 
     place: str
@@ -25,6 +26,7 @@ class PlacementReport:
     fetch_ms: float | None = None
     fetch_core_ms: float | None = None
     step_ms: float | None = None
+    obstacle: str = ""
 
     @property
     def name(self) -> str:

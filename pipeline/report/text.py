@@ -18,6 +18,10 @@ def to_text(report: RunReport) -> str:
     if report.predictions:
         places = (f"{each.where} {_span(each.low_ms, each.high_ms)}" for each in report.predictions)
         lines.append(f"predict  ms a step: {', '.join(places)}")
+    if report.gain is None and report.settings.get("measure_gain"):
+        lines.append(
+            "gain     not measured: the run or its epochs were too short; it begins when the place is settled"
+        )
     lines.append(f"verdict  {report.verdict}")
     lines.append(f"next     {report.advice or 'nothing to change'}")
     return "\n".join(lines)
@@ -26,7 +30,7 @@ def to_text(report: RunReport) -> str:
 def _headline(report: RunReport) -> str:
     facts = report.facts
     return (
-        f"{facts['num_steps']} steps in {facts['train_s']:.1f} s, {facts['schedule']} on {facts['device']}: "
+        f"{facts['num_steps']} steps in {facts['train_s']:.1f} s on {facts['device']}: "
         f"{report.step_ms:.2f} ms a step, {report.samples_per_s:,.0f} samples/s"
     )
 

@@ -131,7 +131,7 @@ def report(*shares, wall_s=2.0):
 @pytest.mark.parametrize(
     ("holder", "advice"),
     [
-        ("prefetch/fetch", "schedule='textbook'"),
+        ("prefetch/fetch", "placement='process'"),
         ("writer/log", "log_every_n_steps"),
         ("tokenizer", "setswitchinterval"),
     ],
