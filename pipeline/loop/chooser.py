@@ -16,7 +16,7 @@ from pipeline.batch import Batch
 from pipeline.concurrency import available_cores
 from pipeline.data import Reader
 from pipeline.errors import PipelineError
-from pipeline.loop.placement import TEXTBOOK, Job, Place, best_place, next_trial
+from pipeline.loop.placement import TEXTBOOK, Job, Place, best_place, is_doubtful, next_trial
 from pipeline.report.placement import PlacementReport
 
 LOOK_S, TRIAL_S, WATCH_S = 0.05, 0.3, 2.0
@@ -63,7 +63,7 @@ class Auto:
 
     def __init__(self, workers: Workers, name: str, clock: Callable[[], float] = time.perf_counter) -> None:
         self._workers, self._name, self._clock = workers, name, clock
-        self._pause_s, self._settled_s = FIRST_PAUSE_S, 0.0
+        self._pause_s, self._settled_s, self._is_doubtful = FIRST_PAUSE_S, 0.0, False
         self._tried: dict[Place, float] = {}
         self._look()
 
@@ -165,7 +165,8 @@ class Auto:
         is_slow = spent_s * 1e3 > CHANGED_RATIO * settled_ms * self._num_batches
         self._num_slow = self._num_slow + 1 if is_slow else 0
         self._restart(0)
-        if self._num_slow < 2 or self._clock() - self._settled_s < self._pause_s:
+        has_reason = self._num_slow >= 2 or self._is_doubtful
+        if not has_reason or self._clock() - self._settled_s < self._pause_s:
             return False
         self._pause_s *= 2
         self._job = None
@@ -176,7 +177,7 @@ class Auto:
         if self._settled_ms is None:
             self._tried[self._place] = 1e3 * (self._wait_s + self._step_s) / self._num_batches
         elif self._job is None:
-            logger.info("%s: the job has changed; it is measured again", self._name)
+            logger.info("%s: measured again", self._name)
             self._look()
             return
         self._move(reader)
@@ -220,7 +221,7 @@ class Auto:
     def _settle(self) -> None:
         assert self._job is not None
         place = best_place(self._tried)
-        self._settled_s = self._clock()
+        self._settled_s, self._is_doubtful = self._clock(), is_doubtful(self._job, self._tried)
         self._begin(place, settled_ms=self._tried[place])
         if self._wanted_processes:
             self._reason = "until worker processes have started"

@@ -191,9 +191,7 @@ class Inbound:
         report = self.chooser.report
         if not self._num_in_line:
             return report
-        waited = (
-            f"the first {self._num_in_line} batches were made on the loop thread, while processes started"
-        )
+        waited = f"{self._num_in_line} made by the loop thread, while processes started"
         place = report.place if self._is_in_place else "textbook"
         return replace(report, place=place, reason=f"{report.reason}; {waited}")
 

@@ -22,6 +22,7 @@ from pipeline.settings import PlaceName
 
 MIN_GAIN = 0.03  # of a step; less is in the noise, and the simpler place is kept
 MIN_PROCESS_GAIN = 0.08  # processes have a price besides: memory, and seconds to start
+DOUBTFUL_RATIO = 1.2
 MAX_THREADS = 32
 LATENCY_RATIO = 0.5  # from here on making a batch is waiting, which any number of threads can do
 
@@ -89,6 +90,15 @@ def best_place(tried: Mapping[Place, float]) -> Place:
     good = [place for place, ms in tried.items() if ms <= best_ms * (1 + MIN_GAIN)]
     simplest_first = ("textbook", "inline", "thread", "process")
     return min(good, key=lambda place: (simplest_first.index(place.name), place.num_workers))
+
+
+def is_doubtful(job: Job, tried: Mapping[Place, float]) -> bool:
+    """Say whether the best place falls so short of what was promised that it should be tried again some time.
+
+    Something else may have taken the cores while the places were tried.
+    """
+    promised = _candidates(job, {TEXTBOOK: tried[TEXTBOOK]}).values()
+    return min(tried.values()) > DOUBTFUL_RATIO * min(promised, default=math.inf)
 
 
 def _candidates(job: Job, tried: Mapping[Place, float]) -> dict[Place, float]:

@@ -147,3 +147,11 @@ def test_a_fork_that_ends_leaves_the_workers_alone():
             os._exit(0)
         assert os.waitpid(child, 0)[1] == 0
         assert len(list(batches)) == 19
+
+
+def test_what_the_loop_thread_made_meanwhile_is_said():
+    """A pinned place that was not there yet is not reported as if it had been."""
+    with Loader(Augmented(8), batch_size=4, placement="process", num_workers=1) as loader:
+        next(iter(loader))
+        assert loader.placement.place == "textbook"
+        assert "by the settings; 1 made by the loop thread, while processes started" in str(loader.placement)

@@ -161,6 +161,15 @@ def test_a_job_that_changes_is_measured_again(monkeypatch):
     assert len(machine.visited) < 12
 
 
+def test_a_choice_made_on_a_busy_machine_is_made_again(monkeypatch):
+    """While another program has the cores nothing helps; later the same place is tried again, and kept."""
+    machine = Machine(fetch_ms=10, step_ms=10, place_ms={INLINE: 20.5, Place("process", 1): 30})
+    auto = make_auto(machine, monkeypatch)
+    assert machine.run(auto, 300)[-1] == TEXTBOOK
+    machine.place_ms[Place("process", 1)] = 10.6
+    assert machine.run(auto, 2000)[-1] == Place("process", 1)
+
+
 def test_a_dataset_that_threads_cannot_read_goes_to_processes(monkeypatch):
     """A draw that no thread can isolate is met in the middle of a run: batches are made elsewhere."""
     machine = Machine(fetch_ms=10, step_ms=10, place_ms={INLINE: 10.3, Place("process", 1): 10.6})
