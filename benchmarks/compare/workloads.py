@@ -141,7 +141,7 @@ class Workload:
 WORKLOADS = (
     Workload("python", "pure-Python samples: tokenising, parsing", tokenise),
     Workload(
-        "balanced", "pure Python that takes as long as the step", tokenise, batch_size=48, num_layers=8
+        "balanced", "pure Python that takes as long as the step", tokenise, batch_size=48, num_layers=5
     ),
     Workload("jpeg", "JPEG decode and augment", decode),
     Workload("numpy", "NumPy augment", augment),
