@@ -41,9 +41,9 @@ def one_intra_op_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="session", autouse=True)
 def warm_fork_server() -> Iterator[None]:
-    """Share one fork server: it imports torch, which takes two seconds."""
+    """Share one fork server, which `auto` may start in any test: it imports torch for seconds."""
     server = fork_server(MODULES)
     yield
     server.close()

@@ -44,7 +44,6 @@ def python_blocks():
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
 
 
-@pytest.mark.usefixtures("warm_fork_server")  # placement=auto may start it
 @pytest.mark.parametrize("number", range(len(python_blocks())))
 def test_the_readmes_examples_run(number, capsys):
     """What the README shows can be pasted into an empty file and run."""

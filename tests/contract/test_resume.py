@@ -37,7 +37,6 @@ STOPS = [
     (belt, stop) for belt in BELTS for stop in range(1, 21) if belt != "overlap-process" or stop % 4 == 3
 ]
 OTHER = dict(zip(BELTS, [*list(BELTS)[1:], next(iter(BELTS))], strict=True))
-pytestmark = pytest.mark.usefixtures("warm_fork_server")
 CHANGING = ("time/", "gil/", "rate/", "memory/")
 
 

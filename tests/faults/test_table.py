@@ -41,7 +41,6 @@ from tests.faults.cells import (
 IN_THIS_PROCESS = [place for place in PLACES if place != "overlap-process"]
 AHEAD = [place for place in PLACES if place != "textbook"]
 every_place = pytest.mark.parametrize("place", PLACES)
-pytestmark = pytest.mark.usefixtures("warm_fork_server")
 
 
 @pytest.fixture(autouse=True)
@@ -203,7 +202,8 @@ def test_a_transfer_that_raises(tmp_path, whole, place):
     method = "move" if place == "textbook" else "copy_in"
     with pytest.raises(UserError):
         fit(place, tmp_path, device=simulated(method, 7))
-    check_what_is_left(place, tmp_path, whole, least=2)
+    # Threads copy side by side: the seventh copy may belong to the second batch already.
+    check_what_is_left(place, tmp_path, whole, least=1 if place == "overlap-thread" else 2)
 
 
 def broken_optimizer(model, optimizer):

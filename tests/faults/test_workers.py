@@ -24,8 +24,6 @@ from pipeline.errors import ConfigError, StageError, StallError, WorkerDiedError
 from pipeline.testing import InMemoryLogger
 from tests.workers import Augmented, Deadly, Failing, Hanging, UserError, Verbose
 
-pytestmark = pytest.mark.usefixtures("warm_fork_server")
-
 
 def processes_of(data, *, num_workers=2, stall_timeout_s=60, **arguments):
     """Return a source and its worker processes, ready."""

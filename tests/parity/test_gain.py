@@ -66,7 +66,6 @@ def fit(data=None, **settings):
         {"schedule": "overlap", "device": "simulated"},
     ],
 )
-@pytest.mark.usefixtures("warm_fork_server")
 def test_measuring_does_not_touch_the_numbers(short_windows, settings):
     """Losses and weights are those of the textbook loop, bit for bit, over many changes of schedule."""
     is_simulated = settings.get("device") == "simulated"

@@ -23,8 +23,6 @@ PLACES = [
     {"placement": "process", "num_workers": 2},
 ]
 
-pytestmark = pytest.mark.usefixtures("warm_fork_server")
-
 
 def run(data, place, *, epochs=2, model="dropout", **arguments):
     """Train; return the losses and weights."""

@@ -15,8 +15,6 @@ from pipeline.errors import ConfigError, StageError
 from tests.textbook import seeded_batches
 from tests.workers import Augmented
 
-pytestmark = pytest.mark.usefixtures("warm_fork_server")
-
 
 @pytest.mark.parametrize("placement", ["auto", "inline", "thread", "process"])
 def test_batches_are_those_of_a_plain_loop(placement):
