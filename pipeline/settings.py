@@ -94,12 +94,13 @@ class Settings:
             ``nonfinite.jsonl`` in the run folder has the samples.
         schedule: ``textbook`` fetches, steps, reads the loss and logs, one after the other on one
             thread. ``overlap`` fetches ahead on a prefetch thread and reads and logs behind on a
-            writer thread. Losses and weights are the same. ``auto`` is overlap on a device that
-            runs ahead of the host, and textbook on one that does not, where a thread would compete
-            with the step for the cores and the GIL.
+            writer thread. Losses and weights are the same. ``auto`` reads and logs behind the loop on a
+            device that runs ahead of the host, at each step on one that does not, and leaves where
+            batches are made to `placement`.
         placement: Where batches are made: ``inline``, on the prefetch thread; ``thread``, on several, which
             is for work that releases the GIL; ``process``, in worker processes, for work that holds it.
-            The batches are the same.
+            ``auto`` tries on the run which is fastest, the loop thread included (with ``schedule=overlap``
+            it is ``inline``). The batches are the same.
         num_workers: Threads or processes; 0 is as many as there are cores for this process.
         prefetch_depth: Batches that may wait for the loop.
         max_steps_in_flight: Steps that may be queued on the device before the loop waits.
