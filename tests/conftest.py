@@ -44,9 +44,9 @@ def one_intra_op_thread() -> Iterator[None]:
 @pytest.fixture(scope="session", autouse=True)
 def warm_fork_server() -> Iterator[None]:
     """Share one fork server, which `auto` may start in any test: it imports torch for seconds."""
-    server = fork_server(MODULES)
+    fork_server(MODULES)
     yield
-    server.close()
+    fork_server(MODULES).close()
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +80,7 @@ def alive() -> dict[str, set[str]]:
 @pytest.fixture(autouse=True)
 def nothing_left_behind() -> Iterator[None]:
     """Fail a test that leaves a thread, a process, a shared-memory block or an open file."""
+    fork_server(MODULES)  # a test may have ended the one that all share
     before = alive()
     yield
     gc.collect()

@@ -59,6 +59,10 @@ class ForkServer:
             socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
         return ours
 
+    def let_go(self) -> None:
+        """Close what this process has of a server that has ended, or that is another process's."""
+        self._control.close()
+
     def close(self) -> None:
         """End it, and wait for it."""
         self._control.shutdown(socket.SHUT_RDWR)  # a fork of this process may have the socket too
@@ -74,7 +78,10 @@ def fork_server(modules: Sequence[str] = ()) -> ForkServer:
     """Return the process's fork server, started if there is none."""
     global _server
     with _server_lock:
-        if _server is None or not _server.is_usable:
+        if _server is not None and not _server.is_usable:
+            _server.let_go()
+            _server = None
+        if _server is None:
             _server = ForkServer(modules)
         return _server
 
