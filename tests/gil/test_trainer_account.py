@@ -69,7 +69,7 @@ def test_the_loggers_get_the_shares_of_the_loop(monkeypatch):
     """Every ten seconds; here at every step."""
     monkeypatch.setattr("pipeline.loop.gil.LOG_NS", 0)
     logger = InMemoryLogger()
-    fit(gil="account", loggers=[logger], max_epochs=30)
+    fit(gil="account", loggers=[logger], max_epochs=120)
     rows = [row.values for row in logger.rows if "gil/held_ratio" in row.values]
     kinds = ("held", "waiting", "native", "blocked")
     assert sum(rows[-1][f"gil/{kind}_ratio"] for kind in kinds) == pytest.approx(1)
