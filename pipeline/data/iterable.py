@@ -107,11 +107,15 @@ class IterableReader:
         self.states: deque[tuple[int, Any]] = deque(maxlen=_KEPT_STATES)
 
     @property
+    def is_known(self) -> bool:
+        return self.position > self._first
+
+    @property
     def is_threadable(self) -> bool:
         return not self._source.unhookable
 
     def first(self) -> Batch:
-        if self._mode is None or self.position > self._first:
+        if self._mode is None or self.is_known:
             return self.read()
         listener, watch = GeneratorMode(None), Watch(global_generators()[1:])  # torch's moves anyway
         watch.start()

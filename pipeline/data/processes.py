@@ -242,7 +242,7 @@ class ProcessReader:
         goes_on: Asked before each further batch is; once not, those asked for are the last.
     """
 
-    is_random_access, is_threadable = False, True
+    is_random_access, is_threadable, is_known = False, True, True
 
     def __init__(
         self, processes: Processes, reader: MapReader, depth: int, goes_on: Callable[[], bool]

@@ -31,6 +31,7 @@ class Reader(Protocol):
     Attributes:
         position: Of the batch that is made next, in its epoch; counted from 0.
         is_random_access: Whether batches may be made in any order, by several threads.
+        is_known: Whether all is known that `first` would find out.
     """
 
     position: int
@@ -55,6 +56,9 @@ class Reader(Protocol):
 
     def close(self) -> None:
         """Let go of what the epoch holds; nothing is read afterwards."""
+
+    @property
+    def is_known(self) -> bool: ...
 
     @property
     def is_threadable(self) -> bool:
@@ -126,7 +130,11 @@ class MapReader:
         self._source, self._plan, self.epoch = source, plan, epoch
         self.num_batches = num_batches
         self._randomness = source.randomness
-        self.position = start
+        self.position, self._is_probed = start, False
+
+    @property
+    def is_known(self) -> bool:
+        return self._is_probed and not self._randomness.suspects
 
     @property
     def is_threadable(self) -> bool:
@@ -137,6 +145,7 @@ class MapReader:
         return self.position >= self.num_batches
 
     def first(self) -> Batch:
+        self._is_probed = True
         if self.is_threadable and not self._randomness.suspects:
             try:
                 return self._next(self._randomness.probe)

@@ -65,15 +65,17 @@ class Auto:
         self._workers, self._name, self._clock = workers, name, clock
         self._pause_s, self._settled_s, self._is_doubtful = FIRST_PAUSE_S, 0.0, False
         self._tried: dict[Place, float] = {}
+        self._place = TEXTBOOK
+        self._reader: Reader | None = None
         self._look()
 
     def choose(self, reader: Reader) -> Place:
         """Return a place for the batches from here on."""
-        if self._is_over:
-            self._record(reader)
+        self._reader, self._is_over = reader, False
         if self._place.name in ("inline", "thread") and not reader.is_threadable:
             self._tried = {place: ms for place, ms in self._tried.items() if place.name not in _THREADS}
             self._move(reader)
+            self._is_over = False
         return self._place
 
     def goes_on(self) -> bool:
@@ -82,8 +84,7 @@ class Auto:
 
     def watch(self, batches: Generator[Batch]) -> Generator[Batch]:
         """Pass on the batches of the place chosen last, and time them."""
-        clock = self._clock
-        core = time.thread_time if self._job is None else _nothing
+        clock, core = self._clock, self._core_s
         num_pauses = self._workers.num_pauses()
         asked_s, asked_core_s = clock(), core()
         for batch in batches:
@@ -120,8 +121,8 @@ class Auto:
 
     def _begin(self, place: Place, *, settled_ms: float | None = None) -> None:
         """Begin to time a place; one that was settled on only in order to see it change."""
-        self._place, self._settled_ms, self._num_slow = place, settled_ms, 0
-        self._is_over, self._trial_s = False, 0.0
+        self._is_over = place != self._place  # else it goes on, with its threads and what they have made
+        self._place, self._settled_ms, self._num_slow, self._trial_s = place, settled_ms, 0, 0.0
         self._restart(-WARM_UP_BATCHES)
 
     def _restart(self, num_batches: int) -> None:
@@ -134,14 +135,19 @@ class Auto:
         self._num_batches += 1
         if self._is_hopeless(wait_s + step_s):
             self._num_batches, self._wait_s, self._step_s = 1, wait_s, step_s
-            self._is_over = True
+            self._record()
             return
         if self._num_batches <= 0:
             return
         self._wait_s += wait_s
         self._step_s += step_s
         self._wait_core_s += wait_core_s
-        self._is_over = self._is_timed() if self._settled_ms is None else self._has_news(self._settled_ms)
+        if self._is_timed() if self._settled_ms is None else self._has_news(self._settled_ms):
+            self._record()
+
+    def _core_s(self) -> float:
+        """Return what this thread was on a core, as long as that is of interest."""
+        return time.thread_time() if self._job is None else 0.0
 
     def _is_timed(self) -> bool:
         """Say whether the place that is tried has been timed."""
@@ -172,7 +178,7 @@ class Auto:
         self._job = None
         return True
 
-    def _record(self, reader: Reader) -> None:
+    def _record(self) -> None:
         """Write down what the time in the place has shown, and go on."""
         if self._settled_ms is None:
             self._tried[self._place] = 1e3 * (self._wait_s + self._step_s) / self._num_batches
@@ -180,7 +186,8 @@ class Auto:
             logger.info("%s: measured again", self._name)
             self._look()
             return
-        self._move(reader)
+        assert self._reader is not None
+        self._move(self._reader)
 
     def _move(self, reader: Reader) -> None:
         """Begin the next trial, or settle."""
@@ -240,7 +247,3 @@ class Auto:
 
 _THREADS = ("inline", "thread")
 _TIMES = ("fetch_ms", "fetch_core_ms", "step_ms")
-
-
-def _nothing() -> float:
-    return 0.0

@@ -55,8 +55,8 @@ def read_ahead(
 ) -> Generator[Batch]:
     """Yield the same batches, made ahead by threads that end with the generator.
 
-    The first one is made on the loop thread, which shows whether a thread can make more. It ends when the
-    epoch does, or before a batch that only the loop thread can make.
+    An epoch's first one is made on the loop thread, which shows whether a thread can make more. It ends when
+    the epoch does, or before a batch that only the loop thread can make.
 
     Args:
         reader: One epoch's batches.
@@ -74,12 +74,14 @@ def read_ahead(
     Runs on:
         Loop thread; blocks, with the GIL released, while no batch is there.
     """
-    if (batch := reader.first()) is END:
-        return
-    first = transfer.send(batch, is_fresh=is_fresh)
-    if not reader.is_threadable:
-        yield transfer.receive(first)
-        return
+    first = []
+    if not reader.is_known:
+        if (batch := reader.first()) is END:
+            return
+        first.append(transfer.send(batch, is_fresh=is_fresh))
+        if not reader.is_threadable:
+            yield transfer.receive(first.pop())
+            return
     with Scope(stall_timeout_s) as scope:
         channel: Channel[Any] = Channel(depth, start=reader.position, stall_timeout_s=stall_timeout_s)
         makers: dict[int, threading.Thread] = {}
@@ -93,7 +95,8 @@ def read_ahead(
             scope.start(fill, name=f"prefetch/{number}" if number else "prefetch", stop=channel.abandon)
             for number in range(num_threads)
         ]
-        yield transfer.receive(first)
+        if first:
+            yield transfer.receive(first.pop())
         with locating(lambda: makers.get(channel.position, threads[0])):
             for sent in channel:
                 yield transfer.receive(sent)
