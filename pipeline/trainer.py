@@ -140,9 +140,11 @@ class Trainer(Settings):
             )
             stack.enter_context(group.closing())
             stack.callback((clock := StepClock()).leave)
+            told = CallbackList(callbacks)
             train_step = wiring.make_step(
-                self, state, called_model, objective, belts.backend, scheduler_interval, clock, train_metrics
-            )
+                self, state, called_model, objective, belts.backend, scheduler_interval, clock, train_metrics,
+                keeps_tensors=told.has_step_listeners,
+            )  # fmt: skip
             journal = wiring.make_journal(self, state, group, belts.device, train_step)
             detector = wiring.make_detector(self, belts.backend, state)
             collector = wiring.make_collector(self)
@@ -159,7 +161,7 @@ class Trainer(Settings):
                 outbound=outbound,
                 journal=journal,
                 limiter=belts.limiter(self.max_steps_in_flight),
-                callbacks=CallbackList(callbacks),
+                callbacks=told,
                 saver=wiring.make_saver(self, opened.folder, belts.backend, rows, belts.schedule),
                 checkpoint=opened.checkpoint,
                 run_dir=run_dir,

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch.utils.data import Subset, TensorDataset, default_collate
 
 from pipeline.batch import Batch
+from pipeline.data.collate import collate_samples
 from pipeline.errors import StageError, add_stage_note
 from pipeline.gil import stage
 from pipeline.seeding import sample_seed
 
 CollateFn: TypeAlias = Callable[[list[Any]], Batch]
-SeedSample: TypeAlias = Callable[[int], None]
+SeedSample: TypeAlias = Callable[[Callable[[], int]], None]
+"""Told before a sample is made; calls what it is given for the sample's seed, if it needs it."""
 
 FETCHING, COLLATING = stage("fetch"), stage("collate")
 
@@ -45,7 +48,7 @@ class Fetcher:
         indices: torch.Tensor,
         epoch: int,
         position: int,
-        seed_sample: SeedSample,
+        seed_sample: SeedSample | None,
         default_collate_fn: CollateFn | None = None,
     ) -> Batch:
         """Make the batch of these samples.
@@ -54,7 +57,7 @@ class Fetcher:
             indices: int64 ``[B]``.
             epoch: Counted from 0.
             position: The batch's place in its epoch, for the note on an error.
-            seed_sample: Called with each sample's seed before that sample is made.
+            seed_sample: Told before each sample is made; None where nothing is seeded.
             default_collate_fn: What stands in for torch's `default_collate`, and does the same.
 
         Raises:
@@ -69,8 +72,9 @@ class Fetcher:
             samples = self._samples(indices.tolist(), epoch, position, seed_sample)
         try:
             with COLLATING:
-                collate = default_collate_fn if self.makes_fresh_batches else None
-                return (collate or self._collate_fn)(samples)
+                if self.makes_fresh_batches:
+                    return (default_collate_fn or collate_samples)(samples)
+                return self._collate_fn(samples)
         except Exception as error:
             add_stage_note(error, "collate", batch=position, epoch=epoch)
             raise
@@ -88,17 +92,19 @@ class Fetcher:
         return found
 
     def _samples(
-        self, indices: Sequence[int], epoch: int, position: int, seed_sample: SeedSample
+        self, indices: Sequence[int], epoch: int, position: int, seed_sample: SeedSample | None
     ) -> list[Any]:
         index: int | None = None
         try:
             if self._has_getitems:
-                seed_sample(sample_seed(self._seed, epoch, indices[0]))
+                if seed_sample is not None:
+                    seed_sample(partial(sample_seed, self._seed, epoch, indices[0]))
                 return list(self.dataset.__getitems__(list(indices)))
-            samples = []
+            samples, dataset = [], self.dataset
             for index in indices:
-                seed_sample(sample_seed(self._seed, epoch, index))
-                samples.append(self.dataset[index])
+                if seed_sample is not None:
+                    seed_sample(partial(sample_seed, self._seed, epoch, index))
+                samples.append(dataset[index])
             return samples
         except Exception as error:
             add_stage_note(error, "fetch", index=index, batch=position, epoch=epoch)

@@ -35,7 +35,9 @@ from torch.overrides import TorchFunctionMode
 from pipeline.data.generators import GlobalGenerator, TorchGenerator, Watch, global_generators
 
 Made = TypeVar("Made")
-Make = Callable[[Callable[[int], None]], Made]
+Seed = Callable[[], int]
+"""Returns a sample's seed, which takes 3 µs: most samples need none."""
+Make = Callable[[Callable[[Seed], None] | None], Made]
 """Makes a batch; calls what it is given with a sample's seed before it makes that sample."""
 
 _METHODS = "bernoulli bernoulli_ cauchy_ exponential_ geometric_ log_normal_ multinomial normal_"
@@ -94,7 +96,12 @@ class GeneratorMode(TorchFunctionMode):
     def __init__(self, generator: torch.Generator | None, *, refuses: bool = False) -> None:
         super().__init__()
         self._generator, self._refuses = generator, refuses
+        self._seed: Seed | None = None
         self.unhookable: list[str] = []
+
+    def seed_before_draw(self, seed: Seed | None) -> None:
+        """Have the generator seeded if and when it is drawn from next."""
+        self._seed = seed
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -103,6 +110,9 @@ class GeneratorMode(TorchFunctionMode):
         if func in _HOOKABLE:
             is_global = kwargs.get("generator") in (None, torch.default_generator)
             if is_global and self._generator is not None and _is_on_cpu(args, kwargs):
+                if self._seed is not None:
+                    self._generator.manual_seed(self._seed())
+                    self._seed = None
                 kwargs = {**kwargs, "generator": self._generator}
         elif func in _UNHOOKABLE:
             self.unhookable.append(f"torch.{func.__name__}")
@@ -172,7 +182,7 @@ class SampleRandomness:
         while True:
             self._watch.start(self._drawn)
             try:
-                made = make(self._seed_drawn)
+                made = make(self._seed_drawn if self._drawn else None)
             finally:
                 moved = self._watch.moved()
                 self._watch.restore(moved)
@@ -206,9 +216,10 @@ class SampleRandomness:
             raise UnhookableDrawError(names, is_certain=True)
         return made
 
-    def _seed_drawn(self, seed: int) -> None:
+    def _seed_drawn(self, seed: Seed) -> None:
+        value = seed()
         for generator in self._drawn:
-            generator.seed(seed)
+            generator.seed(value)
 
     def _settle(self) -> None:
         """Say of each suspect whether the dataset drew from it, which the batch made again shows.
@@ -235,8 +246,7 @@ class ThreadRandomness:
     def __init__(self, shared: SampleRandomness) -> None:
         self._shared = shared
         self._watch = Watch(each for each in global_generators() if each.name != TorchGenerator.name)
-        self._generator = torch.Generator()
-        self._mode = GeneratorMode(self._generator, refuses=True)
+        self._mode = GeneratorMode(torch.Generator(), refuses=True)
         self.moved: list[GlobalGenerator] = []
 
     def make(self, make: Make[Made]) -> Made:
@@ -262,11 +272,8 @@ class ThreadRandomness:
         """Make a batch whose torch draws come from each sample's own generator."""
         self._mode.unhookable.clear()
         with self._mode:
-            return make(self._seed_hook)
+            return make(self._mode.seed_before_draw)
 
     def restore(self, drawn: Container[GlobalGenerator]) -> None:
         """Put back those that moved and that the dataset draws from."""
         self._watch.restore(each for each in self.moved if each in drawn)
-
-    def _seed_hook(self, seed: int) -> None:
-        self._generator.manual_seed(seed)

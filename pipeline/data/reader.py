@@ -194,5 +194,5 @@ class MapReader:
         return isolate(lambda seed: fetcher.fetch(indices, self.epoch, position, seed))
 
 
-def no_seed(seed: int) -> None:
+def no_seed(seed: Callable[[], int]) -> None:
     """Seed nothing: for data that is known to draw nothing."""

@@ -19,7 +19,7 @@ import torch
 from torch.utils.data._utils.collate import collate, collate_tensor_fn, default_collate_fn_map
 
 from pipeline.concurrency import map_slots, pickled_error, view_slot
-from pipeline.data.fetch import Fetcher
+from pipeline.data.fetch import Fetcher, SeedSample
 from pipeline.data.packing import Arena, Packed, pack, unpack, view
 from pipeline.data.randomness import SampleRandomness
 from pipeline.data.reader import no_seed
@@ -121,7 +121,7 @@ class Worker:
         if fetcher.is_drawless:
             return fetcher.fetch(indices, epoch, position, no_seed)
 
-        def make(seed_sample: Callable[[int], None]) -> Any:
+        def make(seed_sample: SeedSample | None) -> Any:
             arena.clear()  # what was made before in vain
             return fetcher.fetch(indices, epoch, position, seed_sample, collate_fn)
 

@@ -1,6 +1,6 @@
 """Streams, events and pinned memory: nothing else in the project touches them."""
 
-from pipeline.device.backend import Backend, EagerBackend, StreamBackend, select_backend
+from pipeline.device.backend import Backend, EagerBackend, StreamBackend, is_host, select_backend
 from pipeline.device.host_reads import HostRead, ReadDetector
 from pipeline.device.readback import Pending, PendingTensor, Readback, StepLimiter
 from pipeline.device.simulated import SimulatedBackend
@@ -21,6 +21,7 @@ __all__ = [
     "StepLimiter",
     "StreamBackend",
     "Transfer",
+    "is_host",
     "make_transfer",
     "select_backend",
 ]

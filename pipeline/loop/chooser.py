@@ -72,6 +72,7 @@ class Auto:
     def choose(self, reader: Reader) -> Place:
         """Return a place for the batches from here on."""
         self._reader, self._is_over = reader, False
+        self._let_processes_go()  # not before: the last batches came from them
         if self._place.name in ("inline", "thread") and not reader.is_threadable:
             self._tried = {place: ms for place, ms in self._tried.items() if place.name not in _THREADS}
             self._move(reader)
@@ -225,6 +226,11 @@ class Auto:
             self._has_processes = False
             return None
 
+    def _let_processes_go(self) -> None:
+        """End processes that nobody wants any more."""
+        if self.is_settled and self._place.name != "process":
+            self._workers.stop_processes()
+
     def _settle(self) -> None:
         assert self._job is not None
         place = best_place(self._tried)
@@ -233,8 +239,7 @@ class Auto:
         if self._wanted_processes:
             self._reason = "until worker processes have started"
             return
-        if place.name != "process":
-            self._workers.stop_processes()
+        self._let_processes_go()
         textbook_ms = self._tried[TEXTBOOK]
         saved = 1 - self._tried[place] / textbook_ms
         self._reason = (

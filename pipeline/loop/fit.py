@@ -47,6 +47,8 @@ def fit(run: Run) -> None:
         if cause is not error:
             raise cause from error
         raise
+    finally:
+        run.outbound.settle()
 
 
 def _earlier_cause(run: Run, error: BaseException) -> BaseException:

@@ -220,7 +220,7 @@ class GainMeter:
 class SwitchedOutbound:
     """The outbound belt in windows of overlap, and a plain loop's read and log in those of textbook.
 
-    Only one of the two touches the journal at a time: the belt is empty before the loop thread does.
+    Only one of the two touches the journal at a time: what the other has kept is written first.
 
     Args:
         meter: Says which, and is told of each step.
@@ -263,10 +263,15 @@ class SwitchedOutbound:
     def flush(self) -> None:
         self._chosen().flush()
 
+    def settle(self) -> None:
+        self._direct.settle()
+
     def _chosen(self) -> BeltOutbound | DirectOutbound:
         is_direct = self._meter.kind == "textbook"
         if is_direct and not self._is_direct:
             self._belt.flush()
+        elif self._is_direct and not is_direct:
+            self._direct.settle()
         self._is_direct = is_direct
         return self._direct if is_direct else self._belt
 

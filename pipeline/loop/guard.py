@@ -20,7 +20,7 @@ from typing import Any, Literal
 import torch
 
 from pipeline.batch import Scalars
-from pipeline.device import Backend
+from pipeline.device import Backend, is_host
 from pipeline.state import TrainState
 
 SKIPPED = "train/skipped"
@@ -34,6 +34,9 @@ class Guard:
         backend: The device.
         mode: ``stop`` or ``skip``; with ``ignore`` there is no guard.
 
+    Attributes:
+        has_buffers: Whether the forward pass may change something that must be kept.
+
     Runs on:
         Loop thread; on the CPU 1 µs a step, and half a microsecond for each buffer. Reads nothing from a
         device that runs ahead.
@@ -41,8 +44,9 @@ class Guard:
 
     def __init__(self, state: TrainState, backend: Backend, mode: Literal["stop", "skip"]) -> None:
         self._state, self._mode = state, mode
-        self._is_host = backend.streams is None and backend.device.type == "cpu"
+        self._is_host = is_host(backend)
         self._buffers = [each for each in state.model.buffers() if each.is_floating_point()]
+        self.has_buffers = bool(self._buffers)
         self._kept_buffers: list[torch.Tensor] = []
         self._kept: dict[int, torch.Tensor] = {}
         self._is_bad: bool | torch.Tensor = False
@@ -51,16 +55,16 @@ class Guard:
 
     def begin(self) -> None:
         """Keep what the forward pass of a step will change."""
-        if not self._buffers:
-            return
         if self._kept_buffers:
             torch._foreach_copy_(self._kept_buffers, self._buffers)
         else:
             self._kept_buffers = [each.clone() for each in self._buffers]
 
-    def look(self, loss: torch.Tensor) -> None:
-        """Take a micro-batch's loss into account."""
-        if self._is_host:
+    def look(self, loss: torch.Tensor | float) -> None:
+        """Take a micro-batch's loss into account; one that was read already as a float."""
+        if isinstance(loss, float):
+            self._is_bad = self._is_bad or not math.isfinite(loss)
+        elif self._is_host:
             self._is_bad = self._is_bad or not math.isfinite(loss.item())
         else:
             self._is_bad = ~torch.isfinite(loss.detach()) | self._is_bad

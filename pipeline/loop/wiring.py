@@ -12,7 +12,7 @@ import torch
 
 from pipeline.batch import Batch
 from pipeline.checkpoint import CheckpointFolder
-from pipeline.device import Backend, ReadDetector
+from pipeline.device import Backend, ReadDetector, is_host
 from pipeline.loggers import JsonlLogger, LoggerGroup, ProgressBar
 from pipeline.loop.clock import StepClock
 from pipeline.loop.collector import Collector
@@ -39,15 +39,29 @@ def make_step(
     scheduler_interval: Literal["step", "epoch"],
     clock: StepClock,
     metrics: Metrics,
+    *,
+    keeps_tensors: bool,
 ) -> TrainStep:
-    """Return the step; one that counts FLOPs where they are asked for."""
+    """Return the step; one that counts FLOPs where they are asked for.
+
+    Its numbers stay tensors for callbacks that are told of each step (`keeps_tensors`).
+    """
     kind = TrainStep if settings.peak_tflops is None else CountingStep
     of_batches = TrainMetrics(metrics) if metrics else None
     guard: Guard | None = None
     if settings.on_nonfinite != "ignore" and state.scaler is None:  # which guards its updates itself
         guard = Guard(state, backend, settings.on_nonfinite)
     return kind(
-        state, called_model, objective, settings, backend.device, scheduler_interval, clock, of_batches, guard
+        state,
+        called_model,
+        objective,
+        settings,
+        backend.device,
+        scheduler_interval,
+        clock,
+        of_batches,
+        guard,
+        reads_at_once=is_host(backend) and not keeps_tensors,
     )
 
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline import ConfigError, StageError, Trainer
 from pipeline.batch import Row, map_tensors, num_samples
-from pipeline.data.generators import PythonGenerator, global_generators
+from pipeline.data.generators import PythonGenerator, TorchGenerator, global_generators
 from pipeline.data.sampler import BatchPlan
 from pipeline.loggers import JsonlLogger, ProgressBar
 from pipeline.metrics import Mean, MetricSet, accuracy
@@ -227,11 +227,30 @@ def test_a_global_generator_is_watched_seeded_and_put_back(generator):
     assert draw() == first
 
 
+@pytest.mark.parametrize("draw", [
+    lambda: torch.randn(1), lambda: torch.randn(1, dtype=torch.float64), lambda: torch.rand(624),
+    lambda: torch.randperm(3), lambda: torch.nn.functional.dropout(torch.ones(3)),
+    lambda: torch.manual_seed(5), lambda: torch.bernoulli(torch.ones(1) / 2),
+])  # fmt: skip
+@pytest.mark.parametrize("is_layout_known", [True, False])
+def test_every_draw_of_torch_is_seen(draw, is_layout_known, monkeypatch):
+    """The second normal number of a pair as well, which moves nothing but what was in store."""
+    if not is_layout_known:
+        monkeypatch.setattr("pipeline.data.generators._looks_at_torch", lambda generator: None)
+    generator = TorchGenerator()
+    assert (generator._looks is not None) == is_layout_known
+    seen = [generator.fingerprint()]
+    for _ in range(1 if draw.__code__.co_names[-1] == "manual_seed" else 4):
+        draw()
+        seen.append(generator.fingerprint())
+    assert len(set(seen)) == len(seen)
+
+
 def test_the_layout_of_pythons_generator_is_checked(monkeypatch):
     """Where the memory does not look as assumed, the public and slower way is taken."""
     monkeypatch.setattr("pipeline.data.generators.random._inst", object())
     generator = PythonGenerator()
-    assert generator._address is None
+    assert generator._look is None
     before = generator.fingerprint()
     random.random()
     assert generator.fingerprint() != before

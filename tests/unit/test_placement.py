@@ -24,6 +24,7 @@ class Machine:
         self.wanted, self.stopped, self.visited = [], 0, []
         self.is_random_access = self.is_threadable = True
         self.pauses, self.validates_every = 0, None
+        self.reading = None
 
     def start_processes(self, num_workers):
         """Be ready after so many questions."""
@@ -34,7 +35,8 @@ class Machine:
         return self.starts_after < 0
 
     def stop_processes(self):
-        """Count."""
+        """Count; while they make the loop's batches they must not be stopped."""
+        assert self.reading is None or self.reading.name != "process"
         self.stopped += 1
 
     def num_pauses(self):
@@ -56,7 +58,8 @@ class Machine:
         """Train on so many batches; return the place of each."""
         places = []
         while len(places) < num_batches:
-            place = auto.choose(self)
+            self.reading = None
+            self.reading = place = auto.choose(self)
             self.visited.append(place)
             for _ in auto.watch(self.batches(place)):
                 places.append(place)
