@@ -107,10 +107,16 @@ class WorkerPool:
             self._workers.remove(worker)
         return True
 
-    def submit(self, message: bytes) -> int:
-        """Give a job to the worker with the fewest; return its ticket. Never waits."""
+    def submit(self, message: bytes, number: int | None = None) -> int:
+        """Give a job to a worker, by its number or the one with the fewest; return its ticket. Never waits.
+
+        Args:
+            message: The job.
+            number: The worker's; jobs of one number go to one worker, whatever their number and the workers'.
+        """
         self._next_ticket += 1
-        worker = min(self._workers, key=lambda each: len(each.jobs))
+        fewest = min(self._workers, key=lambda each: len(each.jobs))
+        worker = fewest if number is None else self._workers[number % len(self._workers)]
         self._send(worker, self._next_ticket, message)
         return self._next_ticket
 

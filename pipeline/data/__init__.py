@@ -5,6 +5,7 @@ from pipeline.data.main_module import refuse_in_nursery
 from pipeline.data.processes import Processes, ProcessReader
 from pipeline.data.randomness import UnhookableDrawError
 from pipeline.data.reader import END, EVALUATION_EPOCH, MapReader, MapSource, Reader, Source
+from pipeline.data.shards import ShardedReader, ShardedSource
 from pipeline.data.source import as_source, own_generators
 
 __all__ = [
@@ -16,6 +17,8 @@ __all__ = [
     "ProcessReader",
     "Processes",
     "Reader",
+    "ShardedReader",
+    "ShardedSource",
     "Source",
     "UnhookableDrawError",
     "as_source",

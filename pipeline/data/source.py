@@ -22,8 +22,11 @@ from torch.utils.data import (
 
 from pipeline.data.fetch import CollateFn, Fetcher
 from pipeline.data.iterable import IterableSource, length_or_none
+from pipeline.data.ranks import ranks
 from pipeline.data.reader import MapSource, Source
 from pipeline.data.sampler import BatchPlan, SamplerPlan, num_batches
+from pipeline.data.shard_fetch import ShardFetcher
+from pipeline.data.shards import ShardedSource
 from pipeline.errors import ConfigError
 
 
@@ -36,21 +39,25 @@ def as_source(
     drop_last: bool,
     collate_fn: CollateFn | None,
     seed: int,
+    num_shards: int = 1,
 ) -> Source:
     """Turn what a user passed as data into a source.
 
     Args:
-        data: A map-style dataset (with a batch size), a DataLoader, or any iterable of batches.
+        data: A map-style or iterable dataset (with a batch size), a DataLoader, or any iterable of batches.
         name: The argument's name, for errors.
         batch_size: Samples per batch, for a dataset; None where `data` yields batches itself.
         shuffle: Draw a new order for each epoch; datasets only.
         drop_last: Leave out a last batch that is not full; datasets only.
         collate_fn: Samples to batch; datasets only.
         seed: The run's seed.
+        num_shards: Into which an iterable dataset splits itself; each rank reads its part of them.
 
     Raises:
         ConfigError: If the settings do not fit the data, or the data is empty.
     """
+    if problem := _shards_problem(data, name, batch_size, num_shards):
+        raise ConfigError(problem)
     if batch_size is None:
         problem = _batches_problem(data, name, shuffle or drop_last or collate_fn is not None)
         if problem:
@@ -58,16 +65,14 @@ def as_source(
         is_safe = _is_safe_to_take_apart(data)
         return take_apart(data, seed, name) if is_safe else IterableSource(data, seed, name)
     if isinstance(data, IterableDataset):
-        loader = DataLoader(data, batch_size, drop_last=drop_last, collate_fn=collate_fn)
-        return as_source(
-            loader,
-            name=name,
-            batch_size=None,
-            shuffle=shuffle,
-            drop_last=False,
-            collate_fn=None,
-            seed=seed,
-        )
+        problem = _iterable_problem(data, name, batch_size, shuffle)
+        if problem:
+            raise ConfigError(problem)
+        fetcher = ShardFetcher(data, batch_size, drop_last, collate_fn, num_shards, seed)
+        rank, world_size = ranks()
+        count = length_or_none(data) if num_shards == 1 else None  # how it splits, nobody knows
+        total = None if count is None else num_batches(count, batch_size, drop_last)
+        return ShardedSource(fetcher, range(rank, num_shards, world_size), total, name)
     problem = _samples_problem(data, name, batch_size)
     if problem is None and drop_last and len(data) < batch_size:
         problem = f"{name} has {len(data)} samples, fewer than one batch of {batch_size}, and \
@@ -160,10 +165,44 @@ def _batches_problem(data: Any, name: str, has_sample_settings: bool) -> str | N
     return None
 
 
-def _samples_problem(data: Any, name: str, batch_size: int) -> str | None:
+def _shards_problem(data: Any, name: str, batch_size: int | None, num_shards: int) -> str | None:
+    if not isinstance(num_shards, numbers.Integral) or num_shards < 1:
+        return f"num_shards must be an integer of 1 or more, got {num_shards!r}."
+    if batch_size is None or not isinstance(data, IterableDataset):
+        if num_shards == 1:
+            return None
+        return (
+            f"num_shards is for an IterableDataset with batch_size=, but {name} is a {type(data).__name__} "
+            f"with batch_size={batch_size}. Leave out num_shards."
+        )
+    if num_shards % (world_size := ranks()[1]):
+        return (
+            f"{world_size} ranks share the shards of {name}, so num_shards must be a multiple of {world_size}, "
+            f"got {num_shards}. Set num_shards={-(-num_shards // world_size) * world_size}; if the dataset "
+            "gives each rank its part itself, pass DataLoader(dataset, batch_size) instead."
+        )
+    return None
+
+
+def _iterable_problem(data: Any, name: str, batch_size: int, shuffle: bool) -> str | None:
     found = type(data).__name__
+    if problem := _batch_size_problem(batch_size):
+        return problem
+    if shuffle:
+        return f"shuffle needs samples with a number, but {name} ({found}) is iterated. Shuffle in its __iter__."
+    return f"{name} ({found}) is empty: it yields no sample." if length_or_none(data) == 0 else None
+
+
+def _batch_size_problem(batch_size: int) -> str | None:
     if isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Integral) or batch_size < 1:
         return f"batch_size must be an integer of 1 or more, got {batch_size!r}."
+    return None
+
+
+def _samples_problem(data: Any, name: str, batch_size: int) -> str | None:
+    found = type(data).__name__
+    if problem := _batch_size_problem(batch_size):
+        return problem
     if isinstance(data, DataLoader):
         return f"{name} is a DataLoader, which has a batch size of its own: leave out batch_size."
     if not hasattr(data, "__getitem__") or not isinstance(data, Sized):

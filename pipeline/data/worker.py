@@ -22,12 +22,14 @@ from pipeline.concurrency import map_slots, pickled_error, view_slot
 from pipeline.data.fetch import Fetcher
 from pipeline.data.packing import Arena, Packed, pack, unpack, view
 from pipeline.data.randomness import SampleRandomness
-from pipeline.data.reader import no_seed
+from pipeline.data.reader import END, no_seed
+from pipeline.data.shard_fetch import ShardFetcher
 
 JOB = struct.Struct("=qqqqq")
 """Epoch, position, samples in the batch, offset of the slot, its bytes."""
 ANSWER = struct.Struct("=?qqq")
-"""Whether it is a batch; the skeleton's offset and bytes; the bytes that a slot should have had."""
+"""Whether it is a batch; the skeleton's offset and bytes; the bytes that a slot should have had. If it is none,
+an error follows, or nothing if the shard has ended."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ def open_worker(
     """Take the dataset, once for all workers; return what each of them runs.
 
     Args:
-        payload: A file with a `Fetcher`, packed.
+        payload: A file with a `Fetcher` or `ShardFetcher`, packed.
         slots: The file of the slots.
         stacks: A file to which a worker that gets SIGUSR1 writes where it stands.
         offset: Of the skeleton in the payload.
@@ -91,7 +93,7 @@ def open_worker(
 class Worker:
     """Answers jobs until nobody asks any more."""
 
-    def __init__(self, fetcher: Fetcher, slots: int, requests: socket.socket) -> None:
+    def __init__(self, fetcher: Fetcher | ShardFetcher, slots: int, requests: socket.socket) -> None:
         self._fetcher, self._memory, self._requests = fetcher, map_slots(slots), requests
         self._randomness = SampleRandomness()
 
@@ -110,7 +112,9 @@ class Worker:
             # The indices come first in the slot and stay: another worker may have to do it again.
             indices = view(slot, 0, torch.int64, count)
             arena = Arena(slot, start=indices.nbytes)
-            packed = pack(self._make(arena, indices, epoch, position), arena)
+            if (batch := self._make(arena, indices, epoch, position)) is END:
+                return ANSWER.pack(False, 0, 0, 0), []
+            packed = pack(batch, arena)
             files = [packed.overflow] if packed.overflow >= 0 else []
             return ANSWER.pack(True, packed.offset, packed.nbytes, packed.wanted_bytes), files
         except BaseException as error:

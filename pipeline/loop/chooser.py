@@ -65,10 +65,12 @@ class Auto:
         self._workers, self._name, self._clock = workers, name, clock
         self._pause_s, self._settled_s, self._is_doubtful = FIRST_PAUSE_S, 0.0, False
         self._tried: dict[Place, float] = {}
+        self._reads_again = False
         self._look()
 
     def choose(self, reader: Reader) -> Place:
         """Return a place for the batches from here on."""
+        self._reads_again = not reader.is_random_access and reader.max_processes != 0
         if self._is_over:
             self._record(reader)
         if self._place.name in ("inline", "thread") and not reader.is_threadable:
@@ -160,8 +162,8 @@ class Auto:
         """Say whether the processes that were waited for are there, or the job has changed."""
         if self._wanted_processes and self._start_processes(self._wanted_processes) is not False:
             return True
-        if (spent_s := self._wait_s + self._step_s) < WATCH_S:
-            return False
+        if self._reads_again or (spent_s := self._wait_s + self._step_s) < WATCH_S:
+            return False  # deep in an epoch another place would first have to read all of it
         is_slow = spent_s * 1e3 > CHANGED_RATIO * settled_ms * self._num_batches
         self._num_slow = self._num_slow + 1 if is_slow else 0
         self._restart(0)
@@ -205,6 +207,7 @@ class Auto:
             1e3 * self._step_s / self._num_batches,
             available_cores(),
             has_order=reader.is_random_access,
+            max_processes=reader.max_processes,
         )
         return replace(job, has_threads=reader.is_threadable, has_processes=self._has_processes)
 

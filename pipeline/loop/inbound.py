@@ -9,7 +9,17 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from pipeline.batch import Batch
-from pipeline.data import IterableSource, MapReader, MapSource, Processes, ProcessReader, Reader, Source
+from pipeline.data import (
+    IterableSource,
+    MapReader,
+    MapSource,
+    Processes,
+    ProcessReader,
+    Reader,
+    ShardedReader,
+    ShardedSource,
+    Source,
+)
 from pipeline.device import Transfer
 from pipeline.errors import ConfigError
 from pipeline.loop.chooser import Auto
@@ -110,11 +120,11 @@ class Inbound:
 
     def state(self, position: int) -> dict[str, Any] | None:
         """Return the data's own state at a position of the epoch under way; None if it has none."""
-        return self._source.state(position) if isinstance(self._source, IterableSource) else None
+        return self._source.state(position) if isinstance(self._source, _STATEFUL) else None
 
     def load_state(self, found: dict[str, Any] | None) -> None:
         """Have the epoch that is resumed opened from such a state."""
-        if isinstance(self._source, IterableSource):
+        if isinstance(self._source, _STATEFUL):
             self._source.load_state(found)
 
     def sample_indices(self, position: int) -> list[int] | None:
@@ -166,11 +176,14 @@ class Inbound:
     def _made_by_processes(self, num_workers: int, reader: Reader) -> Generator[Batch]:
         if self._processes is not None and self._processes.is_stale(self._source):  # type: ignore[arg-type]
             self.stop_processes()  # somebody has changed the dataset: give it to them anew
-        self._is_in_place = self.start_processes(num_workers)
-        if not self._is_in_place:  # nobody waits for them to start
+        num_workers = min(num_workers, reader.max_processes or num_workers)
+        has_to_read = isinstance(reader, ShardedReader) and reader.is_behind
+        # Nobody waits for them to start, unless the loop thread would have to read everything again.
+        self._is_in_place = self.start_processes(num_workers, self._stall_timeout_s if has_to_read else 0.0)
+        if not self._is_in_place:
             in_line = read_in_line(reader, self._transfer, lambda: not self.start_processes(num_workers))
             return self._counted(in_line)
-        assert isinstance(reader, MapReader)
+        assert isinstance(reader, MapReader | ShardedReader)
         assert self._processes is not None
         processes = self._processes
         depth = max(self._depth, 2 * num_workers)
@@ -195,20 +208,26 @@ class Inbound:
         place = report.place if self._is_in_place else "textbook"
         return replace(report, place=place, reason=f"{report.reason}; {waited}")
 
-    def start_processes(self, num_workers: int) -> bool:
+    def start_processes(self, num_workers: int, timeout_s: float | None = 0.0) -> bool:
         """See that worker processes are there or on their way; say whether they are there.
 
         Raises:
             ConfigError: If the data cannot be taken to a process; it says why.
         """
+        source = self._source
+        if not isinstance(source, MapSource | ShardedSource):
+            raise ConfigError(
+                "placement=process needs samples to share out: pass a dataset with batch_size, or a "
+                "DataLoader of a map-style one with num_workers=0. Batches of an iterable are made inline."
+            )
         if self._processes is None:
-            if not isinstance(self._source, MapSource):
-                raise ConfigError(
-                    "placement=process needs samples to share out: pass a map-style dataset with batch_size, "
-                    "or a DataLoader of one with num_workers=0. Batches of an iterable are made inline."
-                )
-            self._processes = Processes(self._source, num_workers, self._stall_timeout_s)
-        return self._processes.is_ready(num_workers)
+            self._processes = Processes(source, num_workers, self._stall_timeout_s)
+        is_ready = self._processes.is_ready(num_workers, timeout_s)
+        if isinstance(source, MapSource):
+            return is_ready
+        source.check_processes()
+        # What a dataset does to itself is seen in this process: it makes the first batch.
+        return is_ready and (source.has_begun or timeout_s != 0)
 
     def stop_processes(self) -> None:
         """End the worker processes, if there are any; they are started again if they are wanted."""
@@ -227,6 +246,9 @@ class Inbound:
             "Draw from torch's functions that take a generator, or set placement=process.",
             stacklevel=2,
         )
+
+
+_STATEFUL = (IterableSource, ShardedSource)
 
 
 def _none() -> int:

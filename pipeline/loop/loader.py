@@ -31,11 +31,12 @@ class Loader:
     so are the same wherever batches are made. A batch that you keep stays valid.
 
     Args:
-        data: A map-style dataset (with `batch_size`), a DataLoader, or any iterable of batches.
+        data: A map-style or iterable dataset (with `batch_size`), a DataLoader, or any iterable of batches.
         batch_size: Samples per batch, if `data` is a dataset.
         shuffle: Draw a new order of the dataset for each epoch.
         drop_last: Leave out a last batch that is not full.
         collate_fn: Makes a batch of a list of samples; torch's `default_collate` unless told.
+        num_shards: Into which an iterable dataset splits itself, as for as many workers of a DataLoader.
         seed: Decides the order and the random numbers of each sample.
         placement: As for the Trainer; ``auto`` measures the loop that asks for the batches.
         num_workers: Threads or processes; 0 is as many as there are cores for this process.
@@ -64,6 +65,7 @@ class Loader:
         shuffle: bool = False,
         drop_last: bool = False,
         collate_fn: Callable[[list[Any]], Batch] | None = None,
+        num_shards: int = 1,
         seed: int = 0,
         placement: Placement = "auto",
         num_workers: int = 0,
@@ -86,6 +88,7 @@ class Loader:
             drop_last=drop_last,
             collate_fn=collate_fn,
             seed=seed,
+            num_shards=num_shards,
         )
         transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)
         self._inbound = Inbound(self._source, transfer, pinned_place(settings), depth, stall_timeout_s)

@@ -55,8 +55,9 @@ class Job:
         step_ms: Training on it.
         num_cores: Cores for this process.
         has_threads: Whether a thread can make batches with the same numbers.
-        has_order: Whether batches can be made in any order, by several at once.
+        has_order: Whether batches can be made in any order, by several threads at once.
         has_processes: Whether they can be made in processes.
+        max_processes: That can share in them.
     """
 
     fetch_ms: float
@@ -66,6 +67,7 @@ class Job:
     has_threads: bool = True
     has_order: bool = True
     has_processes: bool = True
+    max_processes: int | None = None
 
 
 def next_trial(job: Job, tried: Mapping[Place, float]) -> Place | None:
@@ -112,8 +114,9 @@ def _candidates(job: Job, tried: Mapping[Place, float]) -> dict[Place, float]:
             found |= threads
         elif INLINE not in tried:  # one thread shows whether more would help
             found[INLINE] = min([found[INLINE], *threads.values()])
-    if job.has_processes and job.has_order and job.num_cores > 1:
-        found |= {place: _at_best_ms(job, place) for place in _more("process", job.num_cores, job, tried)}
+    most = job.num_cores if job.max_processes is None else min(job.max_processes, job.num_cores)
+    if job.has_processes and most and job.num_cores > 1:
+        found |= {place: _at_best_ms(job, place) for place in _more("process", most, job, tried)}
     return found
 
 

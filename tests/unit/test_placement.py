@@ -23,6 +23,7 @@ class Machine:
         self.now_s, self.starts_after, self.fails = 0.0, starts_after, fails
         self.wanted, self.stopped, self.visited = [], 0, []
         self.is_random_access = self.is_threadable = True
+        self.max_processes = None
         self.pauses, self.validates_every = 0, None
 
     def start_processes(self, num_workers):
