@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeline.batch import Batch
 from pipeline.concurrency import Answer, NurseryDiedError, Slot, SlotFile, WorkerPool
+from pipeline.data.death import death_error, death_warning, describe_batch
 from pipeline.data.main_module import describe_unpicklable, main_preparation
 from pipeline.data.packing import Arena, Packed, pack, unpack
 from pipeline.data.reader import END, MapReader, MapSource
@@ -20,7 +21,6 @@ from pipeline.data.worker import ANSWER, JOB, TorchDefaults
 from pipeline.errors import ConfigError, StageError, StallError, WorkerDiedError
 
 MODULES = ("numpy", "torch", "torch.utils.data", "pipeline.data.worker")
-_MAX_AHEAD = 100  # jobs lie in the buffer of a socket, which takes some 270; to fill it would block
 
 
 @dataclass(slots=True, eq=False)
@@ -39,6 +39,7 @@ class Processes:
         source: The dataset is packed at once, and given to the processes once.
         num_workers: How many.
         stall_timeout_s: Longest wait for a batch; None waits for ever.
+        num_threads: Of each; it makes as many batches at once.
 
     Raises:
         ConfigError: If the dataset cannot be taken to a process; it says why.
@@ -47,7 +48,13 @@ class Processes:
         One thread, but for `close`.
     """
 
-    def __init__(self, source: MapSource, num_workers: int, stall_timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        source: MapSource,
+        num_workers: int,
+        stall_timeout_s: float | None = None,
+        num_threads: int = 1,
+    ) -> None:
         self._stall_timeout_s, self._batch_bytes = stall_timeout_s, 0
         self._given = source.fetcher.plain_state()
         self._tickets: dict[int, tuple[int, Slot, _Asker]] = {}
@@ -62,6 +69,7 @@ class Processes:
                 num_workers,
                 MODULES,
                 prepare,
+                num_threads,
             )
         except BaseException:
             self._close_files()
@@ -74,14 +82,18 @@ class Processes:
         """Slots of shared memory made so far; they are used again."""
         return self._slots.num_slots
 
-    def is_ready(self, num_workers: int) -> bool:
+    def is_ready(self, num_workers: int, num_threads: int = 1) -> bool:
         """Say, without waiting, whether so many workers are there; it takes two seconds the first time.
+
+        Args:
+            num_workers: How many.
+            num_threads: Of each.
 
         Raises:
             PipelineError: If they never will be; it says why.
         """
         try:
-            return self._pool.is_ready() and self._pool.resize(num_workers)
+            return self._pool.is_ready() and self._pool.resize(num_workers, num_threads)
         except NurseryDiedError as error:
             raise WorkerDiedError("the process that has the dataset is gone", stage="fetch") from error
         except Exception as error:
@@ -124,7 +136,7 @@ class Processes:
             StallError: If there was no batch for too long.
             Exception: The dataset's own.
         """
-        asker, asked, depth = _Asker(reader), reader.position, min(depth, _MAX_AHEAD)
+        asker, asked = _Asker(reader), reader.position
         try:
             while True:
                 while asked < reader.num_batches and asked - reader.position < depth and goes_on():
@@ -167,7 +179,7 @@ class Processes:
     def _open(self, asker: _Asker, answer: Answer, slot: Slot) -> Batch:
         if answer.exit_code is not None:
             self._slots.release(slot)
-            raise self._died(asker.reader, asker.reader.position, answer.exit_code)
+            raise death_error(describe_batch(asker.reader, asker.reader.position), answer.exit_code)
         is_batch, offset, nbytes, wanted_bytes = ANSWER.unpack_from(answer.message)
         if not is_batch:
             self._slots.release(slot)
@@ -192,30 +204,17 @@ class Processes:
             )
 
     def _warn_of_deaths(self) -> None:
-        for ticket, exit_code in self._pool.died:
-            position, _, asker = self._tickets[ticket]
-            batch = _describe_batch(asker.reader, position)
-            warnings.warn(
-                f"a worker process ended with {_describe_exit(exit_code)} while it made "
-                f"{batch}. Another one makes it again, with the same numbers.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        for tickets, exit_code in self._pool.died:
+            suspects = [self._tickets[each] for each in tickets]
+            batches = [describe_batch(asker.reader, position) for position, _, asker in suspects]
+            warnings.warn(death_warning(batches, exit_code), RuntimeWarning, stacklevel=3)
         self._pool.died.clear()
-
-    def _died(self, reader: MapReader, position: int, exit_code: int) -> WorkerDiedError:
-        cause = " It may be out of memory." if exit_code == -signal.SIGKILL else ""
-        return WorkerDiedError(
-            f"worker processes ended with {_describe_exit(exit_code)}, twice, while they made "
-            f"{_describe_batch(reader, position)}.{cause} Make that batch with placement=inline to see why.",
-            stage="fetch",
-        )
 
     def _stalled(self, asker: _Asker) -> StallError:
         reader = asker.reader
         ticket = next(each for each, job in self._tickets.items() if job[::2] == (reader.position, asker))
         assert self._stall_timeout_s is not None
-        error = StallError(self._stall_timeout_s, _describe_batch(reader, reader.position))
+        error = StallError(self._stall_timeout_s, describe_batch(reader, reader.position))
         error.stage = "fetch"
         if (pid := self._pool.pid_of(ticket)) is not None:
             error.stack = self._stack_of(pid)
@@ -284,13 +283,3 @@ def _packed_fetcher(source: MapSource) -> tuple[Packed, dict[str, Any]]:
 def _error_in(message: bytes) -> BaseException:
     error: BaseException = pickle.loads(message)
     return error
-
-
-def _describe_exit(exit_code: int) -> str:
-    return f"exit code {exit_code}" if exit_code >= 0 else f"signal {signal.Signals(-exit_code).name}"
-
-
-def _describe_batch(reader: MapReader, position: int) -> str:
-    indices = reader.indices(position).tolist()
-    shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
-    return f"batch {position} of epoch {reader.epoch} (samples {shown})"
