@@ -13,7 +13,14 @@ import torch
 from pipeline.batch import Batch
 from pipeline.checkpoint import load_model
 from pipeline.concurrency import Scope
-from pipeline.data import EVALUATION_EPOCH, Source, as_source, own_generators, refuse_in_nursery
+from pipeline.data import (
+    EVALUATION_EPOCH,
+    Source,
+    as_evaluation_source,
+    as_source,
+    own_generators,
+    refuse_in_nursery,
+)
 from pipeline.device import select_backend
 from pipeline.loop import setup, wiring
 from pipeline.loop.callback import Callback
@@ -53,6 +60,7 @@ class Trainer(Settings):
         shuffle: bool = False,
         drop_last: bool = False,
         collate_fn: Callable[[list[Any]], Batch] | None = None,
+        num_shards: int = 1,
         val_data: Any = None,
         scheduler: Scheduler | None = None,
         scheduler_interval: Literal["step", "epoch"] = "epoch",
@@ -69,8 +77,8 @@ class Trainer(Settings):
             model: Moved to the device; its parameters stay the same objects. In evaluation mode it is
                 put in training mode; modules of a model in training mode keep the mode they have.
             optimizer: Any of torch's, over the model's parameters.
-            train_data: A map-style dataset (with `batch_size`), a DataLoader, or any iterable of
-                batches: tensors, tuples, lists, dicts and dataclasses of them.
+            train_data: A map-style or iterable dataset (with `batch_size`), a DataLoader, or any iterable
+                of batches: tensors, tuples, lists, dicts and dataclasses of them.
             loss_fn: Called with ``(outputs, target)`` for batches of ``(inputs, target)``.
             step: Instead of `loss_fn`: called with ``(model, batch)``, returns the loss, or a dict
                 with ``loss`` and further scalars to log.
@@ -78,6 +86,7 @@ class Trainer(Settings):
             shuffle: Draw a new order of the dataset for each epoch.
             drop_last: Leave out a last batch that is not full.
             collate_fn: Makes a batch of a list of samples; torch's `default_collate` unless told.
+            num_shards: Into which an iterable dataset splits itself; `val_data` too if it is iterable.
             val_data: Like `train_data`; never shuffled.
             scheduler: Any of torch's, over `optimizer`. A ReduceLROnPlateau sees `monitor`.
             scheduler_interval: Whether it moves with each optimizer ``step`` or each ``epoch``.
@@ -115,7 +124,7 @@ class Trainer(Settings):
         check_listeners(callbacks, loggers, (metrics, train_metrics), val_data)
         check_targets(self.monitor, loss_fn, val_data, metrics, scheduler_interval)
         make_source = partial(as_source, seed=self.seed)
-        batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn)
+        batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn, num_shards)
         source = make_source(train_data, name="train_data", shuffle=shuffle, drop_last=drop_last, **batching)
         max_batches = resolve_limit("limit_train_batches", self.limit_train_batches, source.num_batches)
         evaluation, belts = None, self._belts()
@@ -192,6 +201,7 @@ class Trainer(Settings):
         step: Step | None = None,
         batch_size: int | None = None,
         collate_fn: Callable[[list[Any]], Batch] | None = None,
+        num_shards: int = 1,
         metrics: Metrics | None = None,
         checkpoint: str | Path | None = None,
     ) -> dict[str, float]:
@@ -204,6 +214,7 @@ class Trainer(Settings):
             step: As for `fit`.
             batch_size: As for `fit`.
             collate_fn: As for `fit`.
+            num_shards: As for `fit`.
             metrics: As for `fit`.
             checkpoint: Load the model's weights from this file first: the averaged ones if it has
                 any.
@@ -212,7 +223,7 @@ class Trainer(Settings):
             ConfigError: For settings that do not fit the data.
             CheckpointError: If the checkpoint cannot be read or belongs to another model.
         """
-        source = self._evaluation_source(data, batch_size, collate_fn)
+        source = as_evaluation_source(data, batch_size, collate_fn, num_shards, self.seed)
         belts = self._belts()
         objective = setup.make_objective(loss_fn, step)
         if checkpoint is not None:
@@ -229,6 +240,7 @@ class Trainer(Settings):
         forward: Callable[[torch.nn.Module, Batch], Any] = forward_inputs,
         batch_size: int | None = None,
         collate_fn: Callable[[list[Any]], Batch] | None = None,
+        num_shards: int = 1,
         checkpoint: str | Path | None = None,
     ) -> Any:
         """Return the model's outputs for all samples, on the host.
@@ -239,13 +251,14 @@ class Trainer(Settings):
             forward: Called with ``(model, batch)`` instead of calling the model on the inputs.
             batch_size: As for `fit`.
             collate_fn: As for `fit`.
+            num_shards: As for `fit`.
             checkpoint: As for `evaluate`.
 
         Returns:
             One tensor, the batches' outputs put together along their first dimension; or the list of
             the batches' outputs, where they are not tensors.
         """
-        source = self._evaluation_source(data, batch_size, collate_fn)
+        source = as_evaluation_source(data, batch_size, collate_fn, num_shards, self.seed)
         belts = self._belts()
         if checkpoint is not None:
             load_model(checkpoint, model)
@@ -261,19 +274,6 @@ class Trainer(Settings):
     def _belts(self) -> Belts:
         prepare = setup.to_channels_last if self.channels_last else None
         return Belts(self, select_backend(self.device), prepare)
-
-    def _evaluation_source(
-        self, data: Any, batch_size: int | None, collate_fn: Callable[[list[Any]], Batch] | None
-    ) -> Source:
-        return as_source(
-            data,
-            name="data",
-            batch_size=batch_size,
-            shuffle=False,
-            drop_last=False,
-            collate_fn=collate_fn,
-            seed=self.seed,
-        )
 
     def _evaluation(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 import signal
@@ -10,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 
 class Augmented(Dataset):
@@ -161,3 +162,93 @@ class Verbose(Augmented):
         if self.note is not None:
             error.add_note(self.note)
         raise error
+
+
+class Stream(IterableDataset):
+    """Files of so many samples, shared out among workers; their numbers depend on what was drawn before."""
+
+    def __init__(self, sizes, *, draws=()):
+        self.sizes, self.draws, self.noise = sizes, draws, torch.zeros(6)
+        self.own = random.Random(5)  # a state of its own, which each shard has for itself
+
+    def __iter__(self):
+        info = get_worker_info()
+        shard, num_shards = (0, 1) if info is None else (info.id, info.num_workers)
+        for file in range(shard, len(self.sizes), num_shards):
+            for index in range(self.sizes[file]):
+                yield self.sample(file, index)
+
+    def sample(self, file, index):
+        """Make a sample, for which its neighbours matter."""
+        sample = torch.full((6,), file + index / 100)
+        if "own" in self.draws:
+            sample += self.own.random()
+        if "torch" in self.draws:
+            sample += torch.rand(6)
+        if "python" in self.draws:
+            sample += random.random() + random.gauss(0, 1)
+        if "numpy" in self.draws:
+            sample += float(np.random.rand()) + float(np.random.randn())
+        if "dropout" in self.draws:
+            sample = torch.nn.functional.dropout(sample, 0.3)
+        if "seldom" in self.draws and index == 4:
+            sample += random.random()
+        return sample, (file + index) % 3
+
+
+class Endless(Stream):
+    """Has no end."""
+
+    def __init__(self, *, draws=()):
+        super().__init__([], draws=draws)
+
+    def __iter__(self):
+        info = get_worker_info()
+        for index in itertools.count():
+            yield self.sample(0 if info is None else info.id, index)
+
+
+class FailingStream(Stream):
+    """Raises an exception of its own at one sample."""
+
+    def __init__(self, sizes, *, file, index):
+        super().__init__(sizes, draws=("torch",))
+        self.where = file, index
+
+    def sample(self, file, index):
+        if (file, index) == self.where:
+            self.fail()
+        return super().sample(file, index)
+
+    def fail(self):
+        """Fail."""
+        raise UserError("mine", self.where[1])
+
+
+class DeadlyStream(FailingStream):
+    """A worker that makes a certain sample is killed; once, if there is a file to remember it by."""
+
+    def __init__(self, sizes, *, file, index, memory=None):
+        super().__init__(sizes, file=file, index=index)
+        self.memory, self.home = memory, os.getpid()
+
+    def fail(self):
+        """Kill."""
+        if os.getpid() != self.home and Deadly._is_due(self):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Whole(Stream):
+    """Does not ask which shard it is."""
+
+    def __iter__(self):
+        return (self.sample(0, index) for index in range(self.sizes[0]))
+
+
+class Counting(Stream):
+    """Counts its epochs."""
+
+    def __iter__(self):
+        self.epoch = getattr(self, "epoch", 0) + 1
+        for sample, target in super().__iter__():
+            yield sample + self.epoch, target

@@ -4,6 +4,7 @@ from pipeline.concurrency.channel import Channel, ChannelClosedError, ChannelSta
 from pipeline.concurrency.child import Child, ChildDiedError
 from pipeline.concurrency.cores import available_cores
 from pipeline.concurrency.fork_server import is_nursery, pickled_error
+from pipeline.concurrency.jobs import answer_jobs
 from pipeline.concurrency.pool import Answer, NurseryDiedError, WorkerPool
 from pipeline.concurrency.scope import Scope, stack_of
 from pipeline.concurrency.server import fork_server, preparation
@@ -25,6 +26,7 @@ __all__ = [
     "SlotFile",
     "WorkerPool",
     "Writer",
+    "answer_jobs",
     "available_cores",
     "fork_server",
     "is_nursery",

@@ -6,7 +6,7 @@ from pipeline.data.processes import Processes, ProcessReader
 from pipeline.data.randomness import UnhookableDrawError
 from pipeline.data.reader import END, EVALUATION_EPOCH, MapReader, MapSource, Reader, Source
 from pipeline.data.shards import ShardedReader, ShardedSource
-from pipeline.data.source import as_source, own_generators
+from pipeline.data.source import as_evaluation_source, as_source, own_generators
 
 __all__ = [
     "END",
@@ -21,6 +21,7 @@ __all__ = [
     "ShardedSource",
     "Source",
     "UnhookableDrawError",
+    "as_evaluation_source",
     "as_source",
     "own_generators",
     "refuse_in_nursery",

@@ -8,12 +8,14 @@ import signal
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.batch import Batch
 from pipeline.concurrency import Answer, NurseryDiedError, Slot, SlotFile, WorkerPool
+from pipeline.data.death import death_error, death_warning
 from pipeline.data.main_module import describe_unpicklable, main_preparation
 from pipeline.data.packing import Arena, Packed, pack, unpack
 from pipeline.data.reader import END, MapSource, SharedReader
@@ -22,7 +24,6 @@ from pipeline.data.worker import ANSWER, JOB, TorchDefaults
 from pipeline.errors import ConfigError, StageError, StallError, WorkerDiedError
 
 MODULES = ("numpy", "torch", "torch.utils.data", "pipeline.data.worker")
-_MAX_AHEAD = 100  # jobs lie in the buffer of a socket, which takes some 270; to fill it would block
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +42,7 @@ class Processes:
         source: The dataset is packed at once, and given to the processes once.
         num_workers: How many.
         stall_timeout_s: Longest wait for a batch; None waits for ever.
+        num_threads: Of each; it makes as many batches at once.
 
     Raises:
         ConfigError: If the dataset cannot be taken to a process; it says why.
@@ -50,7 +52,11 @@ class Processes:
     """
 
     def __init__(
-        self, source: MapSource | ShardedSource, num_workers: int, stall_timeout_s: float | None = None
+        self,
+        source: MapSource | ShardedSource,
+        num_workers: int,
+        stall_timeout_s: float | None = None,
+        num_threads: int = 1,
     ) -> None:
         self._stall_timeout_s, self._batch_bytes = stall_timeout_s, 0
         self._given = source.fetcher.plain_state()
@@ -66,6 +72,7 @@ class Processes:
                 num_workers,
                 MODULES,
                 prepare,
+                num_threads,
             )
         except BaseException:
             self._close_files()
@@ -78,29 +85,27 @@ class Processes:
         """Slots of shared memory made so far; they are used again."""
         return self._slots.num_slots
 
-    def is_ready(self, num_workers: int, timeout_s: float | None = 0.0) -> bool:
-        """Say whether so many workers are there, without waiting; it takes two seconds the first time.
+    def is_ready(self, num_workers: int, num_threads: int = 1) -> bool:
+        """Say, without waiting, whether so many workers are there; it takes two seconds the first time.
+
+        Args:
+            num_workers: How many.
+            num_threads: Of each.
 
         Raises:
             PipelineError: If they never will be; it says why.
         """
-        try:
-            return self._pool.wait_until_ready(timeout_s) and self._pool.resize(num_workers)
-        except NurseryDiedError as error:
-            raise WorkerDiedError("the process that has the dataset is gone", stage="fetch") from error
-        except Exception as error:
-            raise ConfigError(
-                f"the dataset cannot be unpickled in a process: {type(error).__name__}: {error}. Set "
-                "placement=thread, or see why with pickle.loads(pickle.dumps(dataset))."
-            ) from error
+        with _explained():
+            return self._pool.is_ready() and self._pool.resize(num_workers, num_threads)
 
     def is_stale(self, source: MapSource | ShardedSource) -> bool:
         """Say whether the dataset is, by its plain attributes, no longer what the workers were given."""
         return source.fetcher.plain_state() != self._given
 
     def wait_until_ready(self) -> bool:
-        """Wait until the workers are there; False after the time-out."""
-        return self._pool.wait_until_ready(self._stall_timeout_s)
+        """Wait until the workers are there; False after the time-out. Raises as `is_ready` does."""
+        with _explained():
+            return self._pool.wait_until_ready(self._stall_timeout_s)
 
     def close(self) -> None:
         """Kill the workers, and wait until they are gone. Batches that somebody has stay valid."""
@@ -131,7 +136,7 @@ class Processes:
         asker, asked, ahead = _Asker(reader), deque[Any](), reader.ahead()
         try:
             while True:
-                while len(asked) < min(depth, _MAX_AHEAD, reader.num_left) and goes_on():
+                while len(asked) < min(depth, reader.num_left) and goes_on():
                     if (turn := next(ahead, None)) is None:
                         break
                     self._ask(asker, turn)
@@ -174,7 +179,7 @@ class Processes:
     def _open(self, asker: _Asker, turn: Any, answer: Answer, slot: Slot) -> Batch:
         if answer.exit_code is not None:
             self._slots.release(slot)
-            raise self._died(asker.reader.describe(turn), answer.exit_code)
+            raise death_error(asker.reader.describe(turn), answer.exit_code)
         is_batch, offset, nbytes, wanted_bytes = ANSWER.unpack_from(answer.message)
         if not is_batch:
             self._slots.release(slot)
@@ -201,24 +206,11 @@ class Processes:
             )
 
     def _warn_of_deaths(self) -> None:
-        for ticket, exit_code in self._pool.died:
-            turn, _, asker = self._tickets[ticket]
-            batch = asker.reader.describe(turn)
-            warnings.warn(
-                f"a worker process ended with {_describe_exit(exit_code)} while it made "
-                f"{batch}. Another one makes it again, with the same numbers.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        for tickets, exit_code in self._pool.died:
+            suspects = [self._tickets[each] for each in tickets]
+            batches = [asker.reader.describe(turn) for turn, _, asker in suspects]
+            warnings.warn(death_warning(batches, exit_code), RuntimeWarning, stacklevel=3)
         self._pool.died.clear()
-
-    def _died(self, batch: str, exit_code: int) -> WorkerDiedError:
-        cause = " It may be out of memory." if exit_code == -signal.SIGKILL else ""
-        return WorkerDiedError(
-            f"worker processes ended with {_describe_exit(exit_code)}, twice, while they made "
-            f"{batch}.{cause} Make that batch with placement=inline to see why.",
-            stage="fetch",
-        )
 
     def _stalled(self, asker: _Asker, turn: Any) -> StallError:
         ticket = next(each for each, job in self._tickets.items() if job[::2] == (turn, asker))
@@ -290,10 +282,19 @@ def _packed_fetcher(source: MapSource | ShardedSource) -> tuple[Packed, dict[str
         raise
 
 
+@contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
+    except NurseryDiedError as error:
+        raise WorkerDiedError("the process that has the dataset is gone", stage="fetch") from error
+    except Exception as error:
+        raise ConfigError(
+            f"the dataset cannot be unpickled in a process: {type(error).__name__}: {error}. Set "
+            "placement=thread, or see why with pickle.loads(pickle.dumps(dataset))."
+        ) from error
+
+
 def _error_in(message: bytes) -> BaseException:
     error: BaseException = pickle.loads(message)
     return error
-
-
-def _describe_exit(exit_code: int) -> str:
-    return f"exit code {exit_code}" if exit_code >= 0 else f"signal {signal.Signals(-exit_code).name}"

@@ -180,9 +180,7 @@ class ShardFetcher:
             attributes.update(self._before[1])
         return _Shard(epoch, self.dataset)
 
-    def _read_to(
-        self, shard: _Shard, number: int, position: int, seed_batch: SeedSample
-    ) -> list[Any] | None:
+    def _read_to(self, shard: _Shard, number: int, position: int, seed_batch: SeedSample) -> list[Any] | None:
         """Read a shard up to the end of a batch; return its samples, or None if it has ended before."""
         shard_seed = sample_seed(self._seed, shard.epoch, number)
         is_split = self.num_shards > 1
@@ -256,6 +254,6 @@ class _Restorer(pickle.Unpickler):
 
 def _describe_unsplit(dataset: Any, num_shards: int) -> str:
     return (
-        f"num_shards is {num_shards}, but {type(dataset).__name__} was iterated without asking which shard it "
-        f"is, so it would yield every sample {num_shards} times. Split it there, or set num_shards=1:\n{_SPLIT}"
+        f"num_shards is {num_shards}, but {type(dataset).__name__} was iterated without asking which shard "
+        f"it is, so it would yield every sample {num_shards} times. Set num_shards=1, or split it:\n{_SPLIT}"
     )

@@ -83,8 +83,8 @@ class ShardedSource:
         before = (found or {}).get("num_shards", self.fetcher.num_shards)
         if before != self.fetcher.num_shards:
             raise ConfigError(
-                f"num_shards was {before} and is {self.fetcher.num_shards}, but the epoch that is resumed has "
-                f"its order from it. Set num_shards={before}."
+                f"num_shards was {before} and is {self.fetcher.num_shards}, but the epoch that is resumed "
+                f"has its order from it. Set num_shards={before}."
             )
         self._found = found
 

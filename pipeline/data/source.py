@@ -40,6 +40,7 @@ def as_source(
     collate_fn: CollateFn | None,
     seed: int,
     num_shards: int = 1,
+    is_dealt: bool = True,
 ) -> Source:
     """Turn what a user passed as data into a source.
 
@@ -51,12 +52,14 @@ def as_source(
         drop_last: Leave out a last batch that is not full; datasets only.
         collate_fn: Samples to batch; datasets only.
         seed: The run's seed.
-        num_shards: Into which an iterable dataset splits itself; each rank reads its part of them.
+        num_shards: Into which an iterable dataset splits itself.
+        is_dealt: Whether the ranks read a part of them each, or each of them all.
 
     Raises:
         ConfigError: If the settings do not fit the data, or the data is empty.
     """
-    if problem := _shards_problem(data, name, batch_size, num_shards):
+    rank, world_size = ranks() if is_dealt else (0, 1)
+    if problem := _shards_problem(data, name, batch_size, num_shards, world_size):
         raise ConfigError(problem)
     if batch_size is None:
         problem = _batches_problem(data, name, shuffle or drop_last or collate_fn is not None)
@@ -69,7 +72,6 @@ def as_source(
         if problem:
             raise ConfigError(problem)
         fetcher = ShardFetcher(data, batch_size, drop_last, collate_fn, num_shards, seed)
-        rank, world_size = ranks()
         count = length_or_none(data) if num_shards == 1 else None  # how it splits, nobody knows
         total = None if count is None else num_batches(count, batch_size, drop_last)
         return ShardedSource(fetcher, range(rank, num_shards, world_size), total, name)
@@ -84,6 +86,23 @@ drop_last leaves none. Lower batch_size or set drop_last=False."
     )
     return MapSource(
         Fetcher(data, collate_fn, seed), num_batches(len(data), batch_size, drop_last), make_plan, name
+    )
+
+
+def as_evaluation_source(
+    data: Any, batch_size: int | None, collate_fn: CollateFn | None, num_shards: int, seed: int
+) -> Source:
+    """Turn what a user wants a model evaluated on into a source: all of it, in its order."""
+    return as_source(
+        data,
+        name="data",
+        batch_size=batch_size,
+        shuffle=False,
+        drop_last=False,
+        collate_fn=collate_fn,
+        seed=seed,
+        num_shards=num_shards,
+        is_dealt=False,
     )
 
 
@@ -165,7 +184,9 @@ def _batches_problem(data: Any, name: str, has_sample_settings: bool) -> str | N
     return None
 
 
-def _shards_problem(data: Any, name: str, batch_size: int | None, num_shards: int) -> str | None:
+def _shards_problem(
+    data: Any, name: str, batch_size: int | None, num_shards: int, world_size: int
+) -> str | None:
     if not isinstance(num_shards, numbers.Integral) or num_shards < 1:
         return f"num_shards must be an integer of 1 or more, got {num_shards!r}."
     if batch_size is None or not isinstance(data, IterableDataset):
@@ -175,9 +196,9 @@ def _shards_problem(data: Any, name: str, batch_size: int | None, num_shards: in
             f"num_shards is for an IterableDataset with batch_size=, but {name} is a {type(data).__name__} "
             f"with batch_size={batch_size}. Leave out num_shards."
         )
-    if num_shards % (world_size := ranks()[1]):
+    if num_shards % world_size:
         return (
-            f"{world_size} ranks share the shards of {name}, so num_shards must be a multiple of {world_size}, "
+            f"{world_size} ranks share the shards of {name}, so num_shards must be a multiple of that, "
             f"got {num_shards}. Set num_shards={-(-num_shards // world_size) * world_size}; if the dataset "
             "gives each rank its part itself, pass DataLoader(dataset, batch_size) instead."
         )
@@ -189,7 +210,7 @@ def _iterable_problem(data: Any, name: str, batch_size: int, shuffle: bool) -> s
     if problem := _batch_size_problem(batch_size):
         return problem
     if shuffle:
-        return f"shuffle needs samples with a number, but {name} ({found}) is iterated. Shuffle in its __iter__."
+        return f"shuffle needs samples with numbers, but {name} ({found}) has none. Shuffle in its __iter__."
     return f"{name} ({found}) is empty: it yields no sample." if length_or_none(data) == 0 else None
 
 

@@ -7,7 +7,6 @@ interpreter of its own: there the batches of a dataset may draw from anything (s
 from __future__ import annotations
 
 import faulthandler
-import os
 import signal
 import socket
 import struct
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.data._utils.collate import collate, collate_tensor_fn, default_collate_fn_map
 
-from pipeline.concurrency import map_slots, pickled_error, view_slot
+from pipeline.concurrency import answer_jobs, map_slots, pickled_error, view_slot
 from pipeline.data.fetch import Fetcher
 from pipeline.data.packing import Arena, Packed, pack, unpack, view
 from pipeline.data.randomness import SampleRandomness
@@ -28,8 +27,8 @@ from pipeline.data.shard_fetch import ShardFetcher
 JOB = struct.Struct("=qqqqq")
 """Epoch, position, samples in the batch, offset of the slot, its bytes."""
 ANSWER = struct.Struct("=?qqq")
-"""Whether it is a batch; the skeleton's offset and bytes; the bytes that a slot should have had. If it is none,
-an error follows, or nothing if the shard has ended."""
+"""Whether it is a batch; the skeleton's offset and bytes; the bytes that a slot should have had. Without
+a batch an error follows, or nothing if the shard has ended."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +62,7 @@ class TorchDefaults:
 
 def open_worker(
     payload: int, slots: int, stacks: int, offset: int, nbytes: int, defaults: TorchDefaults
-) -> Callable[[socket.socket], None]:
+) -> Callable[[socket.socket, int], None]:
     """Take the dataset, once for all workers; return what each of them runs.
 
     Args:
@@ -81,33 +80,26 @@ def open_worker(
     defaults.apply()
     fetcher = unpack(Packed(offset, nbytes, payload, 0), None, is_private=True)
 
-    def run(requests: socket.socket) -> None:
+    def run(requests: socket.socket, num_threads: int) -> None:
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         torch.set_num_threads(defaults.num_threads)
-        Worker(fetcher, slots, requests).run()
+        answer_jobs(requests, Worker(fetcher, slots).answer, num_threads)
 
     return run
 
 
 class Worker:
-    """Answers jobs until nobody asks any more."""
+    """Makes the batches that a process is asked for."""
 
-    def __init__(self, fetcher: Fetcher | ShardFetcher, slots: int, requests: socket.socket) -> None:
-        self._fetcher, self._memory, self._requests = fetcher, map_slots(slots), requests
+    def __init__(self, fetcher: Fetcher | ShardFetcher, slots: int) -> None:
+        self._fetcher, self._memory = fetcher, map_slots(slots)
         self._randomness = SampleRandomness()
 
-    def run(self) -> None:
-        """Answer one job after the other."""
-        while message := self._requests.recv(1 << 16):
-            answer, files = self._answer(message)
-            socket.send_fds(self._requests, [answer], files)
-            for file in files:
-                os.close(file)
-
-    def _answer(self, message: bytes) -> tuple[bytes, list[int]]:
+    def answer(self, job: bytes) -> tuple[bytes, list[int]]:
+        """Return the answer to a job, and the descriptor of what did not fit its slot, if there is any."""
         try:
-            epoch, position, count, offset, nbytes = JOB.unpack(message)
+            epoch, position, count, offset, nbytes = JOB.unpack(job)
             slot = view_slot(self._memory, offset, nbytes)
             # The indices come first in the slot and stay: another worker may have to do it again.
             indices = view(slot, 0, torch.int64, count)

@@ -1,4 +1,4 @@
-"""`torch.utils.data.get_worker_info` on a thread that reads a shard: what a DataLoader's worker would be told.
+"""`torch.utils.data.get_worker_info` on a thread that reads a shard: what a DataLoader's worker is told.
 
 torch keeps it in one global of the process, which is enough where a worker is a process. Here a prefetch
 thread reads a shard while the loop thread may iterate over other data, which must not be told that it is a

@@ -177,10 +177,10 @@ class Inbound:
         if self._processes is not None and self._processes.is_stale(self._source):  # type: ignore[arg-type]
             self.stop_processes()  # somebody has changed the dataset: give it to them anew
         num_workers = min(num_workers, reader.max_processes or num_workers)
-        has_to_read = isinstance(reader, ShardedReader) and reader.is_behind
-        # Nobody waits for them to start, unless the loop thread would have to read everything again.
-        self._is_in_place = self.start_processes(num_workers, self._stall_timeout_s if has_to_read else 0.0)
-        if not self._is_in_place:
+        self._is_in_place = self.start_processes(num_workers)
+        if not self._is_in_place and isinstance(reader, ShardedReader) and reader.is_behind:
+            self._is_in_place = self._wait_for_processes()  # or the loop thread would read it all again
+        if not self._is_in_place:  # nobody waits for them to start
             in_line = read_in_line(reader, self._transfer, lambda: not self.start_processes(num_workers))
             return self._counted(in_line)
         assert isinstance(reader, MapReader | ShardedReader)
@@ -208,7 +208,11 @@ class Inbound:
         place = report.place if self._is_in_place else "textbook"
         return replace(report, place=place, reason=f"{report.reason}; {waited}")
 
-    def start_processes(self, num_workers: int, timeout_s: float | None = 0.0) -> bool:
+    def _wait_for_processes(self) -> bool:
+        assert self._processes is not None
+        return self._processes.wait_until_ready()
+
+    def start_processes(self, num_workers: int) -> bool:
         """See that worker processes are there or on their way; say whether they are there.
 
         Raises:
@@ -222,12 +226,11 @@ class Inbound:
             )
         if self._processes is None:
             self._processes = Processes(source, num_workers, self._stall_timeout_s)
-        is_ready = self._processes.is_ready(num_workers, timeout_s)
-        if isinstance(source, MapSource):
-            return is_ready
-        source.check_processes()
-        # What a dataset does to itself is seen in this process: it makes the first batch.
-        return is_ready and (source.has_begun or timeout_s != 0)
+        is_ready = self._processes.is_ready(num_workers)
+        if isinstance(source, ShardedSource):
+            source.check_processes()
+            return is_ready and source.has_begun  # what data does to itself is seen in this process first
+        return is_ready
 
     def stop_processes(self) -> None:
         """End the worker processes, if there are any; they are started again if they are wanted."""
