@@ -65,12 +65,12 @@ class Auto:
         self._workers, self._name, self._clock = workers, name, clock
         self._pause_s, self._settled_s, self._is_doubtful = FIRST_PAUSE_S, 0.0, False
         self._tried: dict[Place, float] = {}
-        self._reads_again = False
+        self._num_shards = 0  # of data that another place first reads again, shard by shard
         self._look()
 
     def choose(self, reader: Reader) -> Place:
         """Return a place for the batches from here on."""
-        self._reads_again = not reader.is_random_access and reader.max_processes != 0
+        self._num_shards = 0 if reader.is_random_access else reader.max_processes or 0
         if self._is_over:
             self._record(reader)
         if self._place.name in ("inline", "thread") and not reader.is_threadable:
@@ -124,7 +124,7 @@ class Auto:
         """Begin to time a place; one that was settled on only in order to see it change."""
         self._place, self._settled_ms, self._num_slow = place, settled_ms, 0
         self._is_over, self._trial_s = False, 0.0
-        self._restart(-WARM_UP_BATCHES)
+        self._restart(-WARM_UP_BATCHES - self._num_shards)
 
     def _restart(self, num_batches: int) -> None:
         self._num_batches, self._wait_s, self._step_s, self._wait_core_s = num_batches, 0.0, 0.0, 0.0
@@ -152,7 +152,7 @@ class Auto:
 
     def _is_hopeless(self, last_s: float) -> bool:
         """Say whether the place that is tried is so slow that there is no need to time it."""
-        if not self._tried or self._settled_ms is not None:
+        if not self._tried or self._settled_ms is not None or (self._num_shards and self._num_batches <= 0):
             return False
         self._trial_s += last_s
         num_batches = self._num_batches + WARM_UP_BATCHES
@@ -162,7 +162,7 @@ class Auto:
         """Say whether the processes that were waited for are there, or the job has changed."""
         if self._wanted_processes and self._start_processes(self._wanted_processes) is not False:
             return True
-        if self._reads_again or (spent_s := self._wait_s + self._step_s) < WATCH_S:
+        if self._num_shards or (spent_s := self._wait_s + self._step_s) < WATCH_S:
             return False  # deep in an epoch another place would first have to read all of it
         is_slow = spent_s * 1e3 > CHANGED_RATIO * settled_ms * self._num_batches
         self._num_slow = self._num_slow + 1 if is_slow else 0

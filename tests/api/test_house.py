@@ -52,7 +52,7 @@ def test_the_readmes_examples_run(number, capsys):
 
 
 def test_the_readme_has_its_examples():
-    """The Trainer, every step's numbers, the belts around a loop of one's own, the GIL account."""
+    """The Trainer, every step's numbers, the belts around a loop of one's own, shards, the GIL account."""
     blocks = python_blocks()
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     assert len(blocks[0].strip().splitlines()) <= 15

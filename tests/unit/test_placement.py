@@ -23,7 +23,7 @@ class Machine:
         self.now_s, self.starts_after, self.fails = 0.0, starts_after, fails
         self.wanted, self.stopped, self.visited = [], 0, []
         self.is_random_access = self.is_threadable = True
-        self.max_processes = None
+        self.max_processes, self.catch_up_ms = None, 0
         self.pauses, self.validates_every = 0, None
 
     def start_processes(self, num_workers):
@@ -48,6 +48,7 @@ class Machine:
 
     def batches(self, place):
         """Take as long for each batch as this place does."""
+        self.now_s += self.catch_up_ms * MS
         while True:
             period_ms = self.place_ms.get(place, self.fetch_ms + self.step_ms)
             self.now_s += max(period_ms - self.step_ms, 0) * MS
@@ -169,6 +170,25 @@ def test_a_choice_made_on_a_busy_machine_is_made_again(monkeypatch):
     assert machine.run(auto, 300)[-1] == TEXTBOOK
     machine.place_ms[Place("process", 1)] = 10.6
     assert machine.run(auto, 2000)[-1] == Place("process", 1)
+
+
+def test_data_in_shards_is_tried_in_as_many_processes(monkeypatch):
+    """Reading again first does not make them look slow; once they are chosen, nothing is tried again."""
+    machine = Machine(fetch_ms=30, step_ms=10, place_ms={INLINE: 41, Place("process", 2): 16})
+    machine.is_random_access, machine.max_processes, machine.catch_up_ms = False, 2, 5000
+    auto = make_auto(machine, monkeypatch)
+    assert machine.run(auto, 500)[-1] == Place("process", 2)
+    assert not any(place.name == "thread" or place.num_workers > 2 for place in machine.visited)
+    machine.place_ms[Place("process", 2)] = 100
+    assert set(machine.run(auto, 1000)) == {Place("process", 2)}
+
+
+def test_an_iterable_of_batches_is_not_tried_in_processes(monkeypatch):
+    """Nobody can make one of its batches without the others."""
+    machine = Machine(fetch_ms=30, step_ms=10, place_ms={INLINE: 41})
+    machine.is_random_access, machine.max_processes = False, 0
+    assert machine.run(make_auto(machine, monkeypatch), 500)[-1] == TEXTBOOK
+    assert machine.wanted == []
 
 
 def test_a_dataset_that_threads_cannot_read_goes_to_processes(monkeypatch):
