@@ -61,7 +61,10 @@ class Pinned:
 
     @property
     def report(self) -> PlacementReport:
-        return PlacementReport(str(self._place), "by the settings")
+        _, num_workers, num_threads = place = self._place
+        return PlacementReport(
+            str(place), "by the settings", num_workers=num_workers, threads_per_worker=num_threads
+        )
 
 
 class Inbound:
@@ -143,7 +146,7 @@ class Inbound:
     def _made_in(self, place: Place, reader: Reader) -> Generator[Batch]:
         goes_on = self.chooser.goes_on
         if place.name == "process":
-            return self._made_by_processes(place.num_workers, reader)
+            return self._made_by_processes(place, reader)
         self._is_in_place = True
         if place.name != "textbook":
             if reader.is_threadable:
@@ -163,17 +166,18 @@ class Inbound:
             times=self._times,
         )
 
-    def _made_by_processes(self, num_workers: int, reader: Reader) -> Generator[Batch]:
+    def _made_by_processes(self, place: Place, reader: Reader) -> Generator[Batch]:
+        counts = place.num_workers, place.num_threads
         if self._processes is not None and self._processes.is_stale(self._source):  # type: ignore[arg-type]
             self.stop_processes()  # somebody has changed the dataset: give it to them anew
-        self._is_in_place = self.start_processes(num_workers)
+        self._is_in_place = self.start_processes(*counts)
         if not self._is_in_place:  # nobody waits for them to start
-            in_line = read_in_line(reader, self._transfer, lambda: not self.start_processes(num_workers))
+            in_line = read_in_line(reader, self._transfer, lambda: not self.start_processes(*counts))
             return self._counted(in_line)
         assert isinstance(reader, MapReader)
         assert self._processes is not None
         processes = self._processes
-        depth = max(self._depth, 2 * num_workers)
+        depth = max(self._depth, 2 * place.num_workers * place.num_threads)
         made = ProcessReader(processes, reader, depth, self.chooser.goes_on)
         if self._transfer.runs_ahead:
             return _closing(made, read_ahead(made, self._transfer, 2, stall_timeout_s=self._stall_timeout_s))
@@ -195,8 +199,12 @@ class Inbound:
         place = report.place if self._is_in_place else "textbook"
         return replace(report, place=place, reason=f"{report.reason}; {waited}")
 
-    def start_processes(self, num_workers: int) -> bool:
+    def start_processes(self, num_workers: int, num_threads: int = 1) -> bool:
         """See that worker processes are there or on their way; say whether they are there.
+
+        Args:
+            num_workers: How many.
+            num_threads: Of each.
 
         Raises:
             ConfigError: If the data cannot be taken to a process; it says why.
@@ -207,8 +215,8 @@ class Inbound:
                     "placement=process needs samples to share out: pass a map-style dataset with batch_size, "
                     "or a DataLoader of one with num_workers=0. Batches of an iterable are made inline."
                 )
-            self._processes = Processes(self._source, num_workers, self._stall_timeout_s)
-        return self._processes.is_ready(num_workers)
+            self._processes = Processes(self._source, num_workers, self._stall_timeout_s, num_threads)
+        return self._processes.is_ready(num_workers, num_threads)
 
     def stop_processes(self) -> None:
         """End the worker processes, if there are any; they are started again if they are wanted."""

@@ -39,6 +39,7 @@ class Loader:
         seed: Decides the order and the random numbers of each sample.
         placement: As for the Trainer; ``auto`` measures the loop that asks for the batches.
         num_workers: Threads or processes; 0 is as many as there are cores for this process.
+        threads_per_worker: Threads of each worker process, with ``placement="process"``.
         depth: Batches that are made ahead.
         device: Where the batches go; ``auto`` takes the accelerator that is there.
         stall_timeout_s: Longest wait for a batch; None waits for ever.
@@ -67,6 +68,7 @@ class Loader:
         seed: int = 0,
         placement: Placement = "auto",
         num_workers: int = 0,
+        threads_per_worker: int = 1,
         depth: int = 8,
         device: str | torch.device | Backend = "cpu",
         stall_timeout_s: float | None = 600.0,
@@ -74,6 +76,7 @@ class Loader:
         settings = Settings(
             placement=placement,
             num_workers=num_workers,
+            threads_per_worker=threads_per_worker,
             prefetch_depth=depth,
             seed=seed,
             stall_timeout_s=stall_timeout_s,
