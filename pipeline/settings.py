@@ -102,6 +102,8 @@ class Settings:
             ``auto`` tries on the run which is fastest, the loop thread included (with ``schedule=overlap``
             it is ``inline``). The batches are the same.
         num_workers: Threads or processes; 0 is as many as there are cores for this process.
+        threads_per_worker: Threads of each worker process, with ``placement=process``: for work that both
+            waits, such as for storage, and holds the GIL. The dataset must bear several threads then.
         prefetch_depth: Batches that may wait for the loop.
         max_steps_in_flight: Steps that may be queued on the device before the loop waits.
         stall_timeout_s: How long the loop waits for one batch, or for a logger, before it is taken to
@@ -160,6 +162,7 @@ class Settings:
     schedule: Schedule = "auto"
     placement: Placement = "auto"
     num_workers: int = 0
+    threads_per_worker: int = 1
     prefetch_depth: int = 8
     max_steps_in_flight: int = 4
     stall_timeout_s: float | None = 600.0

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 import random
 import signal
+import threading
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -61,13 +63,73 @@ class Deadly(Augmented):
         return super().__getitem__(index)
 
     def _is_due(self):
-        if self.memory is None:
-            return True
-        try:
-            os.close(os.open(self.memory, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        return True
+        return self.memory is None or _is_first(self.memory)
+
+
+def _is_first(memory):
+    """Say whether nobody has asked before, in any process."""
+    try:
+        os.close(os.open(memory, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+class Late(Augmented):
+    """Draws from certain generators, but nothing but torch's numbers before a certain sample."""
+
+    def __init__(self, count, *, index, draws):
+        super().__init__(count, draws=draws)
+        self.index = index
+
+    def __getitem__(self, index):
+        sample, target = Augmented(self.count, draws=self.draws and ("torch",))[index]
+        return (sample + super().__getitem__(index)[0] if index >= self.index else sample), target
+
+
+_TWO = threading.Barrier(2)
+_MET: set[int] = set()
+
+
+class Meeting(Late):
+    """Two samples wait for each other, the first time a worker makes them: their batches are made at once.
+
+    Each sample draws twice, and in between lets another thread draw from the same generator, if that may run.
+    """
+
+    def __init__(self, count, *, pair, index=0, draws=()):
+        super().__init__(count, index=index, draws=draws)
+        self.pair, self.home = pair, os.getpid()
+
+    def __getitem__(self, index):
+        if index in self.pair and os.getpid() != self.home and index not in _MET:
+            _MET.add(index)
+            _TWO.wait(60)
+        first, target = super().__getitem__(index)
+        hashlib.sha256(bytes(1 << 20))  # without the GIL
+        return first + super().__getitem__(index)[0], target
+
+
+class DeadlyBeside(Augmented):
+    """A worker is killed by one sample while another thread makes a sample that would never be done.
+
+    That is the first time; then the other one is made as usual. What kills does so again, unless told not to.
+    """
+
+    def __init__(self, count, *, index, beside, memory, is_once=False):
+        super().__init__(count)
+        self.index, self.beside, self.memory, self.is_once = index, beside, memory, is_once
+        self.home = os.getpid()
+
+    def __getitem__(self, index):
+        if index in (self.index, self.beside) and os.getpid() != self.home:
+            if is_first := _is_first(f"{self.memory}{index}"):
+                _TWO.wait(60)
+            if index == self.beside and is_first:
+                threading.Event().wait()
+            if index == self.index and (is_first or not self.is_once):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
 
 
 class Failing(Augmented):

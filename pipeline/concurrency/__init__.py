@@ -9,6 +9,7 @@ from pipeline.concurrency.pool import Answer, NurseryDiedError, WorkerPool
 from pipeline.concurrency.scope import Scope, stack_of
 from pipeline.concurrency.server import fork_server, preparation
 from pipeline.concurrency.shared import HAS_SHARED_MEMORY, Slot, SlotFile, map_slots, view_file, view_slot
+from pipeline.concurrency.shared_lock import SharedLock
 from pipeline.concurrency.watchdog import watch
 from pipeline.concurrency.writer import Writer
 
@@ -22,6 +23,7 @@ __all__ = [
     "ChildDiedError",
     "NurseryDiedError",
     "Scope",
+    "SharedLock",
     "Slot",
     "SlotFile",
     "WorkerPool",

@@ -139,7 +139,7 @@ class WorkerPool:
         return self._is_ready
 
     def resize(self, num_workers: int, num_threads: int = 1) -> bool:
-        """Start workers or let idle ones go, not those at work; say whether there are as many as wanted."""
+        """Start workers or let idle ones go; return whether there are as many as wanted."""
         self._num_threads = num_threads  # of those that are started from now on
         idle = [each for each in self._workers if not each.num_jobs]
         others = [each for each in idle if each.num_threads != num_threads]

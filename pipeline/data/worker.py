@@ -1,7 +1,8 @@
 """What a worker process runs: jobs in, batches made straight into slots of shared memory.
 
-Runs in processes of `concurrency.fork_server`, one thread each, with a GIL, global generators and an
-interpreter of its own: there the batches of a dataset may draw from anything (see `data/randomness.py`).
+Runs in processes of `concurrency.fork_server`, each with a GIL, global generators and an interpreter of its
+own: there the batches of a dataset may draw from anything (see `data/randomness.py`, and `data/isolation.py`
+for more than one thread).
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from torch.utils.data._utils.collate import collate, collate_tensor_fn, default_
 
 from pipeline.concurrency import answer_jobs, map_slots, pickled_error, view_slot
 from pipeline.data.fetch import Fetcher
+from pipeline.data.isolation import Isolation
 from pipeline.data.packing import Arena, Packed, pack, unpack, view
-from pipeline.data.randomness import SampleRandomness
 from pipeline.data.reader import END, no_seed
 from pipeline.data.shard_fetch import ShardFetcher
 
@@ -84,17 +85,23 @@ def open_worker(
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         torch.set_num_threads(defaults.num_threads)
-        answer_jobs(requests, Worker(fetcher, slots).answer, num_threads)
+        answer_jobs(requests, Worker(fetcher, slots, num_threads).answer, num_threads)
 
     return run
 
 
 class Worker:
-    """Makes the batches that a process is asked for."""
+    """Makes the batches that a process is asked for.
 
-    def __init__(self, fetcher: Fetcher | ShardFetcher, slots: int) -> None:
+    Args:
+        fetcher: Makes them of samples.
+        slots: The file of the slots.
+        num_threads: That call `answer`, at once.
+    """
+
+    def __init__(self, fetcher: Fetcher | ShardFetcher, slots: int, num_threads: int) -> None:
         self._fetcher, self._memory = fetcher, map_slots(slots)
-        self._randomness = SampleRandomness()
+        self._isolation = Isolation(num_threads)
 
     def answer(self, job: bytes) -> tuple[bytes, list[int]]:
         """Return the answer to a job, and the descriptor of what did not fit its slot, if there is any."""
@@ -121,7 +128,7 @@ class Worker:
             arena.clear()  # what was made before in vain
             return fetcher.fetch(indices, epoch, position, seed_sample, collate_fn)
 
-        return self._randomness.on_loop_thread(make)
+        return self._isolation.make(epoch, make)
 
 
 def _collate_into(arena: Arena) -> Callable[[list[Any]], Any]:

@@ -38,8 +38,12 @@ class Workers(Protocol):
 
     num_pauses: Callable[[], int]
 
-    def start_processes(self, num_workers: int) -> bool:
+    def start_processes(self, num_workers: int, num_threads: int = 1) -> bool:
         """See that they are there or on their way; say whether they are there.
+
+        Args:
+            num_workers: How many.
+            num_threads: Of each.
 
         Raises:
             PipelineError: If the data cannot be taken to a process.
@@ -109,14 +113,21 @@ class Auto:
         tried_ms = {str(place): ms for place, ms in self._tried.items()}
         times = {} if job is None else {name: getattr(job, name) for name in _TIMES}
         return PlacementReport(
-            str(self._place), self._reason, tried_ms=tried_ms, obstacle=self._obstacle, **times
+            str(self._place),
+            self._reason,
+            tried_ms=tried_ms,
+            obstacle=self._obstacle,
+            num_workers=self._place.num_workers,
+            threads_per_worker=self._place.num_threads,
+            **times,
         )
 
     def _look(self) -> None:
         """Begin again, in the textbook loop."""
         self._tried = {}
         self._job: Job | None = None
-        self._has_processes, self._wanted_processes, self._obstacle = True, 0, ""
+        self._has_processes, self._obstacle = True, ""
+        self._wanted_processes: Place | None = None
         self._reason = "too short to tell: the first batches are timed in the textbook loop"
         self._begin(TEXTBOOK)
 
@@ -187,15 +198,15 @@ class Auto:
     def _move(self, reader: Reader) -> None:
         """Begin the next trial, or settle."""
         self._job = self._measured(reader)
-        self._wanted_processes = 0
+        self._wanted_processes = None
         while (trial := next_trial(self._job, self._tried)) is not None:
-            has_started = trial.name != "process" or self._start_processes(trial.num_workers)
+            has_started = trial.name != "process" or self._start_processes(trial)
             if has_started:
                 self._reason = "still being tried"
                 self._begin(trial)
                 return
             if has_started is False:  # not yet: the best place so far, until they are there
-                self._wanted_processes = trial.num_workers
+                self._wanted_processes = trial
                 break
             self._job = replace(self._job, has_processes=False)
         self._settle()
@@ -211,10 +222,10 @@ class Auto:
         )
         return replace(job, has_threads=reader.is_threadable, has_processes=self._has_processes)
 
-    def _start_processes(self, num_workers: int) -> bool | None:
+    def _start_processes(self, place: Place) -> bool | None:
         """Say whether processes are there; None if they never will be."""
         try:
-            return self._workers.start_processes(num_workers)
+            return self._workers.start_processes(place.num_workers, place.num_threads)
         except PipelineError as error:
             logger.info("%s: no worker processes: %s", self._name, error)
             self._obstacle = str(error)

@@ -71,7 +71,10 @@ class Pinned:
 
     @property
     def report(self) -> PlacementReport:
-        return PlacementReport(str(self._place), "by the settings")
+        _, num_workers, num_threads = place = self._place
+        return PlacementReport(
+            str(place), "by the settings", num_workers=num_workers, threads_per_worker=num_threads
+        )
 
 
 class Inbound:
@@ -106,7 +109,7 @@ class Inbound:
         self._times, self.is_training = times, False
         self.num_pauses: Callable[[], int] = _none
         self._source, self._transfer = source, transfer
-        self.chooser: Chooser = Auto(self, source.name) if place is None else Pinned(place)
+        self.chooser: Chooser = Auto(self, source.name) if place is None else Pinned(_for(source, place))
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._opened: Reader | None = None
         self._processes: Processes | None = None
@@ -153,7 +156,7 @@ class Inbound:
     def _made_in(self, place: Place, reader: Reader) -> Generator[Batch]:
         goes_on = self.chooser.goes_on
         if place.name == "process":
-            return self._made_by_processes(place.num_workers, reader)
+            return self._made_by_processes(place, reader)
         self._is_in_place = True
         if place.name != "textbook":
             if reader.is_threadable:
@@ -173,20 +176,20 @@ class Inbound:
             times=self._times,
         )
 
-    def _made_by_processes(self, num_workers: int, reader: Reader) -> Generator[Batch]:
+    def _made_by_processes(self, place: Place, reader: Reader) -> Generator[Batch]:
+        counts = place.num_workers, place.num_threads
         if self._processes is not None and self._processes.is_stale(self._source):  # type: ignore[arg-type]
             self.stop_processes()  # somebody has changed the dataset: give it to them anew
-        num_workers = min(num_workers, reader.max_processes or num_workers)
-        self._is_in_place = self.start_processes(num_workers)
+        self._is_in_place = self.start_processes(*counts)
         if not self._is_in_place and isinstance(reader, ShardedReader) and reader.is_behind:
             self._is_in_place = self._wait_for_processes()  # or the loop thread would read it all again
         if not self._is_in_place:  # nobody waits for them to start
-            in_line = read_in_line(reader, self._transfer, lambda: not self.start_processes(num_workers))
+            in_line = read_in_line(reader, self._transfer, lambda: not self.start_processes(*counts))
             return self._counted(in_line)
         assert isinstance(reader, MapReader | ShardedReader)
         assert self._processes is not None
         processes = self._processes
-        depth = max(self._depth, 2 * num_workers)
+        depth = max(self._depth, 2 * place.num_workers * place.num_threads)
         made = ProcessReader(processes, reader, depth, self.chooser.goes_on)
         if self._transfer.runs_ahead:
             return _closing(made, read_ahead(made, self._transfer, 2, stall_timeout_s=self._stall_timeout_s))
@@ -212,8 +215,12 @@ class Inbound:
         assert self._processes is not None
         return self._processes.wait_until_ready()
 
-    def start_processes(self, num_workers: int) -> bool:
+    def start_processes(self, num_workers: int, num_threads: int = 1) -> bool:
         """See that worker processes are there or on their way; say whether they are there.
+
+        Args:
+            num_workers: How many.
+            num_threads: Of each.
 
         Raises:
             ConfigError: If the data cannot be taken to a process; it says why.
@@ -225,8 +232,8 @@ class Inbound:
                 "DataLoader of a map-style one with num_workers=0. Batches of an iterable are made inline."
             )
         if self._processes is None:
-            self._processes = Processes(source, num_workers, self._stall_timeout_s)
-        is_ready = self._processes.is_ready(num_workers)
+            self._processes = Processes(source, num_workers, self._stall_timeout_s, num_threads)
+        is_ready = self._processes.is_ready(num_workers, num_threads)
         if isinstance(source, ShardedSource):
             source.check_processes()
             return is_ready and source.has_begun  # what data does to itself is seen in this process first
@@ -252,6 +259,13 @@ class Inbound:
 
 
 _STATEFUL = (IterableSource, ShardedSource)
+
+
+def _for(source: Source, place: Place) -> Place:
+    """Return a place as it is for some data: a shard is read by one process, on one thread."""
+    if place.name != "process" or not isinstance(source, ShardedSource):
+        return place
+    return Place("process", min(place.num_workers, len(source.shards)))
 
 
 def _none() -> int:

@@ -40,6 +40,7 @@ class Loader:
         seed: Decides the order and the random numbers of each sample.
         placement: As for the Trainer; ``auto`` measures the loop that asks for the batches.
         num_workers: Threads or processes; 0 is as many as there are cores for this process.
+        threads_per_worker: Threads of each worker process, with ``placement="process"``.
         depth: Batches that are made ahead.
         device: Where the batches go; ``auto`` takes the accelerator that is there.
         stall_timeout_s: Longest wait for a batch; None waits for ever.
@@ -69,6 +70,7 @@ class Loader:
         seed: int = 0,
         placement: Placement = "auto",
         num_workers: int = 0,
+        threads_per_worker: int = 1,
         depth: int = 8,
         device: str | torch.device | Backend = "cpu",
         stall_timeout_s: float | None = 600.0,
@@ -76,6 +78,7 @@ class Loader:
         settings = Settings(
             placement=placement,
             num_workers=num_workers,
+            threads_per_worker=threads_per_worker,
             prefetch_depth=depth,
             seed=seed,
             stall_timeout_s=stall_timeout_s,

@@ -102,8 +102,11 @@ class Belts:
 
 def pinned_place(settings: Settings) -> Place | None:
     """Return where the settings want batches made; None where it is to be measured."""
-    if settings.placement in ("thread", "process"):
-        return Place(settings.placement, settings.num_workers or available_cores())
+    num_workers = settings.num_workers or available_cores()
+    if settings.placement == "thread":
+        return Place("thread", num_workers)
+    if settings.placement == "process":
+        return Place("process", num_workers, settings.threads_per_worker)
     if settings.placement == "inline" or settings.schedule == "overlap":
         return INLINE
     return TEXTBOOK if settings.schedule == "textbook" else None

@@ -43,7 +43,7 @@ CHANGING = ("time/", "gil/", "rate/", "memory/")
 @pytest.fixture(autouse=True)
 def workers_are_waited_for(monkeypatch):
     """Have every batch made by a worker; as it is, the loop makes them until the workers are there."""
-    monkeypatch.setattr(Processes, "is_ready", lambda self, num_workers: self._pool.wait_until_ready(60.0))
+    monkeypatch.setattr(Processes, "is_ready", lambda self, *counts: self._pool.wait_until_ready(60.0))
 
 
 class Augmented(Dataset):
