@@ -19,6 +19,7 @@ from pipeline.data import (
     as_evaluation_source,
     as_source,
     own_generators,
+    ranks,
     refuse_in_nursery,
 )
 from pipeline.device import select_backend
@@ -123,7 +124,7 @@ class Trainer(Settings):
         metrics, train_metrics = metrics or {}, train_metrics or {}
         check_listeners(callbacks, loggers, (metrics, train_metrics), val_data)
         check_targets(self.monitor, loss_fn, val_data, metrics, scheduler_interval)
-        make_source = partial(as_source, seed=self.seed)
+        make_source = partial(as_source, seed=self.seed, ranks=ranks())
         batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn, num_shards)
         source = make_source(train_data, name="train_data", shuffle=shuffle, drop_last=drop_last, **batching)
         max_batches = resolve_limit("limit_train_batches", self.limit_train_batches, source.num_batches)

@@ -4,6 +4,7 @@ from pipeline.data.iterable import IterableSource
 from pipeline.data.main_module import refuse_in_nursery
 from pipeline.data.processes import Processes, ProcessReader
 from pipeline.data.randomness import UnhookableDrawError
+from pipeline.data.ranks import ranks
 from pipeline.data.reader import END, EVALUATION_EPOCH, MapReader, MapSource, Reader, Source
 from pipeline.data.shards import ShardedReader, ShardedSource
 from pipeline.data.source import as_evaluation_source, as_source, own_generators
@@ -24,5 +25,6 @@ __all__ = [
     "as_evaluation_source",
     "as_source",
     "own_generators",
+    "ranks",
     "refuse_in_nursery",
 ]

@@ -6,7 +6,11 @@ import torch
 
 
 def ranks() -> tuple[int, int]:
-    """Return this process's rank and the world size: ``(0, 1)`` where no other trains the same model."""
+    """Return this process's rank and the number of ranks: ``(0, 1)`` where no process group was made.
+
+    Runs on:
+        Any thread; talks to nobody.
+    """
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1

@@ -230,7 +230,7 @@ class MapReader(IsolatedReader):
         return None
 
     def take(self, turn: int, batch: Batch) -> bool:
-        self.position = turn + 1
+        self.position += 1
         return True
 
     def describe(self, turn: int) -> str:

@@ -22,7 +22,6 @@ from torch.utils.data import (
 
 from pipeline.data.fetch import CollateFn, Fetcher
 from pipeline.data.iterable import IterableSource, length_or_none
-from pipeline.data.ranks import ranks
 from pipeline.data.reader import MapSource, Source
 from pipeline.data.sampler import BatchPlan, SamplerPlan, num_batches
 from pipeline.data.shard_fetch import ShardFetcher
@@ -39,8 +38,8 @@ def as_source(
     drop_last: bool,
     collate_fn: CollateFn | None,
     seed: int,
+    ranks: tuple[int, int] = (0, 1),
     num_shards: int = 1,
-    is_dealt: bool = True,
 ) -> Source:
     """Turn what a user passed as data into a source.
 
@@ -52,13 +51,14 @@ def as_source(
         drop_last: Leave out a last batch that is not full; datasets only.
         collate_fn: Samples to batch; datasets only.
         seed: The run's seed.
+        ranks: This process's rank and the number of ranks that share a dataset's samples; what yields batches
+            itself is left as it is.
         num_shards: Into which an iterable dataset splits itself.
-        is_dealt: Whether the ranks read a part of them each, or each of them all.
 
     Raises:
         ConfigError: If the settings do not fit the data, or the data is empty.
     """
-    rank, world_size = ranks() if is_dealt else (0, 1)
+    rank, world_size = ranks
     if problem := _shards_problem(data, name, batch_size, num_shards, world_size):
         raise ConfigError(problem)
     if batch_size is None:
@@ -102,7 +102,6 @@ def as_evaluation_source(
         collate_fn=collate_fn,
         seed=seed,
         num_shards=num_shards,
-        is_dealt=False,
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.batch import Batch
-from pipeline.data import as_source
+from pipeline.data import as_source, ranks
 from pipeline.device import Backend, make_transfer, select_backend
 from pipeline.loop.inbound import Inbound
 from pipeline.loop.schedule import pinned_place
@@ -91,6 +91,7 @@ class Loader:
             drop_last=drop_last,
             collate_fn=collate_fn,
             seed=seed,
+            ranks=ranks(),
             num_shards=num_shards,
         )
         transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)

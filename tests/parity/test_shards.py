@@ -47,10 +47,10 @@ def wait_until_ready(self, num_workers, num_threads=1):
     return self._pool.wait_until_ready(60.0) and self._pool.resize(num_workers, num_threads)
 
 
-def source_of(data, *, num_shards=1, batch_size=2, drop_last=False, name="data"):
+def source_of(data, *, num_shards=1, batch_size=2, drop_last=False, ranks=(0, 1)):
     return as_source(
-        data, name=name, batch_size=batch_size, shuffle=False, drop_last=drop_last, collate_fn=None, seed=0,
-        num_shards=num_shards,
+        data, name="data", batch_size=batch_size, shuffle=False, drop_last=drop_last, collate_fn=None, seed=0,
+        num_shards=num_shards, ranks=ranks,
     )  # fmt: skip
 
 
@@ -302,7 +302,7 @@ class Uncopyable(Stream):
         self.lock = threading.Lock()
 
 
-def test_settings_that_do_not_fit_are_refused(monkeypatch):
+def test_settings_that_do_not_fit_are_refused():
     """Before the first batch, or at it; the error says what to type."""
     with pytest.raises(ConfigError, match="num_shards must be an integer of 1 or more, got 0"):
         source_of(Stream([3]), num_shards=0)
@@ -313,9 +313,8 @@ def test_settings_that_do_not_fit_are_refused(monkeypatch):
     with pytest.raises(ConfigError, match=r"cannot be copied: .*lock.*num_shards=1"):
         read(source_of(Uncopyable([3]), num_shards=2).open(0))
     assert len(read(source_of(Uncopyable([3])).open(0))) == 2
-    monkeypatch.setattr("pipeline.data.source.ranks", lambda: (0, 2))
     with pytest.raises(ConfigError, match=r"2 ranks share the shards of data.*got 3. Set num_shards=4"):
-        source_of(Stream([3]), num_shards=3)
+        source_of(Stream([3]), num_shards=3, ranks=(1, 2))
 
 
 def test_shards_are_for_whichever_data_is_iterable():
@@ -341,13 +340,12 @@ def test_evaluate_and_predict_read_every_shard():
     assert loss == pytest.approx(plain)
 
 
-def test_ranks_share_the_shards(monkeypatch):
+def test_ranks_share_the_shards():
     """Shard s goes to rank s modulo their number; together they have every batch once."""
     whole = judge(Stream([4, 2, 6, 3]), 0, num_shards=4, batch_size=2)
     parts = []
     for rank in range(2):
-        monkeypatch.setattr("pipeline.data.source.ranks", lambda rank=rank: (rank, 2))
-        reader = source_of(Stream([4, 2, 6, 3]), num_shards=4).open(0)
+        reader = source_of(Stream([4, 2, 6, 3]), num_shards=4, ranks=(rank, 2)).open(0)
         parts.append(read(reader))
         assert set(reader.lengths) == {rank, rank + 2}
     order = lambda batches: sorted(batch[0].sum().item() for batch in batches)  # noqa: E731
