@@ -13,7 +13,7 @@ import torch
 from pipeline.batch import Batch
 from pipeline.checkpoint import load_model
 from pipeline.concurrency import Scope
-from pipeline.data import EVALUATION_EPOCH, Source, as_source, own_generators, refuse_in_nursery
+from pipeline.data import EVALUATION_EPOCH, Source, as_source, own_generators, ranks, refuse_in_nursery
 from pipeline.device import select_backend
 from pipeline.loop import setup, wiring
 from pipeline.loop.callback import Callback
@@ -27,6 +27,7 @@ from pipeline.loop.objective import Objective
 from pipeline.loop.resume import open_run_dir
 from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
+from pipeline.loop.share import check_ranks
 from pipeline.loop.signals import handling_signals
 from pipeline.loop.summary import make_result
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
@@ -74,7 +75,7 @@ class Trainer(Settings):
             loss_fn: Called with ``(outputs, target)`` for batches of ``(inputs, target)``.
             step: Instead of `loss_fn`: called with ``(model, batch)``, returns the loss, or a dict
                 with ``loss`` and further scalars to log.
-            batch_size: Samples per batch, if `train_data` is a dataset; for `val_data` too.
+            batch_size: Samples per batch on each rank, if `train_data` is a dataset; for `val_data` too.
             shuffle: Draw a new order of the dataset for each epoch.
             drop_last: Leave out a last batch that is not full.
             collate_fn: Makes a batch of a list of samples; torch's `default_collate` unless told.
@@ -114,7 +115,7 @@ class Trainer(Settings):
         metrics, train_metrics = metrics or {}, train_metrics or {}
         check_listeners(callbacks, loggers, (metrics, train_metrics), val_data)
         check_targets(self.monitor, loss_fn, val_data, metrics, scheduler_interval)
-        make_source = partial(as_source, seed=self.seed)
+        make_source = partial(as_source, seed=self.seed, ranks=ranks())
         batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn)
         source = make_source(train_data, name="train_data", shuffle=shuffle, drop_last=drop_last, **batching)
         max_batches = resolve_limit("limit_train_batches", self.limit_train_batches, source.num_batches)
@@ -124,6 +125,10 @@ class Trainer(Settings):
                 val_data, name="val_data", shuffle=False, drop_last=False, **val_batching
             )
             evaluation = self._evaluation(belts, objective, val_source, metrics, merges_ranks=True)
+        data = {"train_data": (train_data, batching), "val_data": (val_data, val_batching)}
+        check_ranks(
+            {"seed": self.seed, "shuffle": shuffle, "drop_last": drop_last}, metrics, belts.device, **data
+        )
         setup.place(self, belts.device, model, loss_fn, *metrics.values(), *train_metrics.values())
         if not model.training:
             model.train()  # a model that was evaluated; single modules put in eval mode stay so
@@ -195,7 +200,7 @@ class Trainer(Settings):
         metrics: Metrics | None = None,
         checkpoint: str | Path | None = None,
     ) -> dict[str, float]:
-        """Return the mean loss and the metrics over all samples, by name (without ``val/``).
+        """Return the mean loss and the metrics over all samples, by name (without ``val/``); on each rank.
 
         Args:
             model: In evaluation mode for the length of the call.
@@ -231,7 +236,7 @@ class Trainer(Settings):
         collate_fn: Callable[[list[Any]], Batch] | None = None,
         checkpoint: str | Path | None = None,
     ) -> Any:
-        """Return the model's outputs for all samples, on the host.
+        """Return the model's outputs for all samples, on the host; on each rank that calls it.
 
         Args:
             model: In evaluation mode for the length of the call.

@@ -4,8 +4,9 @@ from pipeline.data.iterable import IterableSource
 from pipeline.data.main_module import refuse_in_nursery
 from pipeline.data.processes import Processes, ProcessReader
 from pipeline.data.randomness import UnhookableDrawError
+from pipeline.data.ranks import ranks
 from pipeline.data.reader import END, EVALUATION_EPOCH, MapReader, MapSource, Reader, Source
-from pipeline.data.source import as_source, own_generators
+from pipeline.data.source import as_source, is_shared_out, own_generators
 
 __all__ = [
     "END",
@@ -19,6 +20,8 @@ __all__ = [
     "Source",
     "UnhookableDrawError",
     "as_source",
+    "is_shared_out",
     "own_generators",
+    "ranks",
     "refuse_in_nursery",
 ]

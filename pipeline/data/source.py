@@ -36,6 +36,7 @@ def as_source(
     drop_last: bool,
     collate_fn: CollateFn | None,
     seed: int,
+    ranks: tuple[int, int] = (0, 1),
 ) -> Source:
     """Turn what a user passed as data into a source.
 
@@ -47,6 +48,8 @@ def as_source(
         drop_last: Leave out a last batch that is not full; datasets only.
         collate_fn: Samples to batch; datasets only.
         seed: The run's seed.
+        ranks: This process's rank and the number of ranks that share a dataset's samples; what yields batches
+            itself is left as it is.
 
     Raises:
         ConfigError: If the settings do not fit the data, or the data is empty.
@@ -69,17 +72,21 @@ def as_source(
             seed=seed,
         )
     problem = _samples_problem(data, name, batch_size)
-    if problem is None and drop_last and len(data) < batch_size:
-        problem = f"{name} has {len(data)} samples, fewer than one batch of {batch_size}, and \
-drop_last leaves none. Lower batch_size or set drop_last=False."
+    problem = problem or _share_problem(name, len(data), batch_size, drop_last, ranks[1])
     if problem:
         raise ConfigError(problem)
     make_plan = partial(
-        _plan, len(data), batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed
+        _plan,
+        len(data),
+        batch_size=batch_size,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        seed=seed,
+        rank=ranks[0],
+        world_size=ranks[1],
     )
-    return MapSource(
-        Fetcher(data, collate_fn, seed), num_batches(len(data), batch_size, drop_last), make_plan, name
-    )
+    count = num_batches(len(data) // ranks[1], batch_size, drop_last)
+    return MapSource(Fetcher(data, collate_fn, seed), count, make_plan, name)
 
 
 def take_apart(loader: DataLoader[Any], seed: int, name: str) -> MapSource:
@@ -103,7 +110,8 @@ def _plan(num_samples: int, epoch: int, **settings: Any) -> BatchPlan:
     return BatchPlan(num_samples, epoch=epoch, **settings)
 
 
-_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+_PLAIN_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_SAMPLERS = (*_PLAIN_SAMPLERS, DistributedSampler)
 
 
 def _is_safe_to_take_apart(data: Any) -> bool:
@@ -141,6 +149,12 @@ def own_generators(*data: Any) -> list[torch.Generator]:
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
+def is_shared_out(loader: DataLoader[Any]) -> bool:
+    """Say whether a DataLoader may give each rank samples of its own; torch's plain samplers do not."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    return isinstance(loader.dataset, IterableDataset) or type(sampler) not in _PLAIN_SAMPLERS
+
+
 def _batches_problem(data: Any, name: str, has_sample_settings: bool) -> str | None:
     found = type(data).__name__
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
@@ -172,3 +186,20 @@ def _samples_problem(data: Any, name: str, batch_size: int) -> str | None:
             "Leave out batch_size if it yields batches."
         )
     return f"{name} ({found}) is empty: it has no sample." if len(data) == 0 else None
+
+
+def _share_problem(
+    name: str, num_samples: int, batch_size: int, drop_last: bool, world_size: int
+) -> str | None:
+    if num_samples < world_size:
+        return (
+            f"{name} has {num_samples} samples, fewer than the {world_size} ranks that share them: a rank "
+            "would have none. Start fewer ranks, or pass a DataLoader, whose samples are not shared out."
+        )
+    if drop_last and num_samples // world_size < batch_size:
+        each = "" if world_size == 1 else f" for each of {world_size} ranks"
+        return (
+            f"{name} has {num_samples} samples, fewer than one batch of {batch_size}{each}, and drop_last "
+            "leaves none. Lower batch_size or set drop_last=False."
+        )
+    return None

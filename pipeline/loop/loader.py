@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from pipeline.batch import Batch
-from pipeline.data import as_source
+from pipeline.data import as_source, ranks
 from pipeline.device import Backend, make_transfer, select_backend
 from pipeline.loop.inbound import Inbound
 from pipeline.loop.schedule import pinned_place
@@ -28,7 +28,8 @@ class Loader:
                     train(inputs, target)
 
     Each iteration is an epoch: its order and each sample's random numbers come from ``(seed, epoch)``, and
-    so are the same wherever batches are made. A batch that you keep stays valid.
+    so are the same wherever batches are made. A batch that you keep stays valid. In a process group each rank
+    has its share of a dataset, in as many batches as the others.
 
     Args:
         data: A map-style dataset (with `batch_size`), a DataLoader, or any iterable of batches.
@@ -86,6 +87,7 @@ class Loader:
             drop_last=drop_last,
             collate_fn=collate_fn,
             seed=seed,
+            ranks=ranks(),
         )
         transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)
         self._inbound = Inbound(self._source, transfer, pinned_place(settings), depth, stall_timeout_s)
