@@ -40,6 +40,9 @@ class Processes:
         num_workers: How many.
         stall_timeout_s: Longest wait for a batch; None waits for ever.
 
+    Attributes:
+        in_order: Whether the batches of an epoch are handed over in its order, or as they are answered.
+
     Raises:
         ConfigError: If the dataset cannot be taken to a process; it says why.
 
@@ -51,7 +54,7 @@ class Processes:
         self._stall_timeout_s, self._batch_bytes = stall_timeout_s, 0
         self._given = source.fetcher.plain_state()
         self._tickets: dict[int, tuple[int, Slot, _Asker]] = {}
-        self._is_closed = False
+        self._is_closed, self.in_order = False, True
         payload, prepare = _packed_fetcher(source)
         self._slots, self._stacks = SlotFile(), os.memfd_create("stacks")
         try:
@@ -115,7 +118,7 @@ class Processes:
         """Yield the batches of an epoch from the reader's position on, and move it.
 
         Args:
-            reader: The epoch.
+            reader: The epoch; its position counts the batches that were handed over.
             depth: Batches that are asked for ahead.
             goes_on: Asked before each further batch is; once not, those asked for are the last.
 
@@ -132,9 +135,10 @@ class Processes:
                     asked += 1
                 if reader.position == asked:
                     return
-                while reader.position not in asker.ready:
+                while not asker.ready or (self.in_order and reader.position not in asker.ready):
                     self._collect(asker)
-                batch = self._open(asker, *asker.ready.pop(reader.position))
+                position = reader.position if self.in_order else next(iter(asker.ready))
+                batch = self._open(asker, position, *asker.ready.pop(position))
                 reader.position += 1
                 yield batch
         finally:
@@ -164,10 +168,10 @@ class Processes:
             else:
                 whose.ready[position] = answer, slot
 
-    def _open(self, asker: _Asker, answer: Answer, slot: Slot) -> Batch:
+    def _open(self, asker: _Asker, position: int, answer: Answer, slot: Slot) -> Batch:
         if answer.exit_code is not None:
             self._slots.release(slot)
-            raise self._died(asker.reader, asker.reader.position, answer.exit_code)
+            raise self._died(asker.reader, position, answer.exit_code)
         is_batch, offset, nbytes, wanted_bytes = ANSWER.unpack_from(answer.message)
         if not is_batch:
             self._slots.release(slot)
@@ -212,10 +216,9 @@ class Processes:
         )
 
     def _stalled(self, asker: _Asker) -> StallError:
-        reader = asker.reader
-        ticket = next(each for each, job in self._tickets.items() if job[::2] == (reader.position, asker))
+        ticket, position = next((each, job[0]) for each, job in self._tickets.items() if job[2] is asker)
         assert self._stall_timeout_s is not None
-        error = StallError(self._stall_timeout_s, _describe_batch(reader, reader.position))
+        error = StallError(self._stall_timeout_s, _describe_batch(asker.reader, position))
         error.stage = "fetch"
         if (pid := self._pool.pid_of(ticket)) is not None:
             error.stack = self._stack_of(pid)

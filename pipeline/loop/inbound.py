@@ -74,6 +74,7 @@ class Inbound:
         depth: Batches that are made ahead.
         stall_timeout_s: Longest wait for a batch; None waits for ever.
         times: Told how the threads that make batches spent theirs.
+        in_order: Otherwise batches of a map-style dataset are handed over as they are ready.
 
     Attributes:
         chooser: Of the place.
@@ -92,8 +93,10 @@ class Inbound:
         depth: int,
         stall_timeout_s: float | None,
         times: ThreadTimes | None = None,
+        *,
+        in_order: bool = True,
     ) -> None:
-        self._times, self.is_training = times, False
+        self._times, self.is_training, self._in_order = times, False, in_order
         self.num_pauses: Callable[[], int] = _none
         self._source, self._transfer = source, transfer
         self.chooser: Chooser = Auto(self, source.name) if place is None else Pinned(place)
@@ -158,6 +161,7 @@ class Inbound:
             max(self._depth, 2 * num_threads) if reader.is_random_access else self._depth,
             num_threads if reader.is_random_access else 1,
             is_fresh=self._source.makes_fresh_batches,
+            in_order=self._in_order or not reader.is_random_access,
             stall_timeout_s=self._stall_timeout_s,
             goes_on=goes_on,
             times=self._times,
@@ -208,6 +212,7 @@ class Inbound:
                     "or a DataLoader of one with num_workers=0. Batches of an iterable are made inline."
                 )
             self._processes = Processes(self._source, num_workers, self._stall_timeout_s)
+            self._processes.in_order = self._in_order
         return self._processes.is_ready(num_workers)
 
     def stop_processes(self) -> None:

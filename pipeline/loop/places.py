@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator
 from typing import Any
 
 from pipeline.batch import Batch
-from pipeline.concurrency import Channel, ChannelClosedError, Scope
+from pipeline.concurrency import Channel, ChannelClosedError, Scope, UnorderedChannel
 from pipeline.data import END, Reader, UnhookableDrawError
 from pipeline.device import Transfer
 from pipeline.errors import add_stage_note
@@ -49,6 +49,7 @@ def read_ahead(
     num_threads: int = 1,
     *,
     is_fresh: bool = True,
+    in_order: bool = True,
     stall_timeout_s: float | None = None,
     goes_on: Callable[[], bool] = always,
     times: ThreadTimes | None = None,
@@ -64,6 +65,7 @@ def read_ahead(
         depth: Batches that are made ahead.
         num_threads: That make them; one where they can be made in order only.
         is_fresh: Whether each batch is known to have memory of its own.
+        in_order: Otherwise the first is followed by whatever is ready; with random access only.
         stall_timeout_s: How long the loop waits for one batch; None for ever.
         goes_on: Asked after each batch; once not, those that are being made are the last.
         times: Told how the threads spent theirs.
@@ -81,7 +83,8 @@ def read_ahead(
         yield transfer.receive(first)
         return
     with Scope(stall_timeout_s) as scope:
-        channel: Channel[Any] = Channel(depth, start=reader.position, stall_timeout_s=stall_timeout_s)
+        kind: type[Channel[Any]] = Channel if in_order else UnorderedChannel
+        channel = kind(depth, start=reader.position, stall_timeout_s=stall_timeout_s)
         makers: dict[int, threading.Thread] = {}
         times = times or ThreadTimes()
 
@@ -94,13 +97,17 @@ def read_ahead(
             for number in range(num_threads)
         ]
         yield transfer.receive(first)
-        with locating(lambda: makers.get(channel.position, threads[0])):
+        with locating(lambda: makers.get(min(list(makers), default=-1), threads[0])):
             for sent in channel:
                 yield transfer.receive(sent)
                 if not goes_on():
                     channel.stop()
-        if reader.is_random_access:
-            reader.position = channel.position  # threads may have made some of those behind it
+        for position in sorted(channel.left):
+            reader.position = position
+            if (batch := reader.first()) is not END:  # which finds out what it draws
+                yield transfer.receive(transfer.send(batch, is_fresh=is_fresh))
+        if reader.is_random_access:  # threads may have made some of those behind it
+            reader.position = channel.position + len(channel.left)
 
 
 def _fill(
@@ -120,18 +127,19 @@ def _fill(
             position = channel.claim()
             makers[position] = thread
             clock.enter(FETCH)
-            if not reader.is_threadable or (batch := make(position)) is END:
-                break
+            if not reader.is_threadable:
+                return channel.give_up(position)
+            if (batch := make(position)) is END:
+                return channel.end(position)
             clock.enter(TRANSFER)
             channel.put(position, _send(transfer, batch, is_fresh, position))
             del makers[position]
     except ChannelClosedError:
-        return  # nobody wants more
+        return None  # nobody wants more
     except UnhookableDrawError:
-        pass  # the loop thread goes on from here
+        return channel.give_up(position)  # the loop thread makes it
     except BaseException as error:  # travels to the loop behind the batches that come before it
-        channel.end(position, error)
-    channel.end(position)
+        return channel.end(position, error)
 
 
 def _send(transfer: Transfer, batch: Batch, is_fresh: bool, position: int) -> Any:
