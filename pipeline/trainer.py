@@ -126,19 +126,19 @@ class Trainer(Settings):
             )
             evaluation = self._evaluation(belts, objective, val_source, metrics, merges_ranks=True)
         data = {"train_data": (train_data, batching), "val_data": (val_data, val_batching)}
-        check_ranks(
-            {"seed": self.seed, "shuffle": shuffle, "drop_last": drop_last}, metrics, belts.device, **data
-        )
+        order = {"seed": self.seed, "shuffle": shuffle, "drop_last": drop_last}
+        check_ranks(order, metrics, belts.device, **data)
         setup.place(self, belts.device, model, loss_fn, *metrics.values(), *train_metrics.values())
         if not model.training:
             model.train()  # a model that was evaluated; single modules put in eval mode stay so
         called_model = setup.compile_model(model, self.compile)
         state = setup.make_state(self, model, optimizer, scheduler, belts.device)
-        opened = open_run_dir(self)
-        run_dir, rows = opened.run_dir, wiring.make_rows(opened.run_dir)
         with ExitStack() as stack:
             stack.enter_context(closing(belts))
             stack.enter_context(setup.deterministic_algorithms(self.deterministic))
+            inbound = belts.inbound(source, is_training=True)
+            opened = open_run_dir(self)
+            run_dir, rows = opened.run_dir, wiring.make_rows(opened.run_dir)
             num_batches = setup.at_most(source.num_batches, max_batches)
             group = wiring.make_logger_group(
                 self, loggers, run_dir, num_batches, hparams or {}, belts.schedule, rows, opened.resumed_step
@@ -153,7 +153,7 @@ class Trainer(Settings):
             collector = wiring.make_collector(self)
             stack.enter_context(wiring.installed(collector))
             scope = stack.enter_context(Scope(self.stall_timeout_s))
-            outbound, inbound = belts.outbound(scope, journal), belts.inbound(source, is_training=True)
+            outbound = belts.outbound(scope, journal)
             inbound.num_pauses = lambda: clock.num_pauses
             watch = stack.enter_context(GilWatch(self.gil, clock, outbound.put_row, run_dir))
             run = Run(
