@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, TypeAlias
+
+import torch
 
 from pipeline.batch import Batch
 from pipeline.concurrency import Channel, ChannelClosedError, Scope, UnorderedChannel
@@ -21,6 +23,8 @@ from pipeline.loop.threads import LaneClock, ThreadTimes
 
 STAGES = ("put", "fetch", "transfer")
 PUT, FETCH, TRANSFER = range(3)
+
+Make: TypeAlias = Callable[[int], Batch]
 
 
 def always() -> bool:
@@ -86,11 +90,11 @@ def read_ahead(
         kind: type[Channel[Any]] = Channel if in_order else UnorderedChannel
         channel = kind(depth, start=reader.position, stall_timeout_s=stall_timeout_s)
         makers: dict[int, threading.Thread] = {}
-        times = times or ThreadTimes()
+        times, enters_mode = times or ThreadTimes(), _entering_mode()
 
         def fill() -> None:
             with transfer.on_device(), times.clock(STAGES) as clock:
-                _fill(channel, reader, transfer, is_fresh, makers, clock)
+                _fill(channel, reader, enters_mode, transfer, is_fresh, makers, clock)
 
         threads = [
             scope.start(fill, name=f"prefetch/{number}" if number else "prefetch", stop=channel.abandon)
@@ -113,13 +117,14 @@ def read_ahead(
 def _fill(
     channel: Channel[Any],
     reader: Reader,
+    enters_mode: Callable[[Make], Make],
     transfer: Transfer,
     is_fresh: bool,
     makers: dict[int, threading.Thread],
     clock: LaneClock,
 ) -> None:
     """Make batches until they end; prefetch thread."""
-    make, thread = reader.thread_maker(), threading.current_thread()
+    make, thread = enters_mode(reader.thread_maker()), threading.current_thread()
     position = channel.position
     try:
         while True:
@@ -140,6 +145,23 @@ def _fill(
         return channel.give_up(position)  # the loop thread makes it
     except BaseException as error:  # travels to the loop behind the batches that come before it
         return channel.end(position, error)
+
+
+def _entering_mode() -> Callable[[Make], Make]:
+    """Return what has batches made in the calling thread's grad mode, which a new thread does not inherit.
+
+    Only the making: pinned memory that was made in inference mode could not be used again outside of it.
+    """
+    is_grad, is_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def enters_mode(make: Make) -> Make:
+        def make_in_mode(position: int) -> Batch:
+            with torch.inference_mode(is_inference), torch.set_grad_enabled(is_grad):
+                return make(position)
+
+        return make if is_grad and not is_inference else make_in_mode
+
+    return enters_mode
 
 
 def _send(transfer: Transfer, batch: Batch, is_fresh: bool, position: int) -> Any:
