@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -31,6 +32,25 @@ AUTOCAST_DTYPE: dict[Precision, torch.dtype | None] = {
 }
 
 
+Kind = TypeVar("Kind")
+
+
+def _refusing_unknown(kind: type[Kind]) -> type[Kind]:
+    """Have a class of settings refuse an unknown one as it refuses a wrong value; its signature stays."""
+    open_kind: Any = kind
+    assign = open_kind.__init__
+
+    @functools.wraps(assign)
+    def refuse_or_assign(self: Any, *values: Any, **settings: Any) -> None:
+        if not settings.keys() <= set(setting_names()):
+            raise ConfigError(type_problems(settings))
+        assign(self, *values, **settings)
+
+    open_kind.__init__ = refuse_or_assign
+    return kind
+
+
+@_refusing_unknown
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How to train. Names are Lightning's where it has one.
@@ -120,7 +140,7 @@ class Settings:
         run_dir: Where files go: ``auto`` is ``runs/<time>``, None writes nothing.
 
     Raises:
-        ConfigError: Naming every wrong setting at once.
+        ConfigError: Naming every wrong setting at once, and what was probably meant by an unknown one.
     """
 
     max_epochs: int | None = None

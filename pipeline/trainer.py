@@ -13,15 +13,7 @@ import torch
 from pipeline.batch import Batch
 from pipeline.checkpoint import load_model
 from pipeline.concurrency import Scope
-from pipeline.data import (
-    EVALUATION_EPOCH,
-    Source,
-    as_evaluation_source,
-    as_source,
-    own_generators,
-    ranks,
-    refuse_in_nursery,
-)
+from pipeline.data import EVALUATION_EPOCH, Source, as_source, own_generators, ranks, refuse_in_nursery
 from pipeline.device import select_backend
 from pipeline.loop import setup, wiring
 from pipeline.loop.callback import Callback
@@ -35,6 +27,7 @@ from pipeline.loop.objective import Objective
 from pipeline.loop.resume import open_run_dir
 from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
+from pipeline.loop.share import check_ranks
 from pipeline.loop.signals import handling_signals
 from pipeline.loop.summary import make_result
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
@@ -83,7 +76,7 @@ class Trainer(Settings):
             loss_fn: Called with ``(outputs, target)`` for batches of ``(inputs, target)``.
             step: Instead of `loss_fn`: called with ``(model, batch)``, returns the loss, or a dict
                 with ``loss`` and further scalars to log.
-            batch_size: Samples per batch, if `train_data` is a dataset; for `val_data` too.
+            batch_size: Samples per batch on each rank, if `train_data` is a dataset; for `val_data` too.
             shuffle: Draw a new order of the dataset for each epoch.
             drop_last: Leave out a last batch that is not full.
             collate_fn: Makes a batch of a list of samples; torch's `default_collate` unless told.
@@ -130,20 +123,22 @@ class Trainer(Settings):
         max_batches = resolve_limit("limit_train_batches", self.limit_train_batches, source.num_batches)
         evaluation, belts = None, self._belts()
         if val_data is not None:
-            val_source = make_source(
-                val_data, name="val_data", shuffle=False, drop_last=False, **val_batching
-            )
+            val_source = make_source(val_data, name="val_data", **val_batching)
             evaluation = self._evaluation(belts, objective, val_source, metrics, merges_ranks=True)
+        data = {"train_data": (train_data, batching), "val_data": (val_data, val_batching)}
+        order = {"seed": self.seed, "shuffle": shuffle, "drop_last": drop_last}
+        check_ranks(order, metrics, belts.device, **data)
         setup.place(self, belts.device, model, loss_fn, *metrics.values(), *train_metrics.values())
         if not model.training:
             model.train()  # a model that was evaluated; single modules put in eval mode stay so
         called_model = setup.compile_model(model, self.compile)
         state = setup.make_state(self, model, optimizer, scheduler, belts.device)
-        opened = open_run_dir(self)
-        run_dir, rows = opened.run_dir, wiring.make_rows(opened.run_dir)
         with ExitStack() as stack:
             stack.enter_context(closing(belts))
             stack.enter_context(setup.deterministic_algorithms(self.deterministic))
+            inbound = belts.inbound(source, is_training=True)
+            opened = open_run_dir(self)
+            run_dir, rows = opened.run_dir, wiring.make_rows(opened.run_dir)
             num_batches = setup.at_most(source.num_batches, max_batches)
             group = wiring.make_logger_group(
                 self, loggers, run_dir, num_batches, hparams or {}, belts.schedule, rows, opened.resumed_step
@@ -158,7 +153,7 @@ class Trainer(Settings):
             collector = wiring.make_collector(self)
             stack.enter_context(wiring.installed(collector))
             scope = stack.enter_context(Scope(self.stall_timeout_s))
-            outbound, inbound = belts.outbound(scope, journal), belts.inbound(source, is_training=True)
+            outbound = belts.outbound(scope, journal)
             inbound.num_pauses = lambda: clock.num_pauses
             watch = stack.enter_context(GilWatch(self.gil, clock, outbound.put_row, run_dir))
             run = Run(
@@ -206,7 +201,7 @@ class Trainer(Settings):
         metrics: Metrics | None = None,
         checkpoint: str | Path | None = None,
     ) -> dict[str, float]:
-        """Return the mean loss and the metrics over all samples, by name (without ``val/``).
+        """Return the mean loss and the metrics over all samples, by name (without ``val/``); on each rank.
 
         Args:
             model: In evaluation mode for the length of the call.
@@ -224,7 +219,7 @@ class Trainer(Settings):
             ConfigError: For settings that do not fit the data.
             CheckpointError: If the checkpoint cannot be read or belongs to another model.
         """
-        source = as_evaluation_source(data, batch_size, collate_fn, num_shards, self.seed)
+        source = self._evaluation_source(data, batch_size, collate_fn, num_shards)
         belts = self._belts()
         objective = setup.make_objective(loss_fn, step)
         if checkpoint is not None:
@@ -244,7 +239,7 @@ class Trainer(Settings):
         num_shards: int = 1,
         checkpoint: str | Path | None = None,
     ) -> Any:
-        """Return the model's outputs for all samples, on the host.
+        """Return the model's outputs for all samples, on the host; on each rank that calls it.
 
         Args:
             model: In evaluation mode for the length of the call.
@@ -259,7 +254,7 @@ class Trainer(Settings):
             One tensor, the batches' outputs put together along their first dimension; or the list of
             the batches' outputs, where they are not tensors.
         """
-        source = as_evaluation_source(data, batch_size, collate_fn, num_shards, self.seed)
+        source = self._evaluation_source(data, batch_size, collate_fn, num_shards)
         belts = self._belts()
         if checkpoint is not None:
             load_model(checkpoint, model)
@@ -275,6 +270,12 @@ class Trainer(Settings):
     def _belts(self) -> Belts:
         prepare = setup.to_channels_last if self.channels_last else None
         return Belts(self, select_backend(self.device), prepare)
+
+    def _evaluation_source(
+        self, data: Any, batch_size: int | None, collate_fn: Any, num_shards: int
+    ) -> Source:
+        batching: Any = {"batch_size": batch_size, "collate_fn": collate_fn, "num_shards": num_shards}
+        return as_source(data, name="data", seed=self.seed, **batching)
 
     def _evaluation(
         self,

@@ -162,6 +162,20 @@ class Hanging(Augmented):
         return super().__getitem__(index)
 
 
+class Held(Augmented):
+    """Waits at one sample, in a worker, until somebody opens a named pipe for writing."""
+
+    def __init__(self, count, *, index, pipe):
+        super().__init__(count)
+        self.index, self.pipe, self.home = index, pipe, os.getpid()
+
+    def __getitem__(self, index):
+        if index == self.index and os.getpid() != self.home:
+            with open(self.pipe) as file:
+                file.read()
+        return super().__getitem__(index)
+
+
 class Pair(NamedTuple):
     """A batch with names."""
 

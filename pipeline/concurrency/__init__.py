@@ -1,6 +1,6 @@
 """Threads, processes and what they hand each other. Standard library only; nothing else starts one."""
 
-from pipeline.concurrency.channel import Channel, ChannelClosedError, ChannelStatistics
+from pipeline.concurrency.channel import Channel, ChannelClosedError, ChannelStatistics, UnorderedChannel
 from pipeline.concurrency.child import Child, ChildDiedError
 from pipeline.concurrency.cores import available_cores
 from pipeline.concurrency.fork_server import is_nursery, pickled_error
@@ -26,6 +26,7 @@ __all__ = [
     "SharedLock",
     "Slot",
     "SlotFile",
+    "UnorderedChannel",
     "WorkerPool",
     "Writer",
     "answer_jobs",

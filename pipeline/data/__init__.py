@@ -7,7 +7,7 @@ from pipeline.data.randomness import UnhookableDrawError
 from pipeline.data.ranks import ranks
 from pipeline.data.reader import END, EVALUATION_EPOCH, MapReader, MapSource, Reader, Source
 from pipeline.data.shards import ShardedReader, ShardedSource
-from pipeline.data.source import as_evaluation_source, as_source, own_generators
+from pipeline.data.source import as_source, is_shared_out, own_generators
 
 __all__ = [
     "END",
@@ -22,8 +22,8 @@ __all__ = [
     "ShardedSource",
     "Source",
     "UnhookableDrawError",
-    "as_evaluation_source",
     "as_source",
+    "is_shared_out",
     "own_generators",
     "ranks",
     "refuse_in_nursery",

@@ -16,8 +16,8 @@ from typing import Any
 from pipeline.batch import Batch
 from pipeline.concurrency import Answer, NurseryDiedError, Slot, SlotFile, WorkerPool
 from pipeline.data.death import death_error, death_warning
-from pipeline.data.main_module import describe_unpicklable, main_preparation
-from pipeline.data.packing import Arena, Packed, pack, unpack
+from pipeline.data.main_module import packed_for_process
+from pipeline.data.packing import Packed, unpack
 from pipeline.data.reader import END, MapSource, SharedReader
 from pipeline.data.shards import ShardedSource
 from pipeline.data.worker import ANSWER, JOB, TorchDefaults
@@ -44,6 +44,9 @@ class Processes:
         stall_timeout_s: Longest wait for a batch; None waits for ever.
         num_threads: Of each; it makes as many batches at once.
 
+    Attributes:
+        in_order: Whether the batches of an epoch are handed over in its order, or as they are answered.
+
     Raises:
         ConfigError: If the dataset cannot be taken to a process; it says why.
 
@@ -61,8 +64,8 @@ class Processes:
         self._stall_timeout_s, self._batch_bytes = stall_timeout_s, 0
         self._given = source.fetcher.plain_state()
         self._tickets: dict[int, tuple[Any, Slot, _Asker]] = {}
-        self._is_closed = False
-        payload, prepare = _packed_fetcher(source)
+        self._is_closed, self.in_order = False, True
+        payload, prepare = packed_for_process(source.fetcher)
         self._slots, self._stacks = SlotFile(), os.memfd_create("stacks")
         try:
             self._pool = WorkerPool(
@@ -124,7 +127,7 @@ class Processes:
         """Yield the batches of an epoch from the reader's position on, and move it.
 
         Args:
-            reader: The epoch.
+            reader: The epoch; its position counts the batches that were handed over.
             depth: Batches that are asked for ahead.
             goes_on: Asked before each further batch is; once not, those asked for are the last.
 
@@ -143,9 +146,10 @@ class Processes:
                     asked.append(turn)
                 if not asked:
                     return
-                turn = asked.popleft()
-                while turn not in asker.ready:
-                    self._collect(asker, turn)
+                while not asker.ready or (self.in_order and asked[0] not in asker.ready):
+                    self._collect(asker)
+                turn = asked[0] if self.in_order else next(iter(asker.ready))
+                asked.remove(turn)
                 batch = self._open(asker, turn, *asker.ready.pop(turn))
                 if reader.take(turn, batch):
                     yield batch
@@ -163,11 +167,11 @@ class Processes:
         ticket = self._pool.submit(job, asker.reader.worker(turn))
         self._tickets[ticket] = turn, slot, asker
 
-    def _collect(self, asker: _Asker, turn: Any) -> None:
+    def _collect(self, asker: _Asker) -> None:
         self._check_open()
         answers = self._pool.answers(self._stall_timeout_s)
         if not answers and not self._pool.died:
-            raise self._stalled(asker, turn)
+            raise self._stalled(asker)
         self._warn_of_deaths()
         for answer in answers:
             answered, slot, whose = self._tickets.pop(answer.ticket)
@@ -212,8 +216,8 @@ class Processes:
             warnings.warn(death_warning(batches, exit_code), RuntimeWarning, stacklevel=3)
         self._pool.died.clear()
 
-    def _stalled(self, asker: _Asker, turn: Any) -> StallError:
-        ticket = next(each for each, job in self._tickets.items() if job[::2] == (turn, asker))
+    def _stalled(self, asker: _Asker) -> StallError:
+        ticket, turn = next((each, job[0]) for each, job in self._tickets.items() if job[2] is asker)
         assert self._stall_timeout_s is not None
         error = StallError(self._stall_timeout_s, asker.reader.describe(turn))
         error.stage = "fetch"
@@ -266,20 +270,6 @@ class ProcessReader:
 
     def close(self) -> None:
         self._batches.close()
-
-
-def _packed_fetcher(source: MapSource | ShardedSource) -> tuple[Packed, dict[str, Any]]:
-    """Pack what makes the batches, and find what a process needs to unpack it."""
-    try:
-        packed = pack(source.fetcher, Arena(None))
-    except Exception as error:
-        raise ConfigError(describe_unpicklable(source.fetcher.dataset, error)) from error
-    try:
-        skeleton = os.pread(packed.overflow, packed.nbytes, packed.offset)
-        return packed, main_preparation(skeleton)
-    except BaseException:
-        os.close(packed.overflow)
-        raise
 
 
 @contextmanager

@@ -34,8 +34,8 @@ def as_source(
     *,
     name: str,
     batch_size: int | None,
-    shuffle: bool,
-    drop_last: bool,
+    shuffle: bool = False,
+    drop_last: bool = False,
     collate_fn: CollateFn | None,
     seed: int,
     ranks: tuple[int, int] = (0, 1),
@@ -76,33 +76,21 @@ def as_source(
         total = None if count is None else num_batches(count, batch_size, drop_last)
         return ShardedSource(fetcher, range(rank, num_shards, world_size), total, name)
     problem = _samples_problem(data, name, batch_size)
-    if problem is None and drop_last and len(data) < batch_size:
-        problem = f"{name} has {len(data)} samples, fewer than one batch of {batch_size}, and \
-drop_last leaves none. Lower batch_size or set drop_last=False."
+    problem = problem or _share_problem(name, len(data), batch_size, drop_last, ranks[1])
     if problem:
         raise ConfigError(problem)
     make_plan = partial(
-        _plan, len(data), batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed
-    )
-    return MapSource(
-        Fetcher(data, collate_fn, seed), num_batches(len(data), batch_size, drop_last), make_plan, name
-    )
-
-
-def as_evaluation_source(
-    data: Any, batch_size: int | None, collate_fn: CollateFn | None, num_shards: int, seed: int
-) -> Source:
-    """Turn what a user wants a model evaluated on into a source: all of it, in its order."""
-    return as_source(
-        data,
-        name="data",
+        _plan,
+        len(data),
         batch_size=batch_size,
-        shuffle=False,
-        drop_last=False,
-        collate_fn=collate_fn,
+        shuffle=shuffle,
+        drop_last=drop_last,
         seed=seed,
-        num_shards=num_shards,
+        rank=ranks[0],
+        world_size=ranks[1],
     )
+    count = num_batches(len(data) // ranks[1], batch_size, drop_last)
+    return MapSource(Fetcher(data, collate_fn, seed), count, make_plan, name)
 
 
 def take_apart(loader: DataLoader[Any], seed: int, name: str) -> MapSource:
@@ -126,7 +114,8 @@ def _plan(num_samples: int, epoch: int, **settings: Any) -> BatchPlan:
     return BatchPlan(num_samples, epoch=epoch, **settings)
 
 
-_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+_PLAIN_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_SAMPLERS = (*_PLAIN_SAMPLERS, DistributedSampler)
 
 
 def _is_safe_to_take_apart(data: Any) -> bool:
@@ -162,6 +151,12 @@ def own_generators(*data: Any) -> list[torch.Generator]:
             samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
             found += [getattr(each, "generator", None) for each in (loader, *samplers)]
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+
+
+def is_shared_out(loader: DataLoader[Any]) -> bool:
+    """Say whether a DataLoader may give each rank samples of its own; torch's plain samplers do not."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    return isinstance(loader.dataset, IterableDataset) or type(sampler) not in _PLAIN_SAMPLERS
 
 
 def _batches_problem(data: Any, name: str, has_sample_settings: bool) -> str | None:
@@ -231,3 +226,20 @@ def _samples_problem(data: Any, name: str, batch_size: int) -> str | None:
             "Leave out batch_size if it yields batches."
         )
     return f"{name} ({found}) is empty: it has no sample." if len(data) == 0 else None
+
+
+def _share_problem(
+    name: str, num_samples: int, batch_size: int, drop_last: bool, world_size: int
+) -> str | None:
+    if num_samples < world_size:
+        return (
+            f"{name} has {num_samples} samples, fewer than the {world_size} ranks that share them: a rank "
+            "would have none. Start fewer ranks, or pass a DataLoader, whose samples are not shared out."
+        )
+    if drop_last and num_samples // world_size < batch_size:
+        each = "" if world_size == 1 else f" for each of {world_size} ranks"
+        return (
+            f"{name} has {num_samples} samples, fewer than one batch of {batch_size}{each}, and drop_last "
+            "leaves none. Lower batch_size or set drop_last=False."
+        )
+    return None

@@ -87,6 +87,7 @@ class Inbound:
         depth: Batches that are made ahead.
         stall_timeout_s: Longest wait for a batch; None waits for ever.
         times: Told how the threads that make batches spent theirs.
+        in_order: Otherwise batches of a map-style dataset are handed over as they are ready.
 
     Attributes:
         chooser: Of the place.
@@ -105,8 +106,10 @@ class Inbound:
         depth: int,
         stall_timeout_s: float | None,
         times: ThreadTimes | None = None,
+        *,
+        in_order: bool = True,
     ) -> None:
-        self._times, self.is_training = times, False
+        self._times, self.is_training, self._in_order = times, False, in_order
         self.num_pauses: Callable[[], int] = _none
         self._source, self._transfer = source, transfer
         self.chooser: Chooser = Auto(self, source.name) if place is None else Pinned(_for(source, place))
@@ -171,6 +174,7 @@ class Inbound:
             max(self._depth, 2 * num_threads) if reader.is_random_access else self._depth,
             num_threads if reader.is_random_access else 1,
             is_fresh=self._source.makes_fresh_batches,
+            in_order=self._in_order or not reader.is_random_access,
             stall_timeout_s=self._stall_timeout_s,
             goes_on=goes_on,
             times=self._times,
@@ -233,6 +237,7 @@ class Inbound:
             )
         if self._processes is None:
             self._processes = Processes(source, num_workers, self._stall_timeout_s, num_threads)
+            self._processes.in_order = self._in_order
         is_ready = self._processes.is_ready(num_workers, num_threads)
         if isinstance(source, ShardedSource):
             source.check_processes()

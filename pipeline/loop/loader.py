@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from pipeline.batch import Batch
-from pipeline.data import as_source, ranks
+from pipeline.data import MapSource, as_source, ranks
 from pipeline.device import Backend, make_transfer, select_backend
+from pipeline.errors import ConfigError
 from pipeline.loop.inbound import Inbound
 from pipeline.loop.schedule import pinned_place
 from pipeline.report.placement import PlacementReport
@@ -28,7 +29,8 @@ class Loader:
                     train(inputs, target)
 
     Each iteration is an epoch: its order and each sample's random numbers come from ``(seed, epoch)``, and
-    so are the same wherever batches are made. A batch that you keep stays valid.
+    so are the same wherever batches are made. A batch that you keep stays valid. In a process group each rank
+    has its share of a dataset, in as many batches as the others.
 
     Args:
         data: A map-style or iterable dataset (with `batch_size`), a DataLoader, or any iterable of batches.
@@ -44,6 +46,10 @@ class Loader:
         depth: Batches that are made ahead.
         device: Where the batches go; ``auto`` takes the accelerator that is there.
         stall_timeout_s: Longest wait for a batch; None waits for ever.
+        in_order: Hand batches over in the epoch's order. If False, they come as they are ready, each once:
+            one that takes long holds up no other, but the order depends on timing, and so do the weights of
+            what is trained on it. That is why the Trainer has no such setting. The first batch of an epoch
+            comes first all the same, and a batch waits for those given to its worker process before it.
 
     Attributes:
         epoch: Of the next iteration; set it to go on where an earlier run was.
@@ -74,6 +80,7 @@ class Loader:
         depth: int = 8,
         device: str | torch.device | Backend = "cpu",
         stall_timeout_s: float | None = 600.0,
+        in_order: bool = True,
     ) -> None:
         settings = Settings(
             placement=placement,
@@ -95,7 +102,13 @@ class Loader:
             num_shards=num_shards,
         )
         transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)
-        self._inbound = Inbound(self._source, transfer, pinned_place(settings), depth, stall_timeout_s)
+        if not in_order and not isinstance(self._source, MapSource):
+            raise ConfigError(
+                "in_order=False needs a map-style dataset, whose batches can be made in any order, but "
+                f"{type(data).__name__} is read by one thread, in its own order. Leave in_order out."
+            )
+        place = pinned_place(settings)
+        self._inbound = Inbound(self._source, transfer, place, depth, stall_timeout_s, in_order=in_order)
         weakref.finalize(self, self._inbound.close)
         self.epoch = 0
 

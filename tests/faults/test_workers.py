@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import pipeline.data.processes
 from pipeline import Trainer
 from pipeline.concurrency import SlotFile, available_cores
 from pipeline.concurrency.server import ForkServer
@@ -275,6 +276,31 @@ def test_batches_of_an_iterable_cannot_be_shared_out():
     batches = [(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64))]
     with pytest.raises(ConfigError, match="placement=process needs samples to share out"):
         trainer.fit(model, torch.optim.SGD(model.parameters(), 0.05), batches, loss_fn=F.cross_entropy)
+
+
+@pytest.mark.parametrize("data", [Unpicklable(), [(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64))]])
+def test_what_a_process_cannot_have_is_refused_before_any_file_is_made(data, tmp_path):
+    """In `fit`, and not where the first batch is made: there is no run folder."""
+    model = torch.nn.Linear(6, 3)
+    trainer = Trainer(placement="process", run_dir=tmp_path / "run", enable_progress_bar=False, device="cpu")
+    batch_size = None if isinstance(data, list) else 4
+    with pytest.raises(ConfigError, match="placement=process needs"):
+        trainer.fit(
+            model,
+            torch.optim.SGD(model.parameters(), 0.05),
+            data,
+            loss_fn=F.cross_entropy,
+            batch_size=batch_size,
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_is_packed_once(monkeypatch):
+    """To check early costs nothing: the processes that it starts are those of the run."""
+    packed, pack = [], pipeline.data.processes.pack
+    monkeypatch.setattr("pipeline.data.processes.pack", lambda *args: packed.append(1) or pack(*args))
+    fit(Augmented(8))
+    assert packed == [1]
 
 
 def test_a_place_and_the_textbook_schedule_contradict():

@@ -62,6 +62,34 @@ def test_a_place_equals_the_textbook_loop(place):
     assert_same_weights(learned, weights(model))
 
 
+class Scaled:
+    """Samples that remember a parameter, unless nobody wants gradients."""
+
+    def __init__(self):
+        self.scale = torch.ones(1, requires_grad=True)
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return self.scale * index
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_threads_make_batches_in_the_callers_grad_mode(mode):
+    """A new thread begins with gradients; a plain loop's dataset sees the mode of its caller."""
+    with mode():
+        expected = [torch.utils.data.default_collate([Scaled()[index]]) for index in range(12)]
+        for place in ("inline", "thread"):
+            found = list(Loader(Scaled(), batch_size=1, placement=place, num_workers=2))
+            for batch, other in zip(found, expected, strict=True):
+                assert torch.equal(batch, other)
+                assert (batch.requires_grad, batch.is_inference()) == (
+                    other.requires_grad,
+                    other.is_inference(),
+                )
+
+
 DRAWS = [(), ("torch",), ("python",), ("numpy", "torch"), ("dropout",)]
 
 

@@ -230,7 +230,9 @@ def test_an_endless_stream_ends_with_the_steps(place):
 def test_a_worker_that_dies_changes_no_number(tmp_path_factory, file, index, num_workers):
     """It is named with its shard; another one reads the shard again, and the others' shards that it had."""
     memory = str(tmp_path_factory.mktemp("died") / "once")
-    number = max(index // 2, int(file == 0))  # the first batch of all is the trainer's: who goes on reads it too
+    number = max(
+        index // 2, int(file == 0)
+    )  # the first batch of all is the trainer's: who goes on reads it too
     arguments = {"num_shards": 4, "batch_size": 2}
     data = DeadlyStream([7] * 4, file=file, index=index, memory=memory)
     with (

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -35,6 +38,20 @@ def test_every_item_arrives_once_and_in_order(depth, count, low_water, num_produ
             scope.start(produce, name=f"producer/{number}", stop=channel.abandon)
         assert list(channel) == list(range(start, start + count))
     assert channel.statistics().num_items == count
+
+
+def test_the_fork_server_has_the_interpreters_options():
+    """``-O`` and ``-W`` decide what a dataset's code does, in a worker too."""
+    code = (
+        "from pipeline.concurrency import fork_server; server = fork_server(()); "
+        "print(open(f'/proc/{server._process.pid}/cmdline').read().split(chr(0))); server.close()"
+    )
+    command = [sys.executable, "-O", "-W", "error::ImportWarning", "-c", code]
+    root = Path(__file__).parents[2]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=60, check=True).stdout
+    options = said.partition("'-c'")[0]
+    assert "'-O'" in options
+    assert "'-Werror::ImportWarning'" in options
 
 
 def test_a_full_channel_blocks_its_producer():
