@@ -76,7 +76,7 @@ class Trainer(Settings):
             loss_fn: Called with ``(outputs, target)`` for batches of ``(inputs, target)``.
             step: Instead of `loss_fn`: called with ``(model, batch)``, returns the loss, or a dict
                 with ``loss`` and further scalars to log.
-            batch_size: Samples per batch on each rank, if `train_data` is a dataset; for `val_data` too.
+            batch_size: Samples per batch on each rank, which share a dataset out; for `val_data` too.
             shuffle: Draw a new order of the dataset for each epoch.
             drop_last: Leave out a last batch that is not full.
             collate_fn: Makes a batch of a list of samples; torch's `default_collate` unless told.

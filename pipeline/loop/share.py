@@ -20,7 +20,7 @@ def check_ranks(
     """See that ranks which share data were given the same; warn of what is not shared out.
 
     Args:
-        settings: What the order of the samples depends on, by name.
+        settings: What the order of training samples depends on, by name; they matter where it is shared out.
         metrics: Of the validation.
         device: Of the model.
         data: Training and validation data by their names, each with its batch size and collate function.
@@ -33,13 +33,15 @@ def check_ranks(
     """
     if ranks()[1] == 1:
         return
-    found = {name: hash(value) for name, value in settings.items()}  # itself, if it fits torch's integers
+    found: dict[str, int] = {}
     for name, (samples, batching) in data.items():
         size = batching["batch_size"] if samples is not None else None
         is_shared = size is not None and not isinstance(samples, IterableDataset)
         found |= {f"len({name})": len(samples) if is_shared else 0, f"batch_size of {name}": size or 0}
         found[f"num_shards of {name}"] = batching.get("num_shards", 1)
-    _check_same(found, device)
+    # A hash is the number itself, if it fits torch's integers. All ranks compare as many numbers.
+    is_ordered = bool(found["len(train_data)"])
+    _check_same(found | {name: hash(each) * is_ordered for name, each in settings.items()}, device)
     train_data = data["train_data"][0]
     if isinstance(train_data, DataLoader) and not is_shared_out(train_data):
         warnings.warn(
