@@ -314,6 +314,19 @@ class DeadlyStream(FailingStream):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+class Logged(Stream):
+    """Writes down which process has read what."""
+
+    def __init__(self, sizes, *, log):
+        super().__init__(sizes, draws=("torch",))
+        self.log = log
+
+    def sample(self, file, index):
+        with open(self.log, "a") as log:
+            log.write(f"{os.getpid()} {file} {index}\n")
+        return super().sample(file, index)
+
+
 class Whole(Stream):
     """Does not ask which shard it is."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import os
 import random
 import threading
 import warnings
@@ -24,7 +25,7 @@ from pipeline.loop.inbound import Pinned
 from pipeline.loop.placement import INLINE, TEXTBOOK, Place
 from pipeline.seeding import sample_seed
 from tests.textbook import assert_same_weights, build_model, textbook, weights
-from tests.workers import Counting, DeadlyStream, Endless, FailingStream, Stream, UserError, Whole
+from tests.workers import Counting, DeadlyStream, Endless, FailingStream, Logged, Stream, UserError, Whole
 
 PLACES = {
     "textbook": {"schedule": "textbook"},
@@ -380,6 +381,28 @@ def test_a_shard_is_told_of_itself_and_nobody_else_is():
         found = [values[0].item() for values in batch]
         assert found == [shard, 2, sample_seed(0, 3, shard), True, True, data.weights.data_ptr()]
     assert get_worker_info() is None
+
+
+def test_a_shard_stays_with_its_worker(tmp_path):
+    """Nothing is read twice but the first batch of all, which the trainer makes."""
+    data = Logged([8, 5, 7], log=str(tmp_path / "log"))
+    with Loader(data, batch_size=2, num_shards=3, placement="process", num_workers=2) as loader:
+        assert_same(list(loader), judge(Stream([8, 5, 7], draws=("torch",)), 0, num_shards=3, batch_size=2))
+    lines = [tuple(map(int, line.split())) for line in (tmp_path / "log").read_text().splitlines()]
+    by_workers = [line for line in lines if line[0] != os.getpid()]
+    assert len(lines) - len(by_workers) == 2
+    assert len(by_workers) == len(set(by_workers)) == 20
+    assert {len({pid for pid, file, _ in by_workers if file == shard}) for shard in range(3)} == {1}
+    assert len({pid for pid, _, _ in by_workers}) == 2
+
+
+def test_two_loops_over_one_loader_disturb_each_other_in_nothing():
+    """A worker that is asked for two epochs in turn begins again each time, and is right."""
+    data = Stream([5, 4, 3], draws=("torch", "own"))
+    with Loader(data, batch_size=2, num_shards=2, placement="process", num_workers=2) as loader:
+        one, other = zip(*zip(loader, loader, strict=True), strict=True)
+    assert_same(one, judge(data, 0, num_shards=2, batch_size=2))
+    assert_same(other, judge(data, 1, num_shards=2, batch_size=2))
 
 
 def test_the_position_in_an_epoch_is_known_without_reading():
