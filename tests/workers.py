@@ -318,7 +318,7 @@ class Logged(Stream):
     """Writes down which process has read what."""
 
     def __init__(self, sizes, *, log):
-        super().__init__(sizes, draws=("torch",))
+        super().__init__(sizes)
         self.log = log
 
     def sample(self, file, index):
