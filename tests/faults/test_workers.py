@@ -297,8 +297,8 @@ def test_what_a_process_cannot_have_is_refused_before_any_file_is_made(data, tmp
 
 def test_a_dataset_is_packed_once(monkeypatch):
     """To check early costs nothing: the processes that it starts are those of the run."""
-    packed, pack = [], pipeline.data.processes.pack
-    monkeypatch.setattr("pipeline.data.processes.pack", lambda *args: packed.append(1) or pack(*args))
+    packed, pack = [], pipeline.data.main_module.pack
+    monkeypatch.setattr("pipeline.data.main_module.pack", lambda *args: packed.append(1) or pack(*args))
     fit(Augmented(8))
     assert packed == [1]
 
