@@ -33,6 +33,10 @@ class Augmented(Dataset):
             sample += random.random() + random.gauss(0, 1)
         if "numpy" in self.draws:
             sample += float(np.random.rand()) + float(np.random.randn())
+        if "reseed" in self.draws:
+            with torch.random.fork_rng():
+                torch.manual_seed(index)
+                sample += torch.rand(6)
         if "dropout" in self.draws:
             sample = torch.nn.functional.dropout(sample, 0.3)
         return sample, index % 3

@@ -23,7 +23,8 @@ def answer_jobs(requests: socket.socket, answer: AnswerJob, num_threads: int) ->
 
     Each thread takes a job, answers it and takes the next; the kernel hands them out in the order in which
     they were sent. So those under way are always among the first that are not answered, as many as there
-    are threads, and the pool knows whom to suspect if this process dies.
+    are threads, and the pool knows whom to suspect if this process dies. The first job is answered before
+    there is a second thread, for it may show how the others are to be answered.
 
     Args:
         requests: Of the pool.
@@ -34,6 +35,8 @@ def answer_jobs(requests: socket.socket, answer: AnswerJob, num_threads: int) ->
     Runs on:
         The main thread of a worker process.
     """
+    if not _answer_next(requests, answer):
+        return
     for number in range(1, num_threads):
         # Whatever ends one of them ends the process: a job that nobody answers would be waited for.
         run = partial(run_to_the_end, partial(_answer_in_turn, requests, answer))
@@ -42,8 +45,16 @@ def answer_jobs(requests: socket.socket, answer: AnswerJob, num_threads: int) ->
 
 
 def _answer_in_turn(requests: socket.socket, answer: AnswerJob) -> None:
-    while message := requests.recv(MAX_MESSAGE_BYTES):
-        found, files = answer(message[TICKET.size :])
-        socket.send_fds(requests, [message[: TICKET.size], found], files)
-        for file in files:
-            os.close(file)
+    while _answer_next(requests, answer):
+        pass
+
+
+def _answer_next(requests: socket.socket, answer: AnswerJob) -> bool:
+    """Answer the next job; return False if there will be none."""
+    if not (message := requests.recv(MAX_MESSAGE_BYTES)):
+        return False
+    found, files = answer(message[TICKET.size :])
+    socket.send_fds(requests, [message[: TICKET.size], found], files)
+    for file in files:
+        os.close(file)
+    return True

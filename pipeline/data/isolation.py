@@ -1,8 +1,8 @@
 """Random draws in a worker process with several threads: the same numbers as with one.
 
 A process of one thread isolates each batch by its global generators (`SampleRandomness.on_loop_thread`).
-Threads share those, so here they make batches hooked, as prefetch threads do, and the batch that shows
-whether that will do is made by one thread while the others wait: the first of each epoch, as in the trainer.
+Threads share those, so here they make batches hooked, as prefetch threads do. The first batch of a worker
+shows whether that will do; it is made while there is no other.
 
 There is no model here, so whatever moves a global generator is the dataset. Then the batches under way are
 made again, and that one and all later ones one at a time, isolated.
@@ -26,14 +26,13 @@ class Isolation:
     def __init__(self, num_threads: int) -> None:
         self._randomness, self._lock = SampleRandomness(), SharedLock()
         self._is_one_at_a_time = self._has_one_thread = num_threads == 1
-        self._probed = set[int]()  # epochs
+        self._is_probed = False
         self._threads = threading.local()
 
-    def make(self, epoch: int, make: Make[Made]) -> Made:
+    def make(self, make: Make[Made]) -> Made:
         """Make a batch; see `SampleRandomness`.
 
         Args:
-            epoch: Of the batch.
             make: It may be called again, if what it made must not be used.
 
         Runs on:
@@ -43,13 +42,13 @@ class Isolation:
             return self._randomness.on_loop_thread(make)
         while not self._is_one_at_a_time:
             try:
-                if epoch in self._probed:
+                if self._is_probed:
                     with self._lock.shared():
                         return self._of_this_thread().make(make)
                 with self._lock.alone():
-                    if epoch not in self._probed:  # another thread may just have done it
+                    if not self._is_probed:  # the first batch may have failed, and now there are others
                         made = self._randomness.probe(make)
-                        self._probed.add(epoch)
+                        self._is_probed = True
                         return made
             except UnhookableDrawError:
                 self._is_one_at_a_time = True

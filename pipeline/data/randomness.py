@@ -17,9 +17,10 @@ How it is kept, cheapest first:
   no such hook, nor do draws that take no generator (`F.dropout`): these are noticed and raise
   `UnhookableDrawError` before their batch is used, upon which the belt goes on in the loop thread, isolated.
 
-What is not exact, because the first batch of an epoch does not show it: a dataset that only later
-reseeds torch (`torch.manual_seed`, `fork_rng`) or draws in a traced function; and one that only later
-draws from Python's or NumPy's generator while the model draws from the same one.
+What is not exact, because the first batch of an epoch (of a worker, if that has several threads) does not
+show it: a dataset that only later reseeds torch (`torch.manual_seed`, `fork_rng`) or draws in a traced
+function; and one that only later draws from Python's or NumPy's generator while the model draws from the
+same one.
 """
 
 from __future__ import annotations

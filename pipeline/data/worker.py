@@ -128,7 +128,7 @@ class Worker:
             arena.clear()  # what was made before in vain
             return fetcher.fetch(indices, epoch, position, seed_sample, collate_fn)
 
-        return self._isolation.make(epoch, make)
+        return self._isolation.make(make)
 
 
 def _collate_into(arena: Arena) -> Callable[[list[Any]], Any]:

@@ -180,7 +180,7 @@ def test_a_worker_killed_once_loses_no_batch(tmp_path):
 
 def test_a_batch_that_was_answered_is_not_blamed(tmp_path):
     """Its worker died of a later one, with jobs unread: the answer that nobody had read yet is read."""
-    source, processes = processes_of(Deadly(20, index=9, memory=str(tmp_path / "once")), num_workers=1)
+    source, processes = processes_of(Deadly(16, index=9, memory=str(tmp_path / "once")), num_workers=1)
     batches = processes.batches(source.open(0), 4)
     try:
         found = [next(batches)]

@@ -130,16 +130,22 @@ def assert_plain(data, found, **arguments):
 
 
 @pytest.mark.parametrize("draws", DRAWS, ids=str)
-@pytest.mark.parametrize("index", [0, 4, 8], ids=lambda index: f"from {index} on")
+@pytest.mark.parametrize("index", [0, 4, 8, 12], ids=lambda index: f"from {index} on")
 def test_threads_of_a_worker_make_batches_at_once(draws, index):
     """Two of them wait for each other: without a second thread there would be no end; same numbers.
 
-    Draws that a thread cannot isolate begin in the first batch, in both of the two, or in one of them.
+    Draws that a thread cannot isolate begin in the first batch, in both of the two, in one of them, or later.
     """
     pair = (4, 8) if index or draws in [(), ("torch",)] else ()  # else nothing is made at once
     data = Meeting(24, pair=pair, index=index, draws=draws)
     found = made_by_processes(data, num_workers=1, num_threads=2, epochs=(0, 1))
     assert_plain(data, found)
+
+
+def test_a_dataset_that_seeds_torch_itself_is_found_by_a_workers_first_batch():
+    """A thread would draw from the sample's own generator, which nobody has seeded by hand."""
+    data = Augmented(24, draws=("reseed",))
+    assert_plain(data, made_by_processes(data, num_workers=1, num_threads=2))
 
 
 @pytest.mark.parametrize("draws", [("python",), ("numpy",), ("dropout",), ("torch", "python", "numpy")])
