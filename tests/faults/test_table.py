@@ -285,7 +285,7 @@ def test_a_logger_that_blocks(tmp_path, whole, place):
         pytest.warns(RuntimeWarning, match="'writer' hangs and was left behind"),
         pytest.raises(StallError) as caught,
     ):
-        fit(place, tmp_path, loggers=[Logger(gate.pass_through)], stall_timeout_s=2)
+        fit(place, tmp_path, loggers=[Logger(gate.pass_through)], stall_timeout_s=1)
     assert caught.value.stage == "log (Logger)"
     assert "pass_through" in caught.value.stack
     gate.open()
