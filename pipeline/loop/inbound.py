@@ -235,6 +235,8 @@ class Inbound:
                 "placement=process needs samples to share out: pass a dataset with batch_size, or a "
                 "DataLoader of a map-style one with num_workers=0. Batches of an iterable are made inline."
             )
+        if isinstance(source, ShardedSource):
+            num_workers, num_threads = min(num_workers, len(source.shards)), 1
         if self._processes is None:
             self._processes = Processes(source, num_workers, self._stall_timeout_s, num_threads)
             self._processes.in_order = self._in_order

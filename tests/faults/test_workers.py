@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import pipeline.data.processes
+import pipeline.data.main_module
 from pipeline import Trainer
 from pipeline.concurrency import SlotFile, available_cores
 from pipeline.concurrency.server import ForkServer
