@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, DistributedSampler
 from pipeline import ConfigError, Trainer
 from pipeline.seeding import shuffle_generator
 from tests.textbook import make_batch
-from tests.workers import Augmented
+from tests.workers import Augmented, Stream
 
 rank, store, folder = int(sys.argv[1]), *sys.argv[2:]
 torch.set_num_threads(1)
@@ -123,6 +123,12 @@ sampler = DistributedSampler(data)
 said["sampler"] = problem(DataLoader(data, 4, sampler=sampler), {"seed": rank}, **none)
 said["lonely"] = problem(data, val_data=data, metrics={"sum": Sum()})
 said["quiet"] = problem(data, val_data=data)
+seen[True].clear(); seen[False].clear()
+shards = {"shuffle": False, "num_shards": 2}
+fit(Stream([5, 5]), *fresh(), {"max_epochs": 1}, val_data=Stream([4, 2]), **shards)
+said["shards"] = [*seen[True], *seen[False]]
+said["odd"] = problem(Stream([5, 5, 5]), **{**shards, "num_shards": 3})
+said["others"] = problem(Stream([5, 5, 5, 5]), **{**shards, "num_shards": 2 + 2 * rank})
 model, optimizer = fresh()
 trainer = Trainer(device="cpu", run_dir=None, enable_progress_bar=False)
 said["predicted"] = len(trainer.predict(model.module, Numbered(19), batch_size=4))
@@ -211,6 +217,16 @@ def test_what_cannot_be_shared_is_refused_or_warned_of(two_ranks):
         assert len(said["lonely"]) == 1
         assert "metrics sum: an object" in said["lonely"][0]
         assert said["sampler"] == said["quiet"] == []
+
+
+def test_the_shards_of_an_iterable_dataset_are_dealt_out(two_ranks):
+    """To train on and to validate; their number must go into the ranks, and be the same on all."""
+    first, second = two_ranks[0]
+    assert first["shards"] == [[0, 1, 2], [0, 1], [0, 1, 2], [0]]
+    assert second["shards"] == [[1, 2, 0], [1, 2], [1, 2]]
+    for said in (first, second):
+        assert "2 ranks share the shards of train_data" in said["odd"]
+        assert "num_shards of train_data must be the same on all ranks, got 2 to 4" in said["others"]
 
 
 def resume(path, run_dir):
