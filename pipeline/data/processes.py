@@ -18,7 +18,7 @@ from pipeline.concurrency import Answer, NurseryDiedError, Slot, SlotFile, Worke
 from pipeline.data.death import death_error, death_warning
 from pipeline.data.main_module import packed_for_process
 from pipeline.data.packing import Packed, unpack
-from pipeline.data.reader import END, MapSource, SharedReader
+from pipeline.data.reader import END, MapSource, TurnReader
 from pipeline.data.shards import ShardedSource
 from pipeline.data.worker import ANSWER, JOB, TorchDefaults
 from pipeline.errors import ConfigError, StageError, StallError, WorkerDiedError
@@ -30,7 +30,7 @@ MODULES = ("numpy", "torch", "torch.utils.data", "pipeline.data.worker")
 class _Asker:
     """Who iterates over an epoch, and what was answered and is not yet taken, by turn."""
 
-    reader: SharedReader
+    reader: TurnReader
     ready: dict[Any, tuple[Answer, Slot]] = field(default_factory=dict)
     is_gone: bool = False
 
@@ -122,7 +122,7 @@ class Processes:
         os.close(self._stacks)
 
     def batches(
-        self, reader: SharedReader, depth: int, goes_on: Callable[[], bool] = lambda: True
+        self, reader: TurnReader, depth: int, goes_on: Callable[[], bool] = lambda: True
     ) -> Generator[Batch]:
         """Yield the batches of an epoch from the reader's position on, and move it.
 
@@ -250,7 +250,7 @@ class ProcessReader:
     max_processes: int | None = None
 
     def __init__(
-        self, processes: Processes, reader: SharedReader, depth: int, goes_on: Callable[[], bool]
+        self, processes: Processes, reader: TurnReader, depth: int, goes_on: Callable[[], bool]
     ) -> None:
         self._reader, self._batches = reader, processes.batches(reader, depth, goes_on)
         self.position = reader.position

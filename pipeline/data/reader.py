@@ -68,7 +68,7 @@ class Reader(Protocol):
         """Whether it is known that there is no further batch."""
 
 
-class SharedReader(Reader, Protocol):
+class TurnReader(Reader, Protocol):
     """A reader whose batches worker processes can make.
 
     A batch is asked for by its *turn*, which its reader alone understands.
