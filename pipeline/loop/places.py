@@ -130,10 +130,10 @@ def _fill(
         while True:
             clock.enter(PUT)
             position = channel.claim()
-            makers[position] = thread
             clock.enter(FETCH)
             if not reader.is_threadable:
                 return channel.give_up(position)
+            makers[position] = thread
             if (batch := make(position)) is END:
                 return channel.end(position)
             clock.enter(TRANSFER)
@@ -141,8 +141,9 @@ def _fill(
             del makers[position]
     except ChannelClosedError:
         return None  # nobody wants more
-    except UnhookableDrawError:
-        return channel.give_up(position)  # the loop thread makes it
+    except UnhookableDrawError:  # the loop thread makes it
+        del makers[position]
+        return channel.give_up(position)
     except BaseException as error:  # travels to the loop behind the batches that come before it
         return channel.end(position, error)
 
