@@ -133,6 +133,7 @@ def describe_stage(
     step: int | None = None,
     batch: int | None = None,
     epoch: int | None = None,
+    shard: int | None = None,
 ) -> str:
     """Say where in the flow something happened: ``stage 'fetch', sample 128, batch 4 of epoch 2``.
 
@@ -142,13 +143,15 @@ def describe_stage(
         step: Optimizer steps finished before it.
         batch: The batch's place in its epoch, counted from 0.
         epoch: The epoch, counted from 0; negative where nothing is trained.
+        shard: The shard of an iterable dataset in which the batch has its place.
     """
     words = [f"stage '{stage}'"]
     if index is not None:
         words.append(f"sample {index}")
     if batch is not None:
         where = "" if epoch is None else " of the evaluation" if epoch < 0 else f" of epoch {epoch}"
-        words.append(f"batch {batch}{where}")
+        of_shard = "" if shard is None else f" of shard {shard}"
+        words.append(f"batch {batch}{of_shard}{where}")
     if step is not None:
         words.append(f"step {step}")
     return ", ".join(words)
@@ -162,6 +165,7 @@ def add_stage_note(
     step: int | None = None,
     batch: int | None = None,
     epoch: int | None = None,
+    shard: int | None = None,
 ) -> None:
     """Write on a user's exception where in the flow it was raised.
 
@@ -177,7 +181,7 @@ def add_stage_note(
             if step is not None and ", step " not in note:
                 notes[place] = f"{note}, step {step}"
             return
-    _add_note(error, describe_stage(stage, index=index, step=step, batch=batch, epoch=epoch))
+    _add_note(error, describe_stage(stage, index=index, step=step, batch=batch, epoch=epoch, shard=shard))
 
 
 @contextmanager

@@ -81,6 +81,7 @@ _LEAST: dict[str, float] = {
     "check_val_every_n_epoch": 1,
     "val_check_interval": 1,
     "num_workers": 0,
+    "threads_per_worker": 1,
     "prefetch_depth": 1,
     "max_steps_in_flight": 1,
 }

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -31,6 +32,25 @@ AUTOCAST_DTYPE: dict[Precision, torch.dtype | None] = {
 }
 
 
+Kind = TypeVar("Kind")
+
+
+def _refusing_unknown(kind: type[Kind]) -> type[Kind]:
+    """Have a class of settings refuse an unknown one as it refuses a wrong value; its signature stays."""
+    open_kind: Any = kind
+    assign = open_kind.__init__
+
+    @functools.wraps(assign)
+    def refuse_or_assign(self: Any, *values: Any, **settings: Any) -> None:
+        if not settings.keys() <= set(setting_names()):
+            raise ConfigError(type_problems(settings))
+        assign(self, *values, **settings)
+
+    open_kind.__init__ = refuse_or_assign
+    return kind
+
+
+@_refusing_unknown
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """How to train. Names are Lightning's where it has one.
@@ -102,6 +122,8 @@ class Settings:
             ``auto`` tries on the run which is fastest, the loop thread included (with ``schedule=overlap``
             it is ``inline``). The batches are the same.
         num_workers: Threads or processes; 0 is as many as there are cores for this process.
+        threads_per_worker: Threads of each worker process, with ``placement=process``: for work that both
+            waits, such as for storage, and holds the GIL. The dataset must bear several threads then.
         prefetch_depth: Batches that may wait for the loop.
         max_steps_in_flight: Steps that may be queued on the device before the loop waits.
         stall_timeout_s: How long the loop waits for one batch, or for a logger, before it is taken to
@@ -118,7 +140,7 @@ class Settings:
         run_dir: Where files go: ``auto`` is ``runs/<time>``, None writes nothing.
 
     Raises:
-        ConfigError: Naming every wrong setting at once.
+        ConfigError: Naming every wrong setting at once, and what was probably meant by an unknown one.
     """
 
     max_epochs: int | None = None
@@ -160,6 +182,7 @@ class Settings:
     schedule: Schedule = "auto"
     placement: Placement = "auto"
     num_workers: int = 0
+    threads_per_worker: int = 1
     prefetch_depth: int = 8
     max_steps_in_flight: int = 4
     stall_timeout_s: float | None = 600.0

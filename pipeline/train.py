@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import sys
 from pathlib import Path
 
@@ -17,7 +20,7 @@ def main() -> None:
     """Run the command line; an error of ours ends it with its message and exit code 2.
 
     A run that was stopped and can be resumed ends with 143 after SIGTERM, 130 after Ctrl-C, and 75 when
-    ``trainer.max_time`` is up.
+    ``trainer.max_time`` is up. Output that nobody reads any more is dropped without a word.
     """
     try:
         check_overrides(sys.argv[1:])
@@ -25,6 +28,28 @@ def main() -> None:
     except PipelineError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
+    except BrokenPipeError:
+        if not _has_lost_its_reader(sys.stdout.fileno()):
+            raise  # another pipe than ours
+        raise SystemExit(128 + signal.SIGPIPE) from None
+    finally:
+        _flush_output()
+
+
+def _has_lost_its_reader(file: int) -> bool:
+    poller = select.poll()
+    poller.register(file, 0)
+    return any(event & select.POLLERR for _, event in poller.poll(0))
+
+
+def _flush_output() -> None:
+    """Write what was printed; if its reader has gone (``… --help | head``), drop it."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # or the interpreter complains at its end
 
 
 @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")

@@ -13,7 +13,7 @@ import torch
 from pipeline.batch import Batch
 from pipeline.checkpoint import load_model
 from pipeline.concurrency import Scope
-from pipeline.data import EVALUATION_EPOCH, Source, as_source, own_generators, refuse_in_nursery
+from pipeline.data import EVALUATION_EPOCH, Source, as_source, own_generators, ranks, refuse_in_nursery
 from pipeline.device import select_backend
 from pipeline.loop import setup, wiring
 from pipeline.loop.callback import Callback
@@ -27,6 +27,7 @@ from pipeline.loop.objective import Objective
 from pipeline.loop.resume import open_run_dir
 from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
+from pipeline.loop.share import check_ranks
 from pipeline.loop.signals import handling_signals
 from pipeline.loop.summary import make_result
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
@@ -53,6 +54,7 @@ class Trainer(Settings):
         shuffle: bool = False,
         drop_last: bool = False,
         collate_fn: Callable[[list[Any]], Batch] | None = None,
+        num_shards: int = 1,
         val_data: Any = None,
         scheduler: Scheduler | None = None,
         scheduler_interval: Literal["step", "epoch"] = "epoch",
@@ -69,15 +71,16 @@ class Trainer(Settings):
             model: Moved to the device; its parameters stay the same objects. In evaluation mode it is
                 put in training mode; modules of a model in training mode keep the mode they have.
             optimizer: Any of torch's, over the model's parameters.
-            train_data: A map-style dataset (with `batch_size`), a DataLoader, or any iterable of
-                batches: tensors, tuples, lists, dicts and dataclasses of them.
+            train_data: A map-style or iterable dataset (with `batch_size`), a DataLoader, or any iterable
+                of batches: tensors, tuples, lists, dicts and dataclasses of them.
             loss_fn: Called with ``(outputs, target)`` for batches of ``(inputs, target)``.
             step: Instead of `loss_fn`: called with ``(model, batch)``, returns the loss, or a dict
                 with ``loss`` and further scalars to log.
-            batch_size: Samples per batch, if `train_data` is a dataset; for `val_data` too.
+            batch_size: Samples per batch on each rank, which share a dataset out; for `val_data` too.
             shuffle: Draw a new order of the dataset for each epoch.
             drop_last: Leave out a last batch that is not full.
             collate_fn: Makes a batch of a list of samples; torch's `default_collate` unless told.
+            num_shards: Into which an iterable dataset splits itself; `val_data` too if it is iterable.
             val_data: Like `train_data`; never shuffled.
             scheduler: Any of torch's, over `optimizer`. A ReduceLROnPlateau sees `monitor`.
             scheduler_interval: Whether it moves with each optimizer ``step`` or each ``epoch``.
@@ -114,26 +117,28 @@ class Trainer(Settings):
         metrics, train_metrics = metrics or {}, train_metrics or {}
         check_listeners(callbacks, loggers, (metrics, train_metrics), val_data)
         check_targets(self.monitor, loss_fn, val_data, metrics, scheduler_interval)
-        make_source = partial(as_source, seed=self.seed)
-        batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn)
+        make_source = partial(as_source, seed=self.seed, ranks=ranks())
+        batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn, num_shards)
         source = make_source(train_data, name="train_data", shuffle=shuffle, drop_last=drop_last, **batching)
         max_batches = resolve_limit("limit_train_batches", self.limit_train_batches, source.num_batches)
         evaluation, belts = None, self._belts()
         if val_data is not None:
-            val_source = make_source(
-                val_data, name="val_data", shuffle=False, drop_last=False, **val_batching
-            )
+            val_source = make_source(val_data, name="val_data", **val_batching)
             evaluation = self._evaluation(belts, objective, val_source, metrics, merges_ranks=True)
+        data = {"train_data": (train_data, batching), "val_data": (val_data, val_batching)}
+        order = {"seed": self.seed, "shuffle": shuffle, "drop_last": drop_last}
+        check_ranks(order, metrics, belts.device, **data)
         setup.place(self, belts.device, model, loss_fn, *metrics.values(), *train_metrics.values())
         if not model.training:
             model.train()  # a model that was evaluated; single modules put in eval mode stay so
         called_model = setup.compile_model(model, self.compile)
         state = setup.make_state(self, model, optimizer, scheduler, belts.device)
-        opened = open_run_dir(self)
-        run_dir, rows = opened.run_dir, wiring.make_rows(opened.run_dir)
         with ExitStack() as stack:
             stack.enter_context(closing(belts))
             stack.enter_context(setup.deterministic_algorithms(self.deterministic))
+            inbound = belts.inbound(source, is_training=True)
+            opened = open_run_dir(self)
+            run_dir, rows = opened.run_dir, wiring.make_rows(opened.run_dir)
             num_batches = setup.at_most(source.num_batches, max_batches)
             group = wiring.make_logger_group(
                 self, loggers, run_dir, num_batches, hparams or {}, belts.schedule, rows, opened.resumed_step
@@ -150,7 +155,7 @@ class Trainer(Settings):
             collector = wiring.make_collector(self)
             stack.enter_context(wiring.installed(collector))
             scope = stack.enter_context(Scope(self.stall_timeout_s))
-            outbound, inbound = belts.outbound(scope, journal), belts.inbound(source, is_training=True)
+            outbound = belts.outbound(scope, journal)
             inbound.num_pauses = lambda: clock.num_pauses
             watch = stack.enter_context(GilWatch(self.gil, clock, outbound.put_row, run_dir))
             run = Run(
@@ -194,10 +199,11 @@ class Trainer(Settings):
         step: Step | None = None,
         batch_size: int | None = None,
         collate_fn: Callable[[list[Any]], Batch] | None = None,
+        num_shards: int = 1,
         metrics: Metrics | None = None,
         checkpoint: str | Path | None = None,
     ) -> dict[str, float]:
-        """Return the mean loss and the metrics over all samples, by name (without ``val/``).
+        """Return the mean loss and the metrics over all samples, by name (without ``val/``); on each rank.
 
         Args:
             model: In evaluation mode for the length of the call.
@@ -206,6 +212,7 @@ class Trainer(Settings):
             step: As for `fit`.
             batch_size: As for `fit`.
             collate_fn: As for `fit`.
+            num_shards: As for `fit`.
             metrics: As for `fit`.
             checkpoint: Load the model's weights from this file first: the averaged ones if it has
                 any.
@@ -214,7 +221,7 @@ class Trainer(Settings):
             ConfigError: For settings that do not fit the data.
             CheckpointError: If the checkpoint cannot be read or belongs to another model.
         """
-        source = self._evaluation_source(data, batch_size, collate_fn)
+        source = self._evaluation_source(data, batch_size, collate_fn, num_shards)
         belts = self._belts()
         objective = setup.make_objective(loss_fn, step)
         if checkpoint is not None:
@@ -231,9 +238,10 @@ class Trainer(Settings):
         forward: Callable[[torch.nn.Module, Batch], Any] = forward_inputs,
         batch_size: int | None = None,
         collate_fn: Callable[[list[Any]], Batch] | None = None,
+        num_shards: int = 1,
         checkpoint: str | Path | None = None,
     ) -> Any:
-        """Return the model's outputs for all samples, on the host.
+        """Return the model's outputs for all samples, on the host; on each rank that calls it.
 
         Args:
             model: In evaluation mode for the length of the call.
@@ -241,13 +249,14 @@ class Trainer(Settings):
             forward: Called with ``(model, batch)`` instead of calling the model on the inputs.
             batch_size: As for `fit`.
             collate_fn: As for `fit`.
+            num_shards: As for `fit`.
             checkpoint: As for `evaluate`.
 
         Returns:
             One tensor, the batches' outputs put together along their first dimension; or the list of
             the batches' outputs, where they are not tensors.
         """
-        source = self._evaluation_source(data, batch_size, collate_fn)
+        source = self._evaluation_source(data, batch_size, collate_fn, num_shards)
         belts = self._belts()
         if checkpoint is not None:
             load_model(checkpoint, model)
@@ -265,17 +274,10 @@ class Trainer(Settings):
         return Belts(self, select_backend(self.device), prepare)
 
     def _evaluation_source(
-        self, data: Any, batch_size: int | None, collate_fn: Callable[[list[Any]], Batch] | None
+        self, data: Any, batch_size: int | None, collate_fn: Any, num_shards: int
     ) -> Source:
-        return as_source(
-            data,
-            name="data",
-            batch_size=batch_size,
-            shuffle=False,
-            drop_last=False,
-            collate_fn=collate_fn,
-            seed=self.seed,
-        )
+        batching: Any = {"batch_size": batch_size, "collate_fn": collate_fn, "num_shards": num_shards}
+        return as_source(data, name="data", seed=self.seed, **batching)
 
     def _evaluation(
         self,

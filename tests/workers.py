@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import os
 import random
 import signal
+import threading
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 
 class Augmented(Dataset):
@@ -30,6 +33,10 @@ class Augmented(Dataset):
             sample += random.random() + random.gauss(0, 1)
         if "numpy" in self.draws:
             sample += float(np.random.rand()) + float(np.random.randn())
+        if "reseed" in self.draws:
+            with torch.random.fork_rng():
+                torch.manual_seed(index)
+                sample += torch.rand(6)
         if "dropout" in self.draws:
             sample = torch.nn.functional.dropout(sample, 0.3)
         return sample, index % 3
@@ -60,13 +67,73 @@ class Deadly(Augmented):
         return super().__getitem__(index)
 
     def _is_due(self):
-        if self.memory is None:
-            return True
-        try:
-            os.close(os.open(self.memory, os.O_CREAT | os.O_EXCL))
-        except FileExistsError:
-            return False
-        return True
+        return self.memory is None or _is_first(self.memory)
+
+
+def _is_first(memory):
+    """Say whether nobody has asked before, in any process."""
+    try:
+        os.close(os.open(memory, os.O_CREAT | os.O_EXCL))
+    except FileExistsError:
+        return False
+    return True
+
+
+class Late(Augmented):
+    """Draws from certain generators, but nothing but torch's numbers before a certain sample."""
+
+    def __init__(self, count, *, index, draws):
+        super().__init__(count, draws=draws)
+        self.index = index
+
+    def __getitem__(self, index):
+        sample, target = Augmented(self.count, draws=self.draws and ("torch",))[index]
+        return (sample + super().__getitem__(index)[0] if index >= self.index else sample), target
+
+
+_TWO = threading.Barrier(2)
+_MET: set[int] = set()
+
+
+class Meeting(Late):
+    """Two samples wait for each other, the first time a worker makes them: their batches are made at once.
+
+    Each sample draws twice, and in between lets another thread draw from the same generator, if that may run.
+    """
+
+    def __init__(self, count, *, pair, index=0, draws=()):
+        super().__init__(count, index=index, draws=draws)
+        self.pair, self.home = pair, os.getpid()
+
+    def __getitem__(self, index):
+        if index in self.pair and os.getpid() != self.home and index not in _MET:
+            _MET.add(index)
+            _TWO.wait(60)
+        first, target = super().__getitem__(index)
+        hashlib.sha256(bytes(1 << 20))  # without the GIL
+        return first + super().__getitem__(index)[0], target
+
+
+class DeadlyBeside(Augmented):
+    """A worker is killed by one sample while another thread makes a sample that would never be done.
+
+    That is the first time; then the other one is made as usual. What kills does so again, unless told not to.
+    """
+
+    def __init__(self, count, *, index, beside, memory, is_once=False):
+        super().__init__(count)
+        self.index, self.beside, self.memory, self.is_once = index, beside, memory, is_once
+        self.home = os.getpid()
+
+    def __getitem__(self, index):
+        if index in (self.index, self.beside) and os.getpid() != self.home:
+            if is_first := _is_first(f"{self.memory}{index}"):
+                _TWO.wait(60)
+            if index == self.beside and is_first:
+                threading.Event().wait()
+            if index == self.index and (is_first or not self.is_once):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return super().__getitem__(index)
 
 
 class Failing(Augmented):
@@ -96,6 +163,20 @@ class Hanging(Augmented):
     def __getitem__(self, index):
         if index == self.index and os.getpid() != self.home:
             signal.pause()
+        return super().__getitem__(index)
+
+
+class Held(Augmented):
+    """Waits at one sample, in a worker, until somebody opens a named pipe for writing."""
+
+    def __init__(self, count, *, index, pipe):
+        super().__init__(count)
+        self.index, self.pipe, self.home = index, pipe, os.getpid()
+
+    def __getitem__(self, index):
+        if index == self.index and os.getpid() != self.home:
+            with open(self.pipe) as file:
+                file.read()
         return super().__getitem__(index)
 
 
@@ -161,3 +242,109 @@ class Verbose(Augmented):
         if self.note is not None:
             error.add_note(self.note)
         raise error
+
+
+class Stream(IterableDataset):
+    """Files of so many samples, shared out among workers; their numbers depend on what was drawn before."""
+
+    def __init__(self, sizes, *, draws=()):
+        self.sizes, self.draws, self.noise = sizes, draws, torch.zeros(6)
+        self.own = random.Random(5)  # a state of its own, which each shard has for itself
+
+    def __iter__(self):
+        info = get_worker_info()
+        shard, num_shards = (0, 1) if info is None else (info.id, info.num_workers)
+        past = torch.zeros(6)
+        for file in range(shard, len(self.sizes), num_shards):
+            for index in range(self.sizes[file]):
+                sample, target = self.sample(file, index)
+                past = past / 2 + sample
+                yield past, target
+
+    def sample(self, file, index):
+        """Make a sample, to which those before it will be added."""
+        sample = torch.full((6,), file + index / 100)
+        if "own" in self.draws:
+            sample += self.own.random()
+        if "torch" in self.draws:
+            sample += torch.rand(6)
+        if "python" in self.draws:
+            sample += random.random() + random.gauss(0, 1)
+        if "numpy" in self.draws:
+            sample += float(np.random.rand()) + float(np.random.randn())
+        if "dropout" in self.draws:
+            sample = torch.nn.functional.dropout(sample, 0.3)
+        if "seldom" in self.draws and index == 4:
+            sample += random.random()
+        return sample, (file + index) % 3
+
+
+class Endless(Stream):
+    """Has no end."""
+
+    def __init__(self, *, draws=()):
+        super().__init__([], draws=draws)
+
+    def __iter__(self):
+        info = get_worker_info()
+        for index in itertools.count():
+            yield self.sample(0 if info is None else info.id, index)
+
+
+class FailingStream(Stream):
+    """Raises an exception of its own at one sample."""
+
+    def __init__(self, sizes, *, file, index):
+        super().__init__(sizes, draws=("torch",))
+        self.where = file, index
+
+    def sample(self, file, index):
+        if (file, index) == self.where:
+            self.fail()
+        return super().sample(file, index)
+
+    def fail(self):
+        """Fail."""
+        raise UserError("mine", self.where[1])
+
+
+class DeadlyStream(FailingStream):
+    """A worker that makes a certain sample is killed; once, if there is a file to remember it by."""
+
+    def __init__(self, sizes, *, file, index, memory=None):
+        super().__init__(sizes, file=file, index=index)
+        self.memory, self.home = memory, os.getpid()
+
+    def fail(self):
+        """Kill."""
+        if os.getpid() != self.home and Deadly._is_due(self):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Logged(Stream):
+    """Writes down which process has read what."""
+
+    def __init__(self, sizes, *, log):
+        super().__init__(sizes)
+        self.log = log
+
+    def sample(self, file, index):
+        with open(self.log, "a") as log:
+            log.write(f"{os.getpid()} {file} {index}\n")
+        return super().sample(file, index)
+
+
+class Whole(Stream):
+    """Does not ask which shard it is."""
+
+    def __iter__(self):
+        return (self.sample(0, index) for index in range(self.sizes[0]))
+
+
+class Counting(Stream):
+    """Counts its epochs."""
+
+    def __iter__(self):
+        self.epoch = getattr(self, "epoch", 0) + 1
+        for sample, target in super().__iter__():
+            yield sample + self.epoch, target

@@ -1,13 +1,15 @@
 """Threads, processes and what they hand each other. Standard library only; nothing else starts one."""
 
-from pipeline.concurrency.channel import Channel, ChannelClosedError, ChannelStatistics
+from pipeline.concurrency.channel import Channel, ChannelClosedError, ChannelStatistics, UnorderedChannel
 from pipeline.concurrency.child import Child, ChildDiedError
 from pipeline.concurrency.cores import available_cores
 from pipeline.concurrency.fork_server import is_nursery, pickled_error
+from pipeline.concurrency.jobs import answer_jobs
 from pipeline.concurrency.pool import Answer, NurseryDiedError, WorkerPool
 from pipeline.concurrency.scope import Scope, stack_of
 from pipeline.concurrency.server import fork_server, preparation
 from pipeline.concurrency.shared import HAS_SHARED_MEMORY, Slot, SlotFile, map_slots, view_file, view_slot
+from pipeline.concurrency.shared_lock import SharedLock
 from pipeline.concurrency.watchdog import watch
 from pipeline.concurrency.writer import Writer
 
@@ -21,10 +23,13 @@ __all__ = [
     "ChildDiedError",
     "NurseryDiedError",
     "Scope",
+    "SharedLock",
     "Slot",
     "SlotFile",
+    "UnorderedChannel",
     "WorkerPool",
     "Writer",
+    "answer_jobs",
     "available_cores",
     "fork_server",
     "is_nursery",

@@ -1,7 +1,8 @@
 """A bounded channel from producer threads to one consumer thread: in order, handed over in bursts.
 
 A producer claims the next **position**, makes what belongs there, and puts it. However many producers
-there are and whoever is first, the consumer sees the positions in order.
+there are and whoever is first, the consumer sees the positions in order; or, from an `UnorderedChannel`, as
+they are ready.
 
 Waking a thread costs the consumer two lost GILs, some 100 µs a step when it happens per item. So a
 producer that found every position within the depth claimed sleeps until the consumer has drained what is
@@ -70,6 +71,7 @@ class Channel(Generic[Item]):
 
     Attributes:
         position: Of the item that the consumer takes next.
+        left: Positions that were given up, where the stream does not end before the first of them.
     """
 
     def __init__(
@@ -92,6 +94,7 @@ class Channel(Generic[Item]):
         self._end = sys.maxsize  # no item at this position or behind it
         self._error: BaseException | None = None
         self._num_items = self._num_full = self._num_empty = 0
+        self.left: list[int] = []
 
     def claim(self) -> int:
         """Return the next position to be made; wait while the channel is full.
@@ -129,6 +132,10 @@ class Channel(Generic[Item]):
             self._drained.notify_all()
             self._filled.notify()
 
+    def give_up(self, position: int) -> None:
+        """Say that a claimed position is not made here: nobody claims any more, the stream ends before it."""
+        self.end(position)
+
     def stop(self) -> None:
         """Let nobody claim any more; the consumer still gets what was claimed."""
         with self._lock:
@@ -152,7 +159,7 @@ class Channel(Generic[Item]):
         """
         ready, low_water = self._ready, self._low_water
         while True:
-            item = ready.pop(self.position, _NOTHING)
+            item = self._take()
             if item is _NOTHING:
                 if not self._wait_for_item():
                     return
@@ -166,6 +173,11 @@ class Channel(Generic[Item]):
     def statistics(self) -> ChannelStatistics:
         """Return the counts so far; exact once both sides have finished."""
         return ChannelStatistics(self._num_items, self._num_full, self._num_empty, self._depth)
+
+    def _take(self) -> Item:
+        """Take what comes next out of what is ready, or return `_NOTHING`."""
+        item: Item = self._ready.pop(self.position, _NOTHING)
+        return item
 
     def _must_sleep(self) -> bool:
         return self._claimed - self.position >= self._depth or len(self._ready) > self._low_water
@@ -182,11 +194,43 @@ class Channel(Generic[Item]):
                     self._is_consumer_waiting = False
                 if not has_word and self._stall_timeout_s is not None:
                     raise StallError(self._stall_timeout_s, statistics=self.statistics())
-            if self.position in self._ready:
+            if self._is_next_ready():
                 return True
             if self._error is not None:
                 raise self._error
             return False
 
     def _has_word(self) -> bool:
-        return self.position in self._ready or self.position >= self._end
+        return self._is_next_ready() or self._is_over()
+
+    def _is_next_ready(self) -> bool:
+        return self.position in self._ready
+
+    def _is_over(self) -> bool:
+        return self.position >= self._end
+
+
+class UnorderedChannel(Channel[Item]):
+    """The same without the order: items are handed over as they are put, and one that is late holds up none.
+
+    `position` counts what was taken, from the first one on. A position that was given up is in `left`; the
+    others that were claimed are still handed over. An error is raised once what is ready has been taken:
+    what is still being made is not waited for.
+    """
+
+    def give_up(self, position: int) -> None:
+        with self._lock:
+            self.left.append(position)
+            self.stop()
+
+    def _take(self) -> Item:
+        with self._lock:  # a dict must not grow while its first key is looked for
+            first = next(iter(self._ready), None)
+            return _NOTHING if first is None else self._ready.pop(first)
+
+    def _is_next_ready(self) -> bool:
+        return bool(self._ready)
+
+    def _is_over(self) -> bool:
+        num_left = sum(position < self._end for position in self.left)
+        return self._error is not None or self.position + num_left >= self._end

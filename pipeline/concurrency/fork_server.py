@@ -10,7 +10,7 @@ it, page by page, until they write to it. A worker that has died is replaced as 
 
 Nobody outlives this process. The fork server sees it end, by a descriptor of the process and not by its
 parent's death, which would be reported when the *thread* ends that started it. Nurseries and workers are
-killed by the kernel when their parent dies; each of those has one thread. All are deaf to Ctrl-C, which a
+killed by the kernel when their parent dies; each parent has one thread. All are deaf to Ctrl-C, which a
 terminal sends to every process and which is the trainer's to handle.
 """
 
@@ -31,7 +31,9 @@ from collections.abc import Callable
 from multiprocessing import spawn
 from typing import TypeAlias
 
-RunWorker: TypeAlias = Callable[[socket.socket], None]
+RunWorker: TypeAlias = Callable[[socket.socket, int], None]
+"""Runs in a worker, given the socket of its jobs and its number of threads."""
+
 MAX_MESSAGE_BYTES = 1 << 16
 MAX_FILES = 3
 _FILES_BYTES = socket.CMSG_SPACE(MAX_FILES * array.array("i").itemsize)
@@ -70,7 +72,7 @@ def serve(control_file: int, owner: int, modules: list[str]) -> None:
         if os.fork() == 0:
             control.close()
             os.close(owner_file)
-            _run_to_the_end(lambda: _nurse(socket.socket(fileno=files[0])))  # noqa: B023
+            run_to_the_end(lambda: _nurse(socket.socket(fileno=files[0])))  # noqa: B023
         os.close(files[0])
 
 
@@ -127,7 +129,8 @@ def _fork_workers(control: socket.socket, run_worker: RunWorker) -> None:
                 control.close()
                 for other in workers:
                     os.close(other)
-                _run_to_the_end(lambda: _work(run_worker, socket.socket(fileno=files[0])))  # noqa: B023
+                requests, num_threads = socket.socket(fileno=files[0]), int(message)
+                run_to_the_end(lambda: _work(run_worker, requests, num_threads))  # noqa: B023
             os.close(files[0])
             file = os.pidfd_open(child)
             workers[file] = child
@@ -135,13 +138,13 @@ def _fork_workers(control: socket.socket, run_worker: RunWorker) -> None:
             control.send(pickle.dumps(("started", child)))
 
 
-def _work(run_worker: RunWorker, requests: socket.socket) -> None:
+def _work(run_worker: RunWorker, requests: socket.socket, num_threads: int) -> None:
     _die_with_parent()
-    run_worker(requests)
+    run_worker(requests, num_threads)
 
 
-def _run_to_the_end(run: Callable[[], None]) -> None:
-    """Run in a forked process, which must never return to the code of its parent."""
+def run_to_the_end(run: Callable[[], None]) -> None:
+    """Run in a forked process, which must never return to the code of its parent; then end it."""
     code = 1
     try:
         run()
@@ -166,8 +169,8 @@ def receive(sender: socket.socket, max_bytes: int = MAX_MESSAGE_BYTES) -> tuple[
     """Return a message and the descriptors sent along; an empty message when the sender is gone."""
     try:
         message, further, _, _ = sender.recvmsg(max_bytes, _FILES_BYTES)
-    except ConnectionResetError:
-        return b"", []
+    except ConnectionResetError:  # that it died is told once, and before the messages that it had sent
+        return receive(sender, max_bytes)
     files = array.array("i")
     for level, kind, data in further:  # mostly none: `socket.recv_fds` would take the time of the rest
         if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:

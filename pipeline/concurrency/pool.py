@@ -17,9 +17,11 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from pipeline.concurrency.fork_server import receive
+from pipeline.concurrency.jobs import TICKET
 from pipeline.concurrency.server import ONE_THREAD, fork_server
 
 MAX_DEATHS = 2
+_MAX_SENT = 100  # jobs lie in the buffer of a worker's socket, which takes some 270; to fill it would block
 _CLOSE_TIMEOUT_S = 1.0
 
 
@@ -39,17 +41,54 @@ class Answer(NamedTuple):
     exit_code: int | None = None
 
 
+class Death(NamedTuple):
+    """A worker that has ended.
+
+    Args:
+        tickets: Of the jobs that may have been under way; with several nobody knows which one it died of.
+        exit_code: Negative for a signal.
+    """
+
+    tickets: tuple[int, ...]
+    exit_code: int
+
+
+@dataclass(slots=True, eq=False)
+class _Job:
+    ticket: int
+    message: bytes
+    is_suspect: bool = False  # a worker died when it may have been under way
+    num_deaths: int = 0  # of workers that had nothing else under way
+
+
 @dataclass(slots=True, eq=False)
 class _Worker:
     requests: socket.socket
+    num_threads: int
     pid: int = 0
-    jobs: deque[tuple[int, bytes]] = field(default_factory=deque)
+    sent: dict[int, _Job] = field(default_factory=dict)  # by ticket, in the order in which they were sent
+    waiting: deque[_Job] = field(default_factory=deque)
+
+    @property
+    def num_jobs(self) -> int:
+        return len(self.sent) + len(self.waiting)
+
+    def is_free_for(self, job: _Job) -> bool:
+        """Say whether a job may be sent; a suspect is alone with its worker."""
+        if not self.sent:
+            return True
+        is_alone = job.is_suspect or next(iter(self.sent.values())).is_suspect
+        return not is_alone and len(self.sent) < _MAX_SENT
 
 
 class WorkerPool:
-    """Processes that answer jobs, in any order.
+    """Processes that answer jobs, in any order, each with one thread or several.
 
     It is ready some time after it was made; until then nothing waits for it.
+
+    If a worker dies, its jobs are given to another one. If several were under way, nobody knows which one it
+    died of: they are done again one at a time. A job is given up once two workers have died that had nothing
+    else under way.
 
     Args:
         entry: Module and function, called once; returns what each worker runs.
@@ -58,6 +97,7 @@ class WorkerPool:
         num_workers: How many.
         modules: What the fork server imports if it must be started.
         prepare: What the nursery is prepared with; see `multiprocessing.spawn.prepare`.
+        num_threads: Of each worker; it has as many jobs under way at once.
 
     Runs on:
         One thread, but for `close`.
@@ -71,18 +111,18 @@ class WorkerPool:
         num_workers: int,
         modules: Sequence[str],
         prepare: dict[str, Any],
+        num_threads: int = 1,
     ) -> None:
-        self._num_workers, self._workers = num_workers, list[_Worker]()
+        self._num_workers, self._num_threads, self._workers = num_workers, num_threads, list[_Worker]()
         self._is_ready, self._next_ticket, self._nursery = False, 0, 0
         self._poller, self._by_file = select.poll(), dict[int, _Worker]()
-        self._deaths: dict[int, int] = {}
         self._owner = os.getpid()
         self._exit_codes: dict[int, int] = {}  # by process
         self._control = fork_server(modules).open_nursery()
         environment = {**os.environ, **ONE_THREAD}  # as it is now, and not when the server was started
         data = pickle.dumps((prepare, environment, *entry, arguments))
         socket.send_fds(self._control, [data], list(files))
-        self.died: list[tuple[int, int]] = []  # a job's ticket and its worker's exit code
+        self.died: list[Death] = []  # until somebody clears it
 
     def is_ready(self) -> bool:
         """Say whether the workers are there, without waiting; raises as `wait_until_ready` does."""
@@ -98,20 +138,32 @@ class WorkerPool:
             self._start_workers()
         return self._is_ready
 
-    def resize(self, num_workers: int) -> bool:
+    def resize(self, num_workers: int, num_threads: int = 1) -> bool:
         """Start workers or let idle ones go; return whether there are as many as wanted."""
-        while len(self._workers) < num_workers:
-            self._workers.append(self._start_worker())
-        for worker in [each for each in self._workers if not each.jobs][: len(self._workers) - num_workers]:
+        self._num_threads = num_threads  # of those that are started from now on
+        idle = [each for each in self._workers if not each.num_jobs]
+        others = [each for each in idle if each.num_threads != num_threads]
+        same = [each for each in idle if each.num_threads == num_threads]
+        num_too_many = max(len(self._workers) - len(others) - num_workers, 0)
+        for worker in [*others, *same[:num_too_many]]:
             self._let_go(worker)  # which ends it
             self._workers.remove(worker)
+        while len(self._workers) < num_workers:
+            self._workers.append(self._start_worker())
         return True
 
-    def submit(self, message: bytes) -> int:
-        """Give a job to the worker with the fewest; return its ticket. Never waits."""
+    def submit(self, message: bytes, number: int | None = None) -> int:
+        """Give a job to a worker, by its number or the one with the fewest; return its ticket. Never waits.
+
+        Args:
+            message: The job.
+            number: The worker's; with more workers than numbers, each number has a worker of its own.
+        """
         self._next_ticket += 1
-        worker = min(self._workers, key=lambda each: len(each.jobs))
-        self._send(worker, self._next_ticket, message)
+        fewest = min(self._workers, key=lambda each: each.num_jobs)
+        worker = fewest if number is None else self._workers[number % len(self._workers)]
+        worker.waiting.append(_Job(self._next_ticket, message))
+        self._feed(worker)
         return self._next_ticket
 
     def answers(self, timeout_s: float | None) -> list[Answer]:
@@ -125,7 +177,8 @@ class WorkerPool:
 
     def pid_of(self, ticket: int) -> int | None:
         """Return the process that has a job, if any has."""
-        return next((each.pid for each in self._workers for job in each.jobs if job[0] == ticket), None)
+        jobs = ((each.pid, job) for each in self._workers for job in [*each.sent.values(), *each.waiting])
+        return next((pid for pid, job in jobs if job.ticket == ticket), None)
 
     def close(self) -> None:
         """Kill the workers, and wait until they are gone; in a fork of this process, only let go of them."""
@@ -163,8 +216,8 @@ class WorkerPool:
     def _start_worker(self) -> _Worker:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
-        worker = _Worker(ours)
+            socket.send_fds(self._control, [b"%d" % self._num_threads], [theirs.fileno()])
+        worker = _Worker(ours, self._num_threads)
         self._by_file[ours.fileno()] = worker
         self._poller.register(ours, select.POLLIN)
         while not worker.pid:
@@ -186,16 +239,23 @@ class WorkerPool:
             raise NurseryDiedError
         return pickle.loads(message)
 
-    def _send(self, worker: _Worker, ticket: int, message: bytes) -> None:
-        worker.jobs.append((ticket, message))
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # `answers` sees that it died
-            worker.requests.send(message)
+    def _feed(self, worker: _Worker) -> None:
+        """Send what waits, as far as it may be sent."""
+        while worker.waiting and worker.is_free_for(job := worker.waiting[0]):
+            try:
+                worker.requests.send(TICKET.pack(job.ticket) + job.message)
+            except (BrokenPipeError, ConnectionResetError):
+                return  # it has died, which `answers` sees
+            worker.sent[job.ticket] = worker.waiting.popleft()
 
     def _take(self, worker: _Worker) -> list[Answer]:
         message, files = receive(worker.requests)
-        if message:
-            return [Answer(worker.jobs.popleft()[0], message, files)]
-        return self._replace(worker)
+        if not message:
+            return self._replace(worker)
+        (ticket,) = TICKET.unpack_from(message)
+        del worker.sent[ticket]
+        self._feed(worker)
+        return [Answer(ticket, message[TICKET.size :], files)]
 
     def _replace(self, worker: _Worker) -> list[Answer]:
         """Start another worker for one that has died, and give it the jobs that were left."""
@@ -203,19 +263,18 @@ class WorkerPool:
         while worker.pid not in self._exit_codes:
             _, pid, exit_code = self._next_word()
             self._exit_codes[pid] = exit_code
-        exit_code, jobs = self._exit_codes.pop(worker.pid), worker.jobs
+        exit_code = self._exit_codes.pop(worker.pid)
         self._workers[self._workers.index(worker)] = replacement = self._start_worker()
-        given_up = []
-        if jobs:
-            ticket = jobs[0][0]  # the one under way: a worker answers in order
-            self.died.append((ticket, exit_code))
-            self._deaths[ticket] = self._deaths.get(ticket, 0) + 1
-            if self._deaths[ticket] >= MAX_DEATHS:
-                jobs.popleft()
-                given_up.append(Answer(ticket, b"", exit_code=exit_code))
-        for ticket, message in jobs:
-            self._send(replacement, ticket, message)
-        return given_up
+        suspects = [*worker.sent.values()][: worker.num_threads]  # see `answer_jobs`
+        self.died.append(Death(tuple(job.ticket for job in suspects), exit_code))
+        for job in suspects:
+            job.is_suspect = True
+            job.num_deaths += len(suspects) == 1
+        given_up = [job for job in suspects if job.num_deaths >= MAX_DEATHS]
+        left = [*worker.sent.values(), *worker.waiting]
+        replacement.waiting.extend(job for job in left if job not in given_up)
+        self._feed(replacement)
+        return [Answer(job.ticket, b"", exit_code=exit_code) for job in given_up]
 
 
 class NurseryDiedError(Exception):

@@ -28,6 +28,8 @@ ONE_THREAD = {
 class ForkServer:
     """The one process of this process that forks nurseries; it is kept, for the next run starts warm.
 
+    It has the interpreter's options, such as ``-O`` and ``-W``, as the processes of `multiprocessing` do.
+
     Args:
         modules: What it imports before the first fork.
     """
@@ -39,7 +41,7 @@ class ForkServer:
         )
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", program],
+                [sys.executable, *subprocess._args_from_interpreter_flags(), "-c", program],  # type: ignore[attr-defined]
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
                 env={**os.environ, **ONE_THREAD},

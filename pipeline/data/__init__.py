@@ -4,8 +4,10 @@ from pipeline.data.iterable import IterableSource
 from pipeline.data.main_module import refuse_in_nursery
 from pipeline.data.processes import Processes, ProcessReader
 from pipeline.data.randomness import UnhookableDrawError
+from pipeline.data.ranks import ranks
 from pipeline.data.reader import END, EVALUATION_EPOCH, MapReader, MapSource, Reader, Source
-from pipeline.data.source import as_source, own_generators
+from pipeline.data.shards import ShardedReader, ShardedSource
+from pipeline.data.source import as_source, is_shared_out, own_generators
 
 __all__ = [
     "END",
@@ -16,9 +18,13 @@ __all__ = [
     "ProcessReader",
     "Processes",
     "Reader",
+    "ShardedReader",
+    "ShardedSource",
     "Source",
     "UnhookableDrawError",
     "as_source",
+    "is_shared_out",
     "own_generators",
+    "ranks",
     "refuse_in_nursery",
 ]

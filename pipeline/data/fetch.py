@@ -84,12 +84,7 @@ class Fetcher:
 
         What a callback changes between two epochs, such as an image size, is seen by them to have changed.
         """
-        found, dataset = [], self.dataset
-        while dataset is not None:
-            attributes = getattr(dataset, "__dict__", {})
-            found += [each for each in attributes.items() if isinstance(each[1], (bool, int, float, str))]
-            dataset = attributes.get("dataset")
-        return found
+        return plain_attributes(self.dataset)
 
     def _samples(
         self, indices: Sequence[int], epoch: int, position: int, seed_sample: SeedSample | None
@@ -112,6 +107,16 @@ class Fetcher:
                 message = "the dataset raised StopIteration, which ends a loop silently. Raise IndexError."
                 raise StageError(message, stage="fetch", index=index) from error
             raise
+
+
+def plain_attributes(dataset: Any) -> list[tuple[str, Any]]:
+    """Return the numbers, texts and flags of a dataset, and those of the datasets in it."""
+    found = []
+    while dataset is not None:
+        attributes = getattr(dataset, "__dict__", {})
+        found += [each for each in attributes.items() if isinstance(each[1], (bool, int, float, str))]
+        dataset = attributes.get("dataset")
+    return found
 
 
 def _has_getitems(dataset: Any) -> bool:

@@ -91,6 +91,7 @@ class IterableReader:
     """One epoch of an `IterableSource`."""
 
     is_random_access = False
+    max_processes: int | None = 0
 
     def __init__(
         self,

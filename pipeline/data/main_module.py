@@ -13,6 +13,7 @@ import sys
 from typing import Any
 
 from pipeline.concurrency import is_nursery, preparation
+from pipeline.data.packing import Arena, Packed, pack
 from pipeline.errors import ConfigError
 
 _GUARD = """Put what the script does under a guard, so that a process can import it:
@@ -21,6 +22,24 @@ _GUARD = """Put what the script does under a guard, so that a process can import
         main()
 
 or move the dataset to a module of its own, or set placement=thread."""
+
+
+def packed_for_process(fetcher: Any) -> tuple[Packed, dict[str, Any]]:
+    """Pack what makes the batches, and find what a process needs to unpack it.
+
+    Raises:
+        ConfigError: If it cannot be pickled, or the process could not import it.
+    """
+    try:
+        packed = pack(fetcher, Arena(None))
+    except Exception as error:
+        raise ConfigError(describe_unpicklable(fetcher.dataset, error)) from error
+    try:
+        skeleton = os.pread(packed.overflow, packed.nbytes, packed.offset)
+        return packed, main_preparation(skeleton)
+    except BaseException:
+        os.close(packed.overflow)
+        raise
 
 
 def main_preparation(skeleton: bytes) -> dict[str, Any]:

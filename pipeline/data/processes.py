@@ -1,4 +1,4 @@
-"""Batches of a map-style dataset from worker processes, in order, on whichever thread asks for them."""
+"""Batches of a dataset from worker processes, in order, on whichever thread asks for them."""
 
 from __future__ import annotations
 
@@ -7,28 +7,31 @@ import pickle
 import signal
 import time
 import warnings
-from collections.abc import Callable, Generator
+from collections import deque
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.batch import Batch
 from pipeline.concurrency import Answer, NurseryDiedError, Slot, SlotFile, WorkerPool
-from pipeline.data.main_module import describe_unpicklable, main_preparation
-from pipeline.data.packing import Arena, Packed, pack, unpack
-from pipeline.data.reader import END, MapReader, MapSource
+from pipeline.data.death import death_error, death_warning
+from pipeline.data.main_module import packed_for_process
+from pipeline.data.packing import Packed, unpack
+from pipeline.data.reader import END, MapSource, TurnReader
+from pipeline.data.shards import ShardedSource
 from pipeline.data.worker import ANSWER, JOB, TorchDefaults
 from pipeline.errors import ConfigError, StageError, StallError, WorkerDiedError
 
 MODULES = ("numpy", "torch", "torch.utils.data", "pipeline.data.worker")
-_MAX_AHEAD = 100  # jobs lie in the buffer of a socket, which takes some 270; to fill it would block
 
 
 @dataclass(slots=True, eq=False)
 class _Asker:
-    """Who iterates over an epoch, and what was answered and is not yet taken, by position."""
+    """Who iterates over an epoch, and what was answered and is not yet taken, by turn."""
 
-    reader: MapReader
-    ready: dict[int, tuple[Answer, Slot]] = field(default_factory=dict)
+    reader: TurnReader
+    ready: dict[Any, tuple[Answer, Slot]] = field(default_factory=dict)
     is_gone: bool = False
 
 
@@ -39,6 +42,10 @@ class Processes:
         source: The dataset is packed at once, and given to the processes once.
         num_workers: How many.
         stall_timeout_s: Longest wait for a batch; None waits for ever.
+        num_threads: Of each; it makes as many batches at once.
+
+    Attributes:
+        in_order: Whether the batches of an epoch are handed over in its order, or as they are answered.
 
     Raises:
         ConfigError: If the dataset cannot be taken to a process; it says why.
@@ -47,12 +54,18 @@ class Processes:
         One thread, but for `close`.
     """
 
-    def __init__(self, source: MapSource, num_workers: int, stall_timeout_s: float | None = None) -> None:
+    def __init__(
+        self,
+        source: MapSource | ShardedSource,
+        num_workers: int,
+        stall_timeout_s: float | None = None,
+        num_threads: int = 1,
+    ) -> None:
         self._stall_timeout_s, self._batch_bytes = stall_timeout_s, 0
         self._given = source.fetcher.plain_state()
-        self._tickets: dict[int, tuple[int, Slot, _Asker]] = {}
-        self._is_closed = False
-        payload, prepare = _packed_fetcher(source)
+        self._tickets: dict[int, tuple[Any, Slot, _Asker]] = {}
+        self._is_closed, self.in_order = False, True
+        payload, prepare = packed_for_process(source.fetcher)
         self._slots, self._stacks = SlotFile(), os.memfd_create("stacks")
         try:
             self._pool = WorkerPool(
@@ -62,6 +75,7 @@ class Processes:
                 num_workers,
                 MODULES,
                 prepare,
+                num_threads,
             )
         except BaseException:
             self._close_files()
@@ -74,29 +88,27 @@ class Processes:
         """Slots of shared memory made so far; they are used again."""
         return self._slots.num_slots
 
-    def is_ready(self, num_workers: int) -> bool:
+    def is_ready(self, num_workers: int, num_threads: int = 1) -> bool:
         """Say, without waiting, whether so many workers are there; it takes two seconds the first time.
+
+        Args:
+            num_workers: How many.
+            num_threads: Of each.
 
         Raises:
             PipelineError: If they never will be; it says why.
         """
-        try:
-            return self._pool.is_ready() and self._pool.resize(num_workers)
-        except NurseryDiedError as error:
-            raise WorkerDiedError("the process that has the dataset is gone", stage="fetch") from error
-        except Exception as error:
-            raise ConfigError(
-                f"the dataset cannot be unpickled in a process: {type(error).__name__}: {error}. Set "
-                "placement=thread, or see why with pickle.loads(pickle.dumps(dataset))."
-            ) from error
+        with _explained():
+            return self._pool.is_ready() and self._pool.resize(num_workers, num_threads)
 
-    def is_stale(self, source: MapSource) -> bool:
+    def is_stale(self, source: MapSource | ShardedSource) -> bool:
         """Say whether the dataset is, by its plain attributes, no longer what the workers were given."""
         return source.fetcher.plain_state() != self._given
 
     def wait_until_ready(self) -> bool:
-        """Wait until the workers are there; False after the time-out."""
-        return self._pool.wait_until_ready(self._stall_timeout_s)
+        """Wait until the workers are there; False after the time-out. Raises as `is_ready` does."""
+        with _explained():
+            return self._pool.wait_until_ready(self._stall_timeout_s)
 
     def close(self) -> None:
         """Kill the workers, and wait until they are gone. Batches that somebody has stay valid."""
@@ -110,12 +122,12 @@ class Processes:
         os.close(self._stacks)
 
     def batches(
-        self, reader: MapReader, depth: int, goes_on: Callable[[], bool] = lambda: True
+        self, reader: TurnReader, depth: int, goes_on: Callable[[], bool] = lambda: True
     ) -> Generator[Batch]:
         """Yield the batches of an epoch from the reader's position on, and move it.
 
         Args:
-            reader: The epoch.
+            reader: The epoch; its position counts the batches that were handed over.
             depth: Batches that are asked for ahead.
             goes_on: Asked before each further batch is; once not, those asked for are the last.
 
@@ -124,32 +136,36 @@ class Processes:
             StallError: If there was no batch for too long.
             Exception: The dataset's own.
         """
-        asker, asked, depth = _Asker(reader), reader.position, min(depth, _MAX_AHEAD)
+        asker, asked, ahead = _Asker(reader), deque[Any](), reader.ahead()
         try:
             while True:
-                while asked < reader.num_batches and asked - reader.position < depth and goes_on():
-                    self._ask(asker, asked)
-                    asked += 1
-                if reader.position == asked:
+                while len(asked) < min(depth, reader.num_left) and goes_on():
+                    if (turn := next(ahead, None)) is None:
+                        break
+                    self._ask(asker, turn)
+                    asked.append(turn)
+                if not asked:
                     return
-                while reader.position not in asker.ready:
+                while not asker.ready or (self.in_order and asked[0] not in asker.ready):
                     self._collect(asker)
-                batch = self._open(asker, *asker.ready.pop(reader.position))
-                reader.position += 1
-                yield batch
+                turn = asked[0] if self.in_order else next(iter(asker.ready))
+                asked.remove(turn)
+                batch = self._open(asker, turn, *asker.ready.pop(turn))
+                if reader.take(turn, batch):
+                    yield batch
         finally:
             asker.is_gone = True
             for answer, slot in asker.ready.values():
                 self._drop(answer, slot)
 
-    def _ask(self, asker: _Asker, position: int) -> None:
+    def _ask(self, asker: _Asker, turn: Any) -> None:
         self._check_open()
-        reader = asker.reader
-        indices = reader.indices(position)
+        position, indices = asker.reader.job(turn)
         slot = self._slots.acquire(indices.nbytes + self._batch_bytes)
         self._slots.write(slot, indices.numpy().tobytes())
-        job = JOB.pack(reader.epoch, position, len(indices), slot.offset, slot.nbytes)
-        self._tickets[self._pool.submit(job)] = position, slot, asker
+        job = JOB.pack(asker.reader.epoch, position, len(indices), slot.offset, slot.nbytes)
+        ticket = self._pool.submit(job, asker.reader.worker(turn))
+        self._tickets[ticket] = turn, slot, asker
 
     def _collect(self, asker: _Asker) -> None:
         self._check_open()
@@ -158,19 +174,21 @@ class Processes:
             raise self._stalled(asker)
         self._warn_of_deaths()
         for answer in answers:
-            position, slot, whose = self._tickets.pop(answer.ticket)
+            answered, slot, whose = self._tickets.pop(answer.ticket)
             if whose.is_gone:
                 self._drop(answer, slot)
             else:
-                whose.ready[position] = answer, slot
+                whose.ready[answered] = answer, slot
 
-    def _open(self, asker: _Asker, answer: Answer, slot: Slot) -> Batch:
+    def _open(self, asker: _Asker, turn: Any, answer: Answer, slot: Slot) -> Batch:
         if answer.exit_code is not None:
             self._slots.release(slot)
-            raise self._died(asker.reader, asker.reader.position, answer.exit_code)
+            raise death_error(asker.reader.describe(turn), answer.exit_code)
         is_batch, offset, nbytes, wanted_bytes = ANSWER.unpack_from(answer.message)
         if not is_batch:
             self._slots.release(slot)
+            if len(answer.message) == ANSWER.size:
+                return END
             raise _error_in(answer.message[ANSWER.size :])
         file = answer.files[0] if answer.files else -1
         if file >= 0:
@@ -192,30 +210,16 @@ class Processes:
             )
 
     def _warn_of_deaths(self) -> None:
-        for ticket, exit_code in self._pool.died:
-            position, _, asker = self._tickets[ticket]
-            batch = _describe_batch(asker.reader, position)
-            warnings.warn(
-                f"a worker process ended with {_describe_exit(exit_code)} while it made "
-                f"{batch}. Another one makes it again, with the same numbers.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        for tickets, exit_code in self._pool.died:
+            suspects = [self._tickets[each] for each in tickets]
+            batches = [asker.reader.describe(turn) for turn, _, asker in suspects]
+            warnings.warn(death_warning(batches, exit_code), RuntimeWarning, stacklevel=3)
         self._pool.died.clear()
 
-    def _died(self, reader: MapReader, position: int, exit_code: int) -> WorkerDiedError:
-        cause = " It may be out of memory." if exit_code == -signal.SIGKILL else ""
-        return WorkerDiedError(
-            f"worker processes ended with {_describe_exit(exit_code)}, twice, while they made "
-            f"{_describe_batch(reader, position)}.{cause} Make that batch with placement=inline to see why.",
-            stage="fetch",
-        )
-
     def _stalled(self, asker: _Asker) -> StallError:
-        reader = asker.reader
-        ticket = next(each for each, job in self._tickets.items() if job[::2] == (reader.position, asker))
+        ticket, turn = next((each, job[0]) for each, job in self._tickets.items() if job[2] is asker)
         assert self._stall_timeout_s is not None
-        error = StallError(self._stall_timeout_s, _describe_batch(reader, reader.position))
+        error = StallError(self._stall_timeout_s, asker.reader.describe(turn))
         error.stage = "fetch"
         if (pid := self._pool.pid_of(ticket)) is not None:
             error.stack = self._stack_of(pid)
@@ -233,7 +237,7 @@ class Processes:
 
 
 class ProcessReader:
-    """An epoch of a map-style source, its batches made by worker processes; a `Reader`.
+    """An epoch, its batches made by worker processes; a `Reader`.
 
     Args:
         processes: That make them.
@@ -243,9 +247,10 @@ class ProcessReader:
     """
 
     is_random_access, is_threadable, is_known = False, True, True
+    max_processes: int | None = None
 
     def __init__(
-        self, processes: Processes, reader: MapReader, depth: int, goes_on: Callable[[], bool]
+        self, processes: Processes, reader: TurnReader, depth: int, goes_on: Callable[[], bool]
     ) -> None:
         self._reader, self._batches = reader, processes.batches(reader, depth, goes_on)
         self.position = reader.position
@@ -267,30 +272,19 @@ class ProcessReader:
         self._batches.close()
 
 
-def _packed_fetcher(source: MapSource) -> tuple[Packed, dict[str, Any]]:
-    """Pack what makes the batches, and find what a process needs to unpack it."""
+@contextmanager
+def _explained() -> Iterator[None]:
     try:
-        packed = pack(source.fetcher, Arena(None))
+        yield
+    except NurseryDiedError as error:
+        raise WorkerDiedError("the process that has the dataset is gone", stage="fetch") from error
     except Exception as error:
-        raise ConfigError(describe_unpicklable(source.fetcher.dataset, error)) from error
-    try:
-        skeleton = os.pread(packed.overflow, packed.nbytes, packed.offset)
-        return packed, main_preparation(skeleton)
-    except BaseException:
-        os.close(packed.overflow)
-        raise
+        raise ConfigError(
+            f"the dataset cannot be unpickled in a process: {type(error).__name__}: {error}. Set "
+            "placement=thread, or see why with pickle.loads(pickle.dumps(dataset))."
+        ) from error
 
 
 def _error_in(message: bytes) -> BaseException:
     error: BaseException = pickle.loads(message)
     return error
-
-
-def _describe_exit(exit_code: int) -> str:
-    return f"exit code {exit_code}" if exit_code >= 0 else f"signal {signal.Signals(-exit_code).name}"
-
-
-def _describe_batch(reader: MapReader, position: int) -> str:
-    indices = reader.indices(position).tolist()
-    shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
-    return f"batch {position} of epoch {reader.epoch} (samples {shown})"

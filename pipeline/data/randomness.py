@@ -11,15 +11,16 @@ How it is kept, cheapest first:
   after each batch; if one has moved, it is put back and the batch is made again, isolated.
 - **Isolated** (loop thread). The generators that were seen to move are seeded for each sample and
   put back after the batch. This is the definition; the other two give the same numbers.
-- **Hooked** (prefetch threads). The loop thread draws from the same global generators, so they cannot
-  be seeded here. A torch function mode, which is thread-local, hands each torch draw a generator of
-  the sample's own. Python's and NumPy's generators have no such hook, nor do draws that take no
-  generator (`F.dropout`): these are noticed and raise `UnhookableDrawError` before their batch is
-  used, upon which the belt goes on in the loop thread, isolated.
+- **Hooked** (prefetch threads; several threads of a worker process, see `isolation.py`). The loop thread
+  draws from the same global generators, so they cannot be seeded here. A torch function mode, which is
+  thread-local, hands each torch draw a generator of the sample's own. Python's and NumPy's generators have
+  no such hook, nor do draws that take no generator (`F.dropout`): these are noticed and raise
+  `UnhookableDrawError` before their batch is used, upon which the belt goes on in the loop thread, isolated.
 
-What is not exact, because the first batch of an epoch does not show it: a dataset that only later
-reseeds torch (`torch.manual_seed`, `fork_rng`) or draws in a traced function; and one that only later
-draws from Python's or NumPy's generator while the model draws from the same one.
+What is not exact, because the first batch of an epoch (of a worker, if that has several threads) does not
+show it: a dataset that only later reseeds torch (`torch.manual_seed`, `fork_rng`) or draws in a traced
+function; and one that only later draws from Python's or NumPy's generator while the model draws from the
+same one.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ class SampleRandomness:
         """Make a batch watched, or isolated once anything has been drawn.
 
         Runs on:
-            Loop thread, or the only thread of a worker process.
+            Loop thread, or a thread of a worker process while no other makes a batch.
         """
         while True:
             self._watch.start(self._drawn)
@@ -238,14 +239,17 @@ class ThreadRandomness:
 
     Args:
         shared: Of the dataset.
+        watches_torch: Whether nobody but the dataset draws from torch's global generator, as in a worker
+            process: then it is watched too.
 
     Attributes:
         moved: The global generators that moved while the last batch was made.
     """
 
-    def __init__(self, shared: SampleRandomness) -> None:
+    def __init__(self, shared: SampleRandomness, *, watches_torch: bool = False) -> None:
         self._shared = shared
-        self._watch = Watch(each for each in global_generators() if each.name != TorchGenerator.name)
+        generators = global_generators()
+        self._watch = Watch(each for each in generators if watches_torch or each.name != TorchGenerator.name)
         self._mode = GeneratorMode(torch.Generator(), refuses=True)
         self.moved: list[GlobalGenerator] = []
 
@@ -256,7 +260,7 @@ class ThreadRandomness:
             UnhookableDrawError: If that could not be done; the batch must not be used.
 
         Runs on:
-            A prefetch thread.
+            A prefetch thread, or a thread of a worker process.
         """
         self._watch.forget(self._shared.innocent)
         self._watch.start()

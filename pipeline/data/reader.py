@@ -6,7 +6,8 @@ threads, and can come back; the batches are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import abstractmethod
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -32,10 +33,12 @@ class Reader(Protocol):
         position: Of the batch that is made next, in its epoch; counted from 0.
         is_random_access: Whether batches may be made in any order, by several threads.
         is_known: Whether all is known that `first` would find out.
+        max_processes: That can share in the batches; None for any number.
     """
 
     position: int
     is_random_access: bool
+    max_processes: int | None
 
     def first(self) -> Batch:
         """Make the next batch on the loop thread and find out whether a thread can make more.
@@ -67,6 +70,37 @@ class Reader(Protocol):
     @property
     def is_exhausted(self) -> bool:
         """Whether it is known that there is no further batch."""
+
+
+class TurnReader(Reader, Protocol):
+    """A reader whose batches worker processes can make.
+
+    A batch is asked for by its *turn*, which its reader alone understands.
+
+    Attributes:
+        epoch: That is read.
+    """
+
+    epoch: int
+
+    @property
+    def num_left(self) -> float:
+        """At most so many batches are left."""
+
+    def ahead(self) -> Iterator[Any]:
+        """Return the turns that come next, as far as anybody knows."""
+
+    def job(self, turn: Any) -> tuple[int, torch.Tensor]:
+        """Return what a worker's fetcher is asked: a position, and indices as int64 ``[B]``."""
+
+    def worker(self, turn: Any) -> int | None:
+        """Return which worker is to make it; None for whichever has the least to do."""
+
+    def take(self, turn: Any, batch: Batch) -> bool:
+        """Go on behind what was made at a turn; say whether it is a batch."""
+
+    def describe(self, turn: Any) -> str:
+        """Name a turn's batch."""
 
 
 class Source(Protocol):
@@ -121,16 +155,14 @@ class MapSource:
         return MapReader(self, plan, epoch, num_batches, start)
 
 
-class MapReader:
-    """One epoch of a `MapSource`."""
+class IsolatedReader:
+    """Reads batches of data whose draws come from seeds of their own, wherever they are made."""
 
-    is_random_access = True
+    position: int
 
-    def __init__(self, source: MapSource, plan: Plan, epoch: int, num_batches: int, start: int) -> None:
-        self._source, self._plan, self.epoch = source, plan, epoch
-        self.num_batches = num_batches
-        self._randomness = source.randomness
-        self.position, self._is_probed = start, False
+    def __init__(self, source: Any, randomness: SampleRandomness) -> None:
+        self._source, self._randomness = source, randomness
+        self._is_probed = False
 
     @property
     def is_known(self) -> bool:
@@ -139,10 +171,6 @@ class MapReader:
     @property
     def is_threadable(self) -> bool:
         return not self._source.unhookable
-
-    @property
-    def is_exhausted(self) -> bool:
-        return self.position >= self.num_batches
 
     def first(self) -> Batch:
         self._is_probed = True
@@ -172,6 +200,53 @@ class MapReader:
                 raise
 
         return make
+
+    @abstractmethod
+    def _next(self, isolate: Any) -> Batch:
+        """Make the next batch, and go on behind it; loop thread."""
+
+    @abstractmethod
+    def _make(self, position: int, isolate: Any) -> Batch:
+        """Make the batch at a position; any thread."""
+
+
+class MapReader(IsolatedReader):
+    """One epoch of a `MapSource`."""
+
+    is_random_access = True
+    max_processes: int | None = None
+
+    def __init__(self, source: MapSource, plan: Plan, epoch: int, num_batches: int, start: int) -> None:
+        super().__init__(source, source.randomness)
+        self._plan, self.epoch = plan, epoch
+        self.num_batches = num_batches
+        self.position = start
+
+    @property
+    def is_exhausted(self) -> bool:
+        return self.position >= self.num_batches
+
+    @property
+    def num_left(self) -> float:
+        return self.num_batches - self.position
+
+    def ahead(self) -> Iterator[int]:
+        return iter(range(self.position, self.num_batches))
+
+    def job(self, turn: int) -> tuple[int, torch.Tensor]:
+        return turn, self.indices(turn)
+
+    def worker(self, turn: int) -> int | None:
+        return None
+
+    def take(self, turn: int, batch: Batch) -> bool:
+        self.position += 1
+        return True
+
+    def describe(self, turn: int) -> str:
+        indices = self.indices(turn).tolist()
+        shown = ", ".join(map(str, indices[:8])) + (", …" if len(indices) > 8 else "")
+        return f"batch {turn} of epoch {self.epoch} (samples {shown})"
 
     def indices(self, position: int) -> torch.Tensor:
         """Return the sample indices of the batch at this position: int64 ``[B]``."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -28,15 +28,23 @@ class Plan(Protocol):
 
 
 class BatchPlan:
-    """The sample indices of each batch of one epoch.
+    """The sample indices of each batch of one epoch, on one of the ranks that share it.
+
+    The epoch's order is dealt out to the ranks like cards, one sample each in turn, and each rank cuts what
+    it has into batches. So every sample goes to one rank, the batches of a step are the next
+    ``batch_size × world_size`` samples of the order, and their sizes differ by one at most. All ranks have
+    the same number of batches, since a step waits for all of them: where the last step would have fewer
+    samples than ranks, they go to the batches of the step before.
 
     Args:
-        num_samples: Samples in the dataset.
-        batch_size: Samples per batch.
+        num_samples: Samples in the dataset; as many as there are ranks or more.
+        batch_size: Samples per batch, on each rank.
         shuffle: Draw a permutation from ``(seed, epoch)``; in the dataset's order otherwise.
-        drop_last: Leave out a last batch that is not full.
-        seed: The run's seed.
+        drop_last: Leave out a last batch that is not full on every rank, and what is left over.
+        seed: The run's seed; the same on all ranks.
         epoch: Counted from 0.
+        rank: Whose batches these are.
+        world_size: The number of ranks.
     """
 
     def __init__(
@@ -48,13 +56,18 @@ class BatchPlan:
         drop_last: bool,
         seed: int,
         epoch: int,
+        rank: int = 0,
+        world_size: int = 1,
     ) -> None:
-        self._num_samples, self._batch_size = num_samples, batch_size
-        self._num_batches = num_batches(num_samples, batch_size, drop_last)
+        self._share = range(rank, num_samples, world_size)
+        self._batch_size = int(batch_size)
+        self._num_batches = num_batches(num_samples // world_size, batch_size, drop_last)
+        self._num_samples = self._num_batches * self._batch_size if drop_last else len(self._share)
         self._order: torch.Tensor | None = None
         self._cut: tuple[int, tuple[torch.Tensor, ...]] = (-1, ())
         if shuffle:
-            self._order = torch.randperm(num_samples, generator=shuffle_generator(seed, epoch))
+            order = torch.randperm(num_samples, generator=shuffle_generator(seed, epoch))
+            self._order = order[rank::world_size].contiguous()
 
     def __len__(self) -> int:
         return self._num_batches
@@ -64,12 +77,24 @@ class BatchPlan:
         block, place = divmod(position, _BLOCK)
         cut_block, indices = self._cut
         if block != cut_block:
-            first = block * _BLOCK * self._batch_size
-            last = min(first + _BLOCK * self._batch_size, self._num_samples)
-            piece = torch.arange(first, last) if self._order is None else self._order[first:last]
-            indices = piece.split(self._batch_size)  # type: ignore[no-untyped-call]
+            indices = self._cut_block(block)
             self._cut = block, indices
         return indices[place]
+
+    def _cut_block(self, block: int) -> tuple[torch.Tensor, ...]:
+        count = min(self._num_batches - block * _BLOCK, _BLOCK)
+        first = block * _BLOCK * self._batch_size
+        is_last = block * _BLOCK + count == self._num_batches
+        last = self._num_samples if is_last else first + count * self._batch_size
+        numbers = self._share[first:last]
+        piece = (
+            torch.arange(numbers.start, numbers.stop, numbers.step)
+            if self._order is None
+            else self._order[first:last]
+        )
+        sizes = [self._batch_size] * (count - 1)
+        cut: Any = piece.split([*sizes, last - first - sum(sizes)])  # type: ignore[no-untyped-call]
+        return cut  # type: ignore[no-any-return]
 
 
 class SamplerPlan:

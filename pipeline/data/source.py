@@ -24,6 +24,8 @@ from pipeline.data.fetch import CollateFn, Fetcher
 from pipeline.data.iterable import IterableSource, length_or_none
 from pipeline.data.reader import MapSource, Source
 from pipeline.data.sampler import BatchPlan, SamplerPlan, num_batches
+from pipeline.data.shard_fetch import ShardFetcher
+from pipeline.data.shards import ShardedSource
 from pipeline.errors import ConfigError
 
 
@@ -32,25 +34,33 @@ def as_source(
     *,
     name: str,
     batch_size: int | None,
-    shuffle: bool,
-    drop_last: bool,
+    shuffle: bool = False,
+    drop_last: bool = False,
     collate_fn: CollateFn | None,
     seed: int,
+    ranks: tuple[int, int] = (0, 1),
+    num_shards: int = 1,
 ) -> Source:
     """Turn what a user passed as data into a source.
 
     Args:
-        data: A map-style dataset (with a batch size), a DataLoader, or any iterable of batches.
+        data: A map-style or iterable dataset (with a batch size), a DataLoader, or any iterable of batches.
         name: The argument's name, for errors.
         batch_size: Samples per batch, for a dataset; None where `data` yields batches itself.
         shuffle: Draw a new order for each epoch; datasets only.
         drop_last: Leave out a last batch that is not full; datasets only.
         collate_fn: Samples to batch; datasets only.
         seed: The run's seed.
+        ranks: This process's rank and the number of ranks that share a dataset's samples; what yields batches
+            itself is left as it is.
+        num_shards: Into which an iterable dataset splits itself.
 
     Raises:
         ConfigError: If the settings do not fit the data, or the data is empty.
     """
+    rank, world_size = ranks
+    if problem := _shards_problem(data, name, batch_size, num_shards, world_size):
+        raise ConfigError(problem)
     if batch_size is None:
         problem = _batches_problem(data, name, shuffle or drop_last or collate_fn is not None)
         if problem:
@@ -58,28 +68,29 @@ def as_source(
         is_safe = _is_safe_to_take_apart(data)
         return take_apart(data, seed, name) if is_safe else IterableSource(data, seed, name)
     if isinstance(data, IterableDataset):
-        loader = DataLoader(data, batch_size, drop_last=drop_last, collate_fn=collate_fn)
-        return as_source(
-            loader,
-            name=name,
-            batch_size=None,
-            shuffle=shuffle,
-            drop_last=False,
-            collate_fn=None,
-            seed=seed,
-        )
+        problem = _iterable_problem(data, name, batch_size, shuffle)
+        if problem:
+            raise ConfigError(problem)
+        fetcher = ShardFetcher(data, batch_size, drop_last, collate_fn, num_shards, seed)
+        count = length_or_none(data) if num_shards == 1 else None  # how it splits, nobody knows
+        total = None if count is None else num_batches(count, batch_size, drop_last)
+        return ShardedSource(fetcher, range(rank, num_shards, world_size), total, name)
     problem = _samples_problem(data, name, batch_size)
-    if problem is None and drop_last and len(data) < batch_size:
-        problem = f"{name} has {len(data)} samples, fewer than one batch of {batch_size}, and \
-drop_last leaves none. Lower batch_size or set drop_last=False."
+    problem = problem or _share_problem(name, len(data), batch_size, drop_last, ranks[1])
     if problem:
         raise ConfigError(problem)
     make_plan = partial(
-        _plan, len(data), batch_size=batch_size, shuffle=shuffle, drop_last=drop_last, seed=seed
+        _plan,
+        len(data),
+        batch_size=batch_size,
+        shuffle=shuffle,
+        drop_last=drop_last,
+        seed=seed,
+        rank=ranks[0],
+        world_size=ranks[1],
     )
-    return MapSource(
-        Fetcher(data, collate_fn, seed), num_batches(len(data), batch_size, drop_last), make_plan, name
-    )
+    count = num_batches(len(data) // ranks[1], batch_size, drop_last)
+    return MapSource(Fetcher(data, collate_fn, seed), count, make_plan, name)
 
 
 def take_apart(loader: DataLoader[Any], seed: int, name: str) -> MapSource:
@@ -103,7 +114,8 @@ def _plan(num_samples: int, epoch: int, **settings: Any) -> BatchPlan:
     return BatchPlan(num_samples, epoch=epoch, **settings)
 
 
-_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler, DistributedSampler)
+_PLAIN_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+_SAMPLERS = (*_PLAIN_SAMPLERS, DistributedSampler)
 
 
 def _is_safe_to_take_apart(data: Any) -> bool:
@@ -141,6 +153,12 @@ def own_generators(*data: Any) -> list[torch.Generator]:
     return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
 
 
+def is_shared_out(loader: DataLoader[Any]) -> bool:
+    """Say whether a DataLoader may give each rank samples of its own; torch's plain samplers do not."""
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    return isinstance(loader.dataset, IterableDataset) or type(sampler) not in _PLAIN_SAMPLERS
+
+
 def _batches_problem(data: Any, name: str, has_sample_settings: bool) -> str | None:
     found = type(data).__name__
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
@@ -160,10 +178,46 @@ def _batches_problem(data: Any, name: str, has_sample_settings: bool) -> str | N
     return None
 
 
-def _samples_problem(data: Any, name: str, batch_size: int) -> str | None:
+def _shards_problem(
+    data: Any, name: str, batch_size: int | None, num_shards: int, world_size: int
+) -> str | None:
+    if not isinstance(num_shards, numbers.Integral) or num_shards < 1:
+        return f"num_shards must be an integer of 1 or more, got {num_shards!r}."
+    if batch_size is None or not isinstance(data, IterableDataset):
+        if num_shards == 1:
+            return None
+        return (
+            f"num_shards is for an IterableDataset with batch_size=, but {name} is a {type(data).__name__} "
+            f"with batch_size={batch_size}. Leave out num_shards."
+        )
+    if num_shards % world_size:
+        return (
+            f"{world_size} ranks share the shards of {name}, so num_shards must be a multiple of that, "
+            f"got {num_shards}. Set num_shards={-(-num_shards // world_size) * world_size}; if the dataset "
+            "gives each rank its part itself, pass DataLoader(dataset, batch_size) instead."
+        )
+    return None
+
+
+def _iterable_problem(data: Any, name: str, batch_size: int, shuffle: bool) -> str | None:
     found = type(data).__name__
+    if problem := _batch_size_problem(batch_size):
+        return problem
+    if shuffle:
+        return f"shuffle needs samples with numbers, but {name} ({found}) has none. Shuffle in its __iter__."
+    return f"{name} ({found}) is empty: it yields no sample." if length_or_none(data) == 0 else None
+
+
+def _batch_size_problem(batch_size: int) -> str | None:
     if isinstance(batch_size, bool) or not isinstance(batch_size, numbers.Integral) or batch_size < 1:
         return f"batch_size must be an integer of 1 or more, got {batch_size!r}."
+    return None
+
+
+def _samples_problem(data: Any, name: str, batch_size: int) -> str | None:
+    found = type(data).__name__
+    if problem := _batch_size_problem(batch_size):
+        return problem
     if isinstance(data, DataLoader):
         return f"{name} is a DataLoader, which has a batch size of its own: leave out batch_size."
     if not hasattr(data, "__getitem__") or not isinstance(data, Sized):
@@ -172,3 +226,20 @@ def _samples_problem(data: Any, name: str, batch_size: int) -> str | None:
             "Leave out batch_size if it yields batches."
         )
     return f"{name} ({found}) is empty: it has no sample." if len(data) == 0 else None
+
+
+def _share_problem(
+    name: str, num_samples: int, batch_size: int, drop_last: bool, world_size: int
+) -> str | None:
+    if num_samples < world_size:
+        return (
+            f"{name} has {num_samples} samples, fewer than the {world_size} ranks that share them: a rank "
+            "would have none. Start fewer ranks, or pass a DataLoader, whose samples are not shared out."
+        )
+    if drop_last and num_samples // world_size < batch_size:
+        each = "" if world_size == 1 else f" for each of {world_size} ranks"
+        return (
+            f"{name} has {num_samples} samples, fewer than one batch of {batch_size}{each}, and drop_last "
+            "leaves none. Lower batch_size or set drop_last=False."
+        )
+    return None

@@ -1,13 +1,13 @@
 """What a worker process runs: jobs in, batches made straight into slots of shared memory.
 
-Runs in processes of `concurrency.fork_server`, one thread each, with a GIL, global generators and an
-interpreter of its own: there the batches of a dataset may draw from anything (see `data/randomness.py`).
+Runs in processes of `concurrency.fork_server`, each with a GIL, global generators and an interpreter of its
+own: there the batches of a dataset may draw from anything (see `data/randomness.py`, and `data/isolation.py`
+for more than one thread).
 """
 
 from __future__ import annotations
 
 import faulthandler
-import os
 import signal
 import socket
 import struct
@@ -18,16 +18,18 @@ from typing import Any
 import torch
 from torch.utils.data._utils.collate import collate, collate_tensor_fn, default_collate_fn_map
 
-from pipeline.concurrency import map_slots, pickled_error, view_slot
+from pipeline.concurrency import answer_jobs, map_slots, pickled_error, view_slot
 from pipeline.data.fetch import Fetcher, SeedSample
+from pipeline.data.isolation import Isolation
 from pipeline.data.packing import Arena, Packed, pack, unpack, view
-from pipeline.data.randomness import SampleRandomness
-from pipeline.data.reader import no_seed
+from pipeline.data.reader import END, no_seed
+from pipeline.data.shard_fetch import ShardFetcher
 
 JOB = struct.Struct("=qqqqq")
 """Epoch, position, samples in the batch, offset of the slot, its bytes."""
 ANSWER = struct.Struct("=?qqq")
-"""Whether it is a batch; the skeleton's offset and bytes; the bytes that a slot should have had."""
+"""Whether it is a batch; the skeleton's offset and bytes; the bytes that a slot should have had. Without
+a batch an error follows, or nothing if the shard has ended."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +63,11 @@ class TorchDefaults:
 
 def open_worker(
     payload: int, slots: int, stacks: int, offset: int, nbytes: int, defaults: TorchDefaults
-) -> Callable[[socket.socket], None]:
+) -> Callable[[socket.socket, int], None]:
     """Take the dataset, once for all workers; return what each of them runs.
 
     Args:
-        payload: A file with a `Fetcher`, packed.
+        payload: A file with a `Fetcher` or `ShardFetcher`, packed.
         slots: The file of the slots.
         stacks: A file to which a worker that gets SIGUSR1 writes where it stands.
         offset: Of the skeleton in the payload.
@@ -79,38 +81,39 @@ def open_worker(
     defaults.apply()
     fetcher = unpack(Packed(offset, nbytes, payload, 0), None, is_private=True)
 
-    def run(requests: socket.socket) -> None:
+    def run(requests: socket.socket, num_threads: int) -> None:
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         torch.set_num_threads(defaults.num_threads)
-        Worker(fetcher, slots, requests).run()
+        answer_jobs(requests, Worker(fetcher, slots, num_threads).answer, num_threads)
 
     return run
 
 
 class Worker:
-    """Answers jobs until nobody asks any more."""
+    """Makes the batches that a process is asked for.
 
-    def __init__(self, fetcher: Fetcher, slots: int, requests: socket.socket) -> None:
-        self._fetcher, self._memory, self._requests = fetcher, map_slots(slots), requests
-        self._randomness = SampleRandomness()
+    Args:
+        fetcher: Makes them of samples.
+        slots: The file of the slots.
+        num_threads: That call `answer`, at once.
+    """
 
-    def run(self) -> None:
-        """Answer one job after the other."""
-        while message := self._requests.recv(1 << 16):
-            answer, files = self._answer(message)
-            socket.send_fds(self._requests, [answer], files)
-            for file in files:
-                os.close(file)
+    def __init__(self, fetcher: Fetcher | ShardFetcher, slots: int, num_threads: int) -> None:
+        self._fetcher, self._memory = fetcher, map_slots(slots)
+        self._isolation = Isolation(num_threads)
 
-    def _answer(self, message: bytes) -> tuple[bytes, list[int]]:
+    def answer(self, job: bytes) -> tuple[bytes, list[int]]:
+        """Return the answer to a job, and the descriptor of what did not fit its slot, if there is any."""
         try:
-            epoch, position, count, offset, nbytes = JOB.unpack(message)
+            epoch, position, count, offset, nbytes = JOB.unpack(job)
             slot = view_slot(self._memory, offset, nbytes)
             # The indices come first in the slot and stay: another worker may have to do it again.
             indices = view(slot, 0, torch.int64, count)
             arena = Arena(slot, start=indices.nbytes)
-            packed = pack(self._make(arena, indices, epoch, position), arena)
+            if (batch := self._make(arena, indices, epoch, position)) is END:
+                return ANSWER.pack(False, 0, 0, 0), []
+            packed = pack(batch, arena)
             files = [packed.overflow] if packed.overflow >= 0 else []
             return ANSWER.pack(True, packed.offset, packed.nbytes, packed.wanted_bytes), files
         except BaseException as error:
@@ -125,7 +128,7 @@ class Worker:
             arena.clear()  # what was made before in vain
             return fetcher.fetch(indices, epoch, position, seed_sample, collate_fn)
 
-        return self._randomness.on_loop_thread(make)
+        return self._isolation.make(make)
 
 
 def _collate_into(arena: Arena) -> Callable[[list[Any]], Any]:

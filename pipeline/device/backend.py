@@ -166,6 +166,22 @@ class StreamBackend:
         return event  # type: ignore[no-any-return]
 
 
+def _check_complete(backend: Backend) -> None:
+    """Refuse a backend of the user's own that would fail where its missing method is first called."""
+    missing = [name for name in ("device", *_public(Backend)) if not hasattr(backend, name)]
+    if not missing and backend.streams is not None:
+        missing = [f"streams.{name}" for name in _public(Streams) if not hasattr(backend.streams, name)]
+    if missing:
+        raise ConfigError(
+            f"device is a {type(backend).__name__} that lacks {', '.join(missing)}: it must have all that "
+            "pipeline.device.Backend and, if it runs ahead, pipeline.device.backend.Streams name."
+        )
+
+
+def _public(role: type) -> list[str]:
+    return [name for name in vars(role) if not name.startswith("_")]
+
+
 def select_backend(device: str | torch.device | Backend) -> Backend:
     """Return the backend of a device.
 
@@ -174,9 +190,10 @@ def select_backend(device: str | torch.device | Backend) -> Backend:
             or a backend of one's own, such as `SimulatedBackend`.
 
     Raises:
-        ConfigError: If there is no such device here.
+        ConfigError: If there is no such device here, or the backend lacks something.
     """
     if not isinstance(device, (str, torch.device)):
+        _check_complete(device)
         return device
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline.errors import ConfigError
 from pipeline.loop.callback import Callback, EarlyStopping
@@ -110,18 +110,30 @@ def split_batching(
     val_data: Any,
     batch_size: int | None,
     collate_fn: Callable[[list[Any]], Any] | None,
+    num_shards: int = 1,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return which batch size and collate function go with which data.
+    """Return which batch size, collate function and number of shards go with which data.
 
     A DataLoader has its own. If only one of the two is a DataLoader, they are for the other; given
-    with nothing but DataLoaders they are a mistake, which is left for `as_source` to refuse.
+    with nothing but DataLoaders they are a mistake, which is left for `as_source` to refuse. Shards are for
+    iterable datasets; if only one of the two is, they are for that one.
     """
-    given = {"batch_size": batch_size, "collate_fn": collate_fn}
-    none = {"batch_size": None, "collate_fn": None}
+    train, val = _split_batching(train_data, val_data, {"batch_size": batch_size, "collate_fn": collate_fn})
+    if isinstance(val_data, IterableDataset):
+        val["num_shards"] = num_shards
+    if isinstance(train_data, IterableDataset) or "num_shards" not in val:
+        train["num_shards"] = num_shards
+    return train, val
+
+
+def _split_batching(
+    train_data: Any, val_data: Any, given: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    none = dict.fromkeys(given)
     is_loader = [isinstance(data, DataLoader) for data in (train_data, val_data)]
     if val_data is None or all(is_loader):
-        return given, given
-    return none if is_loader[0] else given, none if is_loader[1] else given
+        return dict(given), dict(given)
+    return none if is_loader[0] else given, none if is_loader[1] else dict(given)
 
 
 def resolve_limit(name: str, limit: int | float | None, num_batches: int | None) -> int | None:

@@ -38,8 +38,12 @@ class Workers(Protocol):
 
     num_pauses: Callable[[], int]
 
-    def start_processes(self, num_workers: int) -> bool:
+    def start_processes(self, num_workers: int, num_threads: int = 1) -> bool:
         """See that they are there or on their way; say whether they are there.
+
+        Args:
+            num_workers: How many.
+            num_threads: Of each.
 
         Raises:
             PipelineError: If the data cannot be taken to a process.
@@ -67,10 +71,12 @@ class Auto:
         self._tried: dict[Place, float] = {}
         self._place = TEXTBOOK
         self._reader: Reader | None = None
+        self._num_shards = 0  # of data that another place first reads again, shard by shard
         self._look()
 
     def choose(self, reader: Reader) -> Place:
         """Return a place for the batches from here on."""
+        self._num_shards = 0 if reader.is_random_access else reader.max_processes or 0
         self._reader, self._is_over = reader, False
         self._let_processes_go()  # not before: the last batches came from them
         if self._place.name in ("inline", "thread") and not reader.is_threadable:
@@ -109,14 +115,21 @@ class Auto:
         tried_ms = {str(place): ms for place, ms in self._tried.items()}
         times = {} if job is None else {name: getattr(job, name) for name in _TIMES}
         return PlacementReport(
-            str(self._place), self._reason, tried_ms=tried_ms, obstacle=self._obstacle, **times
+            str(self._place),
+            self._reason,
+            tried_ms=tried_ms,
+            obstacle=self._obstacle,
+            num_workers=self._place.num_workers,
+            threads_per_worker=self._place.num_threads,
+            **times,
         )
 
     def _look(self) -> None:
         """Begin again, in the textbook loop."""
         self._tried = {}
         self._job: Job | None = None
-        self._has_processes, self._wanted_processes, self._obstacle = True, 0, ""
+        self._has_processes, self._obstacle = True, ""
+        self._wanted_processes: Place | None = None
         self._reason = "too short to tell: the first batches are timed in the textbook loop"
         self._begin(TEXTBOOK)
 
@@ -124,7 +137,7 @@ class Auto:
         """Begin to time a place; one that was settled on only in order to see it change."""
         self._is_over = place != self._place  # else it goes on, with its threads and what they have made
         self._place, self._settled_ms, self._num_slow, self._trial_s = place, settled_ms, 0, 0.0
-        self._restart(-WARM_UP_BATCHES)
+        self._restart(-WARM_UP_BATCHES - self._num_shards)
 
     def _restart(self, num_batches: int) -> None:
         self._num_batches, self._wait_s, self._step_s, self._wait_core_s = num_batches, 0.0, 0.0, 0.0
@@ -157,7 +170,7 @@ class Auto:
 
     def _is_hopeless(self, last_s: float) -> bool:
         """Say whether the place that is tried is so slow that there is no need to time it."""
-        if not self._tried or self._settled_ms is not None:
+        if not self._tried or self._settled_ms is not None or (self._num_shards and self._num_batches <= 0):
             return False
         self._trial_s += last_s
         num_batches = self._num_batches + WARM_UP_BATCHES
@@ -167,8 +180,8 @@ class Auto:
         """Say whether the processes that were waited for are there, or the job has changed."""
         if self._wanted_processes and self._start_processes(self._wanted_processes) is not False:
             return True
-        if (spent_s := self._wait_s + self._step_s) < WATCH_S:
-            return False
+        if self._num_shards or (spent_s := self._wait_s + self._step_s) < WATCH_S:
+            return False  # deep in an epoch another place would first have to read all of it
         is_slow = spent_s * 1e3 > CHANGED_RATIO * settled_ms * self._num_batches
         self._num_slow = self._num_slow + 1 if is_slow else 0
         self._restart(0)
@@ -193,15 +206,15 @@ class Auto:
     def _move(self, reader: Reader) -> None:
         """Begin the next trial, or settle."""
         self._job = self._measured(reader)
-        self._wanted_processes = 0
+        self._wanted_processes = None
         while (trial := next_trial(self._job, self._tried)) is not None:
-            has_started = trial.name != "process" or self._start_processes(trial.num_workers)
+            has_started = trial.name != "process" or self._start_processes(trial)
             if has_started:
                 self._reason = "still being tried"
                 self._begin(trial)
                 return
             if has_started is False:  # not yet: the best place so far, until they are there
-                self._wanted_processes = trial.num_workers
+                self._wanted_processes = trial
                 break
             self._job = replace(self._job, has_processes=False)
         self._settle()
@@ -213,13 +226,14 @@ class Auto:
             1e3 * self._step_s / self._num_batches,
             available_cores(),
             has_order=reader.is_random_access,
+            max_processes=reader.max_processes,
         )
         return replace(job, has_threads=reader.is_threadable, has_processes=self._has_processes)
 
-    def _start_processes(self, num_workers: int) -> bool | None:
+    def _start_processes(self, place: Place) -> bool | None:
         """Say whether processes are there; None if they never will be."""
         try:
-            return self._workers.start_processes(num_workers)
+            return self._workers.start_processes(place.num_workers, place.num_threads)
         except PipelineError as error:
             logger.info("%s: no worker processes: %s", self._name, error)
             self._obstacle = str(error)

@@ -9,7 +9,17 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from pipeline.batch import Batch
-from pipeline.data import IterableSource, MapReader, MapSource, Processes, ProcessReader, Reader, Source
+from pipeline.data import (
+    IterableSource,
+    MapReader,
+    MapSource,
+    Processes,
+    ProcessReader,
+    Reader,
+    ShardedReader,
+    ShardedSource,
+    Source,
+)
 from pipeline.device import Transfer
 from pipeline.errors import ConfigError
 from pipeline.loop.chooser import Auto
@@ -61,7 +71,10 @@ class Pinned:
 
     @property
     def report(self) -> PlacementReport:
-        return PlacementReport(str(self._place), "by the settings")
+        _, num_workers, num_threads = place = self._place
+        return PlacementReport(
+            str(place), "by the settings", num_workers=num_workers, threads_per_worker=num_threads
+        )
 
 
 class Inbound:
@@ -74,6 +87,7 @@ class Inbound:
         depth: Batches that are made ahead.
         stall_timeout_s: Longest wait for a batch; None waits for ever.
         times: Told how the threads that make batches spent theirs.
+        in_order: Otherwise batches of a map-style dataset are handed over as they are ready.
 
     Attributes:
         chooser: Of the place.
@@ -92,11 +106,13 @@ class Inbound:
         depth: int,
         stall_timeout_s: float | None,
         times: ThreadTimes | None = None,
+        *,
+        in_order: bool = True,
     ) -> None:
-        self._times, self.is_training = times, False
+        self._times, self.is_training, self._in_order = times, False, in_order
         self.num_pauses: Callable[[], int] = _none
         self._source, self._transfer = source, transfer
-        self.chooser: Chooser = Auto(self, source.name) if place is None else Pinned(place)
+        self.chooser: Chooser = Auto(self, source.name) if place is None else Pinned(_for(source, place))
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._opened: Reader | None = None
         self._processes: Processes | None = None
@@ -110,11 +126,11 @@ class Inbound:
 
     def state(self, position: int) -> dict[str, Any] | None:
         """Return the data's own state at a position of the epoch under way; None if it has none."""
-        return self._source.state(position) if isinstance(self._source, IterableSource) else None
+        return self._source.state(position) if isinstance(self._source, _STATEFUL) else None
 
     def load_state(self, found: dict[str, Any] | None) -> None:
         """Have the epoch that is resumed opened from such a state."""
-        if isinstance(self._source, IterableSource):
+        if isinstance(self._source, _STATEFUL):
             self._source.load_state(found)
 
     def sample_indices(self, position: int) -> list[int] | None:
@@ -143,7 +159,7 @@ class Inbound:
     def _made_in(self, place: Place, reader: Reader) -> Generator[Batch]:
         goes_on = self.chooser.goes_on
         if place.name == "process":
-            return self._made_by_processes(place.num_workers, reader)
+            return self._made_by_processes(place, reader)
         self._is_in_place = True
         if place.name != "textbook":
             if reader.is_threadable:
@@ -158,22 +174,26 @@ class Inbound:
             max(self._depth, 2 * num_threads) if reader.is_random_access else self._depth,
             num_threads if reader.is_random_access else 1,
             is_fresh=self._source.makes_fresh_batches,
+            in_order=self._in_order or not reader.is_random_access,
             stall_timeout_s=self._stall_timeout_s,
             goes_on=goes_on,
             times=self._times,
         )
 
-    def _made_by_processes(self, num_workers: int, reader: Reader) -> Generator[Batch]:
+    def _made_by_processes(self, place: Place, reader: Reader) -> Generator[Batch]:
+        counts = place.num_workers, place.num_threads
         if self._processes is not None and self._processes.is_stale(self._source):  # type: ignore[arg-type]
             self.stop_processes()  # somebody has changed the dataset: give it to them anew
-        self._is_in_place = self.start_processes(num_workers)
+        self._is_in_place = self.start_processes(*counts)
+        if not self._is_in_place and isinstance(reader, ShardedReader) and reader.is_behind:
+            self._is_in_place = self._wait_for_processes()  # or the loop thread would read it all again
         if not self._is_in_place:  # nobody waits for them to start
-            in_line = read_in_line(reader, self._transfer, lambda: not self.start_processes(num_workers))
+            in_line = read_in_line(reader, self._transfer, lambda: not self.start_processes(*counts))
             return self._counted(in_line)
-        assert isinstance(reader, MapReader)
+        assert isinstance(reader, MapReader | ShardedReader)
         assert self._processes is not None
         processes = self._processes
-        depth = max(self._depth, 2 * num_workers)
+        depth = max(self._depth, 2 * place.num_workers * place.num_threads)
         made = ProcessReader(processes, reader, depth, self.chooser.goes_on)
         if self._transfer.runs_ahead:
             return _closing(made, read_ahead(made, self._transfer, 2, stall_timeout_s=self._stall_timeout_s))
@@ -195,20 +215,36 @@ class Inbound:
         place = report.place if self._is_in_place else "textbook"
         return replace(report, place=place, reason=f"{report.reason}; {waited}")
 
-    def start_processes(self, num_workers: int) -> bool:
+    def _wait_for_processes(self) -> bool:
+        assert self._processes is not None
+        return self._processes.wait_until_ready()
+
+    def start_processes(self, num_workers: int, num_threads: int = 1) -> bool:
         """See that worker processes are there or on their way; say whether they are there.
+
+        Args:
+            num_workers: How many.
+            num_threads: Of each.
 
         Raises:
             ConfigError: If the data cannot be taken to a process; it says why.
         """
+        source = self._source
+        if not isinstance(source, MapSource | ShardedSource):
+            raise ConfigError(
+                "placement=process needs samples to share out: pass a dataset with batch_size, or a "
+                "DataLoader of a map-style one with num_workers=0. Batches of an iterable are made inline."
+            )
+        if isinstance(source, ShardedSource):
+            num_workers, num_threads = min(num_workers, len(source.shards)), 1
         if self._processes is None:
-            if not isinstance(self._source, MapSource):
-                raise ConfigError(
-                    "placement=process needs samples to share out: pass a map-style dataset with batch_size, "
-                    "or a DataLoader of one with num_workers=0. Batches of an iterable are made inline."
-                )
-            self._processes = Processes(self._source, num_workers, self._stall_timeout_s)
-        return self._processes.is_ready(num_workers)
+            self._processes = Processes(source, num_workers, self._stall_timeout_s, num_threads)
+            self._processes.in_order = self._in_order
+        is_ready = self._processes.is_ready(num_workers, num_threads)
+        if isinstance(source, ShardedSource):
+            source.check_processes()
+            return is_ready and source.has_begun  # what data does to itself is seen in this process first
+        return is_ready
 
     def stop_processes(self) -> None:
         """End the worker processes, if there are any; they are started again if they are wanted."""
@@ -227,6 +263,16 @@ class Inbound:
             "Draw from torch's functions that take a generator, or set placement=process.",
             stacklevel=2,
         )
+
+
+_STATEFUL = (IterableSource, ShardedSource)
+
+
+def _for(source: Source, place: Place) -> Place:
+    """Return a place as it is for some data: a shard is read by one process, on one thread."""
+    if place.name != "process" or not isinstance(source, ShardedSource):
+        return place
+    return Place("process", min(place.num_workers, len(source.shards)))
 
 
 def _none() -> int:

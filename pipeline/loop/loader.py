@@ -11,8 +11,9 @@ from typing import Any
 import torch
 
 from pipeline.batch import Batch
-from pipeline.data import as_source
+from pipeline.data import MapSource, as_source, ranks
 from pipeline.device import Backend, make_transfer, select_backend
+from pipeline.errors import ConfigError
 from pipeline.loop.inbound import Inbound
 from pipeline.loop.schedule import pinned_place
 from pipeline.report.placement import PlacementReport
@@ -28,20 +29,27 @@ class Loader:
                     train(inputs, target)
 
     Each iteration is an epoch: its order and each sample's random numbers come from ``(seed, epoch)``, and
-    so are the same wherever batches are made. A batch that you keep stays valid.
+    so are the same wherever batches are made. A batch that you keep stays valid. In a process group each rank
+    has its share of a dataset, in as many batches as the others.
 
     Args:
-        data: A map-style dataset (with `batch_size`), a DataLoader, or any iterable of batches.
+        data: A map-style or iterable dataset (with `batch_size`), a DataLoader, or any iterable of batches.
         batch_size: Samples per batch, if `data` is a dataset.
         shuffle: Draw a new order of the dataset for each epoch.
         drop_last: Leave out a last batch that is not full.
         collate_fn: Makes a batch of a list of samples; torch's `default_collate` unless told.
+        num_shards: Into which an iterable dataset splits itself, as for as many workers of a DataLoader.
         seed: Decides the order and the random numbers of each sample.
         placement: As for the Trainer; ``auto`` measures the loop that asks for the batches.
         num_workers: Threads or processes; 0 is as many as there are cores for this process.
+        threads_per_worker: Threads of each worker process, with ``placement="process"``.
         depth: Batches that are made ahead.
         device: Where the batches go; ``auto`` takes the accelerator that is there.
         stall_timeout_s: Longest wait for a batch; None waits for ever.
+        in_order: Hand batches over in the epoch's order. If False, they come as they are ready, each once:
+            one that takes long holds up no other, but the order depends on timing, and so do the weights of
+            what is trained on it. That is why the Trainer has no such setting. The first batch of an epoch
+            comes first all the same, and a batch waits for those given to its worker process before it.
 
     Attributes:
         epoch: Of the next iteration; set it to go on where an earlier run was.
@@ -64,16 +72,20 @@ class Loader:
         shuffle: bool = False,
         drop_last: bool = False,
         collate_fn: Callable[[list[Any]], Batch] | None = None,
+        num_shards: int = 1,
         seed: int = 0,
         placement: Placement = "auto",
         num_workers: int = 0,
+        threads_per_worker: int = 1,
         depth: int = 8,
         device: str | torch.device | Backend = "cpu",
         stall_timeout_s: float | None = 600.0,
+        in_order: bool = True,
     ) -> None:
         settings = Settings(
             placement=placement,
             num_workers=num_workers,
+            threads_per_worker=threads_per_worker,
             prefetch_depth=depth,
             seed=seed,
             stall_timeout_s=stall_timeout_s,
@@ -86,9 +98,17 @@ class Loader:
             drop_last=drop_last,
             collate_fn=collate_fn,
             seed=seed,
+            ranks=ranks(),
+            num_shards=num_shards,
         )
         transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)
-        self._inbound = Inbound(self._source, transfer, pinned_place(settings), depth, stall_timeout_s)
+        if not in_order and not isinstance(self._source, MapSource):
+            raise ConfigError(
+                "in_order=False needs a map-style dataset, whose batches can be made in any order, but "
+                f"{type(data).__name__} is read by one thread, in its own order. Leave in_order out."
+            )
+        place = pinned_place(settings)
+        self._inbound = Inbound(self._source, transfer, place, depth, stall_timeout_s, in_order=in_order)
         weakref.finalize(self, self._inbound.close)
         self.epoch = 0
 

@@ -23,7 +23,7 @@ from pipeline.settings import PlaceName
 MIN_GAIN = 0.03  # of a step; less is in the noise, and the simpler place is kept
 MIN_PROCESS_GAIN = 0.08  # processes have a price besides: memory, and seconds to start
 DOUBTFUL_RATIO = 1.2
-MAX_THREADS = 32
+MAX_THREADS = 32  # in all, where they are shared out to processes
 LATENCY_RATIO = 0.5  # from here on making a batch is waiting, which any number of threads can do
 
 
@@ -33,13 +33,21 @@ class Place(NamedTuple):
     Args:
         name: ``textbook`` is the loop thread itself.
         num_workers: Threads or processes; 0 where the name says it all.
+        num_threads: Of each process.
     """
 
     name: PlaceName
     num_workers: int = 0
+    num_threads: int = 1
 
     def __str__(self) -> str:
-        return f"{self.name} × {self.num_workers}" if self.num_workers else self.name
+        each = f" ({self.num_threads} threads each)" if self.num_threads > 1 else ""
+        return f"{self.name} × {self.num_workers}{each}" if self.num_workers else self.name
+
+    @property
+    def num_at_once(self) -> int:
+        """Batches that are made at once."""
+        return max(self.num_workers, 1) * self.num_threads
 
 
 TEXTBOOK, INLINE = Place("textbook"), Place("inline")
@@ -55,8 +63,9 @@ class Job:
         step_ms: Training on it.
         num_cores: Cores for this process.
         has_threads: Whether a thread can make batches with the same numbers.
-        has_order: Whether batches can be made in any order, by several at once.
+        has_order: Whether batches can be made in any order, by several threads at once.
         has_processes: Whether they can be made in processes.
+        max_processes: That can share in them, with one thread each; None for any number, with any.
     """
 
     fetch_ms: float
@@ -66,6 +75,7 @@ class Job:
     has_threads: bool = True
     has_order: bool = True
     has_processes: bool = True
+    max_processes: int | None = None
 
 
 def next_trial(job: Job, tried: Mapping[Place, float]) -> Place | None:
@@ -89,7 +99,7 @@ def best_place(tried: Mapping[Place, float]) -> Place:
     best_ms = min(tried.values())
     good = [place for place, ms in tried.items() if ms <= best_ms * (1 + MIN_GAIN)]
     simplest_first = ("textbook", "inline", "thread", "process")
-    return min(good, key=lambda place: (simplest_first.index(place.name), place.num_workers))
+    return min(good, key=lambda place: (simplest_first.index(place.name), *place[1:]))
 
 
 def is_doubtful(job: Job, tried: Mapping[Place, float]) -> bool:
@@ -105,29 +115,45 @@ def _candidates(job: Job, tried: Mapping[Place, float]) -> dict[Place, float]:
     """Return the places worth a thought, each with the time that it would take at best."""
     found: dict[Place, float] = {}
     if job.has_threads:
-        more = _more("thread", _max_threads(job), job, tried) if job.has_order else []
+        more = _more("thread", job, tried) if job.has_order else []
         threads = {place: _at_best_ms(job, place) for place in more}
         found[INLINE] = _at_best_ms(job, INLINE)
         if _is_latency(job) or (INLINE in tried and not _is_held_up(job, tried[INLINE])):
             found |= threads
         elif INLINE not in tried:  # one thread shows whether more would help
             found[INLINE] = min([found[INLINE], *threads.values()])
-    if job.has_processes and job.has_order and job.num_cores > 1:
-        found |= {place: _at_best_ms(job, place) for place in _more("process", job.num_cores, job, tried)}
+    if job.has_processes and job.num_cores > 1:
+        found |= {place: _at_best_ms(job, place) for place in _more("process", job, tried)}
     return found
 
 
-def _more(name: PlaceName, most: int, job: Job, tried: Mapping[Place, float]) -> list[Place]:
-    """Return the number of workers that would just keep up; then more, as long as that helped."""
-    counts = sorted(place.num_workers for place in tried if place.name == name)
-    if not counts:
+def _more(name: PlaceName, job: Job, tried: Mapping[Place, float]) -> list[Place]:
+    """Return the place that makes just enough at once to keep up; then twice that, as long as it helped."""
+    places = sorted((place for place in tried if place.name == name), key=lambda place: place.num_at_once)
+    most = _most_at_once(job)
+    if not places:
         keeps_up = math.ceil(0.95 * job.fetch_ms / max(job.step_ms, 1e-3))
         least = 2 if name == "thread" else 1  # one thread is `inline`
-        return [Place(name, max(least, min(keeps_up, most)))] if most >= least else []
-    last, before = Place(name, counts[-1]), Place(name, counts[-2]) if len(counts) > 1 else None
+        return [_shared_out(name, max(least, min(keeps_up, most)), job)] if most >= least else []
+    last, before = places[-1], places[-2] if len(places) > 1 else None
     has_helped = before is None or tried[last] < tried[before] * (1 - MIN_GAIN)
-    further = min(2 * last.num_workers, most)
-    return [Place(name, further)] if has_helped and further > last.num_workers else []
+    further = min(2 * last.num_at_once, most)
+    if not has_helped or further <= last.num_at_once:
+        return []
+    return [_shared_out(name, further, job, 2 * last.num_workers)]
+
+
+def _shared_out(name: PlaceName, num_at_once: int, job: Job, least: int = 1) -> Place:
+    """Return the place where so many batches are made at once.
+
+    Those that are mostly waiting need no process each, but threads of as few processes as have cores, and
+    GILs, enough for the rest. Where threads of this process would be in the loop's way, those are not.
+    """
+    if name == "thread" or job.max_processes is not None or not _is_latency(job):
+        return Place(name, num_at_once)
+    busy = math.ceil(0.95 * job.fetch_core_ms / max(job.step_ms, 1e-3))
+    num_workers = min(max(busy, least), job.num_cores, num_at_once)
+    return Place(name, num_workers, min(-(-num_at_once // num_workers), _most_at_once(job) // num_workers))
 
 
 def _is_held_up(job: Job, inline_ms: float) -> bool:
@@ -135,19 +161,21 @@ def _is_held_up(job: Job, inline_ms: float) -> bool:
     return inline_ms > 1.15 * max(job.step_ms, job.fetch_ms)
 
 
-def _max_threads(job: Job) -> int:
+def _most_at_once(job: Job) -> int:
+    if job.max_processes is not None:
+        return min(job.max_processes, job.num_cores)
     return MAX_THREADS if _is_latency(job) else job.num_cores
 
 
 def _is_latency(job: Job) -> bool:
-    """Say whether making a batch is mostly waiting, with the GIL released as a matter of course."""
-    return job.fetch_core_ms < LATENCY_RATIO * job.fetch_ms
+    """Say whether making a batch is mostly waiting, which threads can do at once, the GIL being released."""
+    return job.has_threads and job.fetch_core_ms < LATENCY_RATIO * job.fetch_ms
 
 
 def _at_best_ms(job: Job, place: Place) -> float:
     cost = StepCost(job.step_ms, job.fetch_ms, job.fetch_core_ms, fetch_held_ms=0.0)
-    workers = max(place.num_workers, 1)
-    ms = predict(cost, place.name, num_cores=job.num_cores, num_workers=workers).low_ms
+    counts = {"num_workers": max(place.num_workers, 1), "threads_per_worker": place.num_threads}
+    ms = predict(cost, place.name, num_cores=job.num_cores, **counts).low_ms
     return ms + HANDOFF_MS[place.name]
 
 

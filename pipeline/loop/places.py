@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, TypeAlias
+
+import torch
 
 from pipeline.batch import Batch
-from pipeline.concurrency import Channel, ChannelClosedError, Scope
+from pipeline.concurrency import Channel, ChannelClosedError, Scope, UnorderedChannel
 from pipeline.data import END, Reader, UnhookableDrawError
 from pipeline.device import Transfer
 from pipeline.errors import add_stage_note
@@ -21,6 +23,8 @@ from pipeline.loop.threads import LaneClock, ThreadTimes
 
 STAGES = ("put", "fetch", "transfer")
 PUT, FETCH, TRANSFER = range(3)
+
+Make: TypeAlias = Callable[[int], Batch]
 
 
 def always() -> bool:
@@ -49,6 +53,7 @@ def read_ahead(
     num_threads: int = 1,
     *,
     is_fresh: bool = True,
+    in_order: bool = True,
     stall_timeout_s: float | None = None,
     goes_on: Callable[[], bool] = always,
     times: ThreadTimes | None = None,
@@ -64,6 +69,7 @@ def read_ahead(
         depth: Batches that are made ahead.
         num_threads: That make them; one where they can be made in order only.
         is_fresh: Whether each batch is known to have memory of its own.
+        in_order: Otherwise the first is followed by whatever is ready; with random access only.
         stall_timeout_s: How long the loop waits for one batch; None for ever.
         goes_on: Asked after each batch; once not, those that are being made are the last.
         times: Told how the threads spent theirs.
@@ -83,13 +89,14 @@ def read_ahead(
             yield transfer.receive(first.pop())
             return
     with Scope(stall_timeout_s) as scope:
-        channel: Channel[Any] = Channel(depth, start=reader.position, stall_timeout_s=stall_timeout_s)
+        kind: type[Channel[Any]] = Channel if in_order else UnorderedChannel
+        channel = kind(depth, start=reader.position, stall_timeout_s=stall_timeout_s)
         makers: dict[int, threading.Thread] = {}
-        times = times or ThreadTimes()
+        times, enters_mode = times or ThreadTimes(), _entering_mode()
 
         def fill() -> None:
             with transfer.on_device(), times.clock(STAGES) as clock:
-                _fill(channel, reader, transfer, is_fresh, makers, clock)
+                _fill(channel, reader, enters_mode, transfer, is_fresh, makers, clock)
 
         threads = [
             scope.start(fill, name=f"prefetch/{number}" if number else "prefetch", stop=channel.abandon)
@@ -97,44 +104,68 @@ def read_ahead(
         ]
         if first:
             yield transfer.receive(first.pop())
-        with locating(lambda: makers.get(channel.position, threads[0])):
+        with locating(lambda: makers.get(min(list(makers), default=-1), threads[0])):
             for sent in channel:
                 yield transfer.receive(sent)
                 if not goes_on():
                     channel.stop()
-        if reader.is_random_access:
-            reader.position = channel.position  # threads may have made some of those behind it
+        for position in sorted(channel.left):
+            reader.position = position
+            if (batch := reader.first()) is not END:  # which finds out what it draws
+                yield transfer.receive(transfer.send(batch, is_fresh=is_fresh))
+        if reader.is_random_access:  # threads may have made some of those behind it
+            reader.position = channel.position + len(channel.left)
 
 
 def _fill(
     channel: Channel[Any],
     reader: Reader,
+    enters_mode: Callable[[Make], Make],
     transfer: Transfer,
     is_fresh: bool,
     makers: dict[int, threading.Thread],
     clock: LaneClock,
 ) -> None:
     """Make batches until they end; prefetch thread."""
-    make, thread = reader.thread_maker(), threading.current_thread()
+    make, thread = enters_mode(reader.thread_maker()), threading.current_thread()
     position = channel.position
     try:
         while True:
             clock.enter(PUT)
             position = channel.claim()
-            makers[position] = thread
             clock.enter(FETCH)
-            if not reader.is_threadable or (batch := make(position)) is END:
-                break
+            if not reader.is_threadable:
+                return channel.give_up(position)
+            makers[position] = thread
+            if (batch := make(position)) is END:
+                return channel.end(position)
             clock.enter(TRANSFER)
             channel.put(position, _send(transfer, batch, is_fresh, position))
             del makers[position]
     except ChannelClosedError:
-        return  # nobody wants more
-    except UnhookableDrawError:
-        pass  # the loop thread goes on from here
+        return None  # nobody wants more
+    except UnhookableDrawError:  # the loop thread makes it
+        del makers[position]
+        return channel.give_up(position)
     except BaseException as error:  # travels to the loop behind the batches that come before it
-        channel.end(position, error)
-    channel.end(position)
+        return channel.end(position, error)
+
+
+def _entering_mode() -> Callable[[Make], Make]:
+    """Return what has batches made in the calling thread's grad mode, which a new thread does not inherit.
+
+    Only the making: pinned memory that was made in inference mode could not be used again outside of it.
+    """
+    is_grad, is_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+
+    def enters_mode(make: Make) -> Make:
+        def make_in_mode(position: int) -> Batch:
+            with torch.inference_mode(is_inference), torch.set_grad_enabled(is_grad):
+                return make(position)
+
+        return make if is_grad and not is_inference else make_in_mode
+
+    return enters_mode
 
 
 def _send(transfer: Transfer, batch: Batch, is_fresh: bool, position: int) -> Any:

@@ -64,7 +64,12 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
     cost = _undisturbed(_as_measured(cost, placement, settings.accumulate_grad_batches), belts)
     is_auto = settings.placement == "auto" and settings.schedule == "auto"  # it has tried what there is
     settable = set() if is_auto else {"textbook", *get_args(Placement)}
-    cores = {"num_cores": num_cores, "num_workers": settings.num_workers or num_cores}
+    cores = {
+        "num_cores": num_cores,
+        "num_workers": settings.num_workers or num_cores,
+        "threads_per_worker": settings.threads_per_worker,
+    }
+    chosen = {"num_workers": placement.num_workers, "threads_per_worker": placement.threads_per_worker}
     # What a batch costs is not known here while worker processes make them.
     predictions = () if cost is None or where == "process" else predict_all(cost, **cores)
     step_ms = run.clock.train_s / num_steps * 1e3 if num_steps else 0.0
@@ -81,7 +86,7 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
         samples_per_s=run.num_samples / run.clock.train_s if run.clock.train_s else 0.0,
         stages=stage_lines(clocks, names),
         cost=cost,
-        ceilings=() if cost is None else ceilings(cost, where, **cores),
+        ceilings=() if cost is None else ceilings(cost, where, **cores | chosen),
         predictions=predictions,
         gain=gain,
         verdict=describe(step_ms, wait_ms, cost, where, gain),

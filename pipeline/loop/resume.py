@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.batch import Batch, Row
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
+from pipeline.data import ranks
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.loop.run import Run
 from pipeline.loop.save import plain_settings, restore_counters
@@ -108,6 +109,7 @@ def resume(run: Run) -> None:
     found = run.checkpoint
     if found is None:
         return
+    _check_ranks(found)
     run.state.load_state_dict(found)
     restore_counters(run, found)
     run.step.load_state_dict(found["accumulation"])
@@ -190,6 +192,23 @@ def _open_newest(settings: Settings, run_dir: Path) -> Opened:
         return Opened(None, None, path, found)
     cut_rows(run_dir / "metrics.jsonl", found["journal"]["num_bytes"], found["step"])
     return Opened(run_dir, folder if settings.enable_checkpointing else None, path, found)
+
+
+def _check_ranks(found: dict[str, Any]) -> None:
+    """Refuse to go on in the middle of an epoch that was shared out among another number of ranks."""
+    before, now = found.get("num_ranks"), ranks()[1]
+    if before in (None, now):
+        return
+    if found["counters"]["is_epoch_open"]:
+        raise CheckpointError(
+            f"the checkpoint is of the middle of an epoch shared by {before} ranks, and this run has {now}: "
+            f"no share would be right. Start {before} ranks, or resume from a checkpoint of an epoch's end."
+        )
+    warnings.warn(
+        f"the checkpoint is of a run with {before} ranks, this one has {now}: a step has another number of "
+        "samples. The run goes on, but not as the one that was stopped would have.",
+        stacklevel=4,
+    )
 
 
 def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:

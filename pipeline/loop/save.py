@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from pipeline.data import ranks
 from pipeline.loop.clock import CHECKPOINT, LOG
 from pipeline.loop.run import Run
 from pipeline.seeding import generator_states
@@ -73,6 +74,7 @@ def capture(run: Run) -> dict[str, Any]:
         "data": None if run.data is None else run.data.state(run.position),
         "settings": plain_settings(run.settings),
         "versions": versions(),
+        "num_ranks": ranks()[1],
     }
 
 

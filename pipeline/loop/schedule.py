@@ -54,12 +54,16 @@ class Belts:
         self.meter = GainMeter(settings) if settings.measure_gain else None
 
     def inbound(self, source: Source, *, is_training: bool = False) -> Inbound:
-        """Return the belt that brings a source's batches; it is kept until `close`."""
-        settings = self._settings
+        """Return the belt that brings a source's batches; it is kept until `close`.
+
+        Raises:
+            ConfigError: If training batches are to be made in processes, and cannot be; it says why.
+        """
+        settings, place = self._settings, pinned_place(self._settings)
         inbound = Inbound(
             source,
             self._transfer,
-            pinned_place(settings),
+            place,
             settings.prefetch_depth,
             settings.stall_timeout_s,
             self.times if is_training else None,
@@ -68,6 +72,8 @@ class Belts:
         if is_training and self.meter is not None:
             self.meter.measure(inbound)
         self._inbound.append(inbound)
+        if is_training and place is not None and place.name == "process":
+            inbound.start_processes(*place[1:])  # what cannot be is refused before any file is made
         return inbound
 
     @property
@@ -102,8 +108,11 @@ class Belts:
 
 def pinned_place(settings: Settings) -> Place | None:
     """Return where the settings want batches made; None where it is to be measured."""
-    if settings.placement in ("thread", "process"):
-        return Place(settings.placement, settings.num_workers or available_cores())
+    num_workers = settings.num_workers or available_cores()
+    if settings.placement == "thread":
+        return Place("thread", num_workers)
+    if settings.placement == "process":
+        return Place("process", num_workers, settings.threads_per_worker)
     if settings.placement == "inline" or settings.schedule == "overlap":
         return INLINE
     return TEXTBOOK if settings.schedule == "textbook" else None

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from pipeline.data import ranks
 from pipeline.errors import ConfigError
 from pipeline.loop.objective import Objective, from_loss_fn, from_step
 from pipeline.protocols import LossFn, Scheduler, Step
@@ -81,8 +82,7 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | 
 
 def has_ranks() -> bool:
     """Say whether other processes train the same model."""
-    is_grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return is_grouped and torch.distributed.get_world_size() > 1
+    return ranks()[1] > 1
 
 
 def is_rank_zero() -> bool:

@@ -7,7 +7,8 @@ and ``c`` the work of the host over its ``n`` cores, each a step:
 
 Further bounds belong to how the work is cut, not to its amount: the loop thread does its own part one
 thing after the other (``loop``), a belt of ``w`` workers brings a batch every ``fetch / w`` (``belt``), and
-the textbook loop makes a batch and then trains on it (``serial``).
+the textbook loop makes a batch and then trains on it (``serial``). Threads hold the GIL of their process in
+turn: with several in each of ``p`` worker processes, a batch comes no sooner than every ``held / p``.
 A *prediction* adds what crossing between threads costs: hand-offs, and the convoy, in which the loop
 waits for the GIL as long as a thread of plain Python holds it.
 
@@ -85,7 +86,9 @@ class Prediction:
     ceilings: tuple[Ceiling, ...]
 
 
-def ceilings(cost: StepCost, where: Where, *, num_cores: int, num_workers: int = 1) -> tuple[Ceiling, ...]:
+def ceilings(
+    cost: StepCost, where: Where, *, num_cores: int, num_workers: int = 1, threads_per_worker: int = 1
+) -> tuple[Ceiling, ...]:
     """Return the bounds of a step, the binding one first.
 
     Args:
@@ -93,8 +96,8 @@ def ceilings(cost: StepCost, where: Where, *, num_cores: int, num_workers: int =
         where: Where its batches are made.
         num_cores: Cores that the host's work may use.
         num_workers: Threads or processes that make batches, in those two placements.
+        threads_per_worker: Of each process.
     """
-    workers = num_workers if where in ("thread", "process") else 1
     handoff_ms = HANDOFF_MS[where]
     found = [
         Ceiling("device", cost.device_ms),
@@ -106,11 +109,13 @@ def ceilings(cost: StepCost, where: Where, *, num_cores: int, num_workers: int =
     if where == "textbook":
         found.append(Ceiling("serial", cost.fetch_ms + headspace_ms(cost)))
     else:
-        found.append(Ceiling("belt", _belt_ms(cost, where, workers)))
+        found.append(Ceiling("belt", _belt_ms(cost, where, num_workers, threads_per_worker)))
     return tuple(sorted((each for each in found if each.step_ms > 0), key=lambda each: -each.step_ms))
 
 
-def predict(cost: StepCost, where: Where, *, num_cores: int, num_workers: int = 1) -> Prediction:
+def predict(
+    cost: StepCost, where: Where, *, num_cores: int, num_workers: int = 1, threads_per_worker: int = 1
+) -> Prediction:
     """Return what a step would take with its batches made there.
 
     Args:
@@ -118,22 +123,25 @@ def predict(cost: StepCost, where: Where, *, num_cores: int, num_workers: int = 
         where: Where its batches would be made.
         num_cores: Cores that the host's work may use.
         num_workers: Threads or processes that make batches, in those two placements.
+        threads_per_worker: Of each process.
     """
-    bounds = ceilings(cost, where, num_cores=num_cores, num_workers=num_workers)
+    counts = {"num_cores": num_cores, "num_workers": num_workers, "threads_per_worker": threads_per_worker}
+    bounds = ceilings(cost, where, **counts)
     if cost.fetch_held_ms is not None:
-        step_ms = _step_ms(cost, where, num_cores, num_workers)
+        step_ms = _step_ms(cost, where, bounds)
         return Prediction(where, step_ms, step_ms, step_ms, bounds)
-    low, high = (
-        _step_ms(replace(cost, fetch_held_ms=held_ms), where, num_cores, num_workers)
-        for held_ms in (0.0, cost.fetch_core_ms)
-    )
+    free, holding = (replace(cost, fetch_held_ms=held_ms) for held_ms in (0.0, cost.fetch_core_ms))
+    low, high = (_step_ms(each, where, ceilings(each, where, **counts)) for each in (free, holding))
     return Prediction(where, (low + high) / 2, low, high, bounds)
 
 
-def predict_all(cost: StepCost, *, num_cores: int, num_workers: int = 1) -> tuple[Prediction, ...]:
-    """Return the predictions for every place, the textbook loop first."""
+def predict_all(
+    cost: StepCost, *, num_cores: int, num_workers: int = 1, threads_per_worker: int = 1
+) -> tuple[Prediction, ...]:
+    """Return the predictions for every place, the textbook loop first; see `predict`."""
+    counts = {"num_cores": num_cores, "num_workers": num_workers, "threads_per_worker": threads_per_worker}
     places = WHERE[:2] if cost.is_remote else WHERE
-    return tuple(predict(cost, where, num_cores=num_cores, num_workers=num_workers) for where in places)
+    return tuple(predict(cost, where, **counts) for where in places)
 
 
 def headspace_ms(cost: StepCost) -> float:
@@ -141,8 +149,7 @@ def headspace_ms(cost: StepCost) -> float:
     return max(cost.loop_ms, cost.device_ms)
 
 
-def _step_ms(cost: StepCost, where: Where, num_cores: int, num_workers: int) -> float:
-    bounds = ceilings(cost, where, num_cores=num_cores, num_workers=num_workers)
+def _step_ms(cost: StepCost, where: Where, bounds: tuple[Ceiling, ...]) -> float:
     if where == "textbook":
         return cost.fetch_ms + headspace_ms(cost)
     loop_ms = cost.loop_ms + HANDOFF_MS[where] + _convoy_ms(cost, where)
@@ -164,12 +171,14 @@ def _convoy_ms(cost: StepCost, where: Where) -> float:
     return cost.fetch_held_ms * min(cost.fetch_held_ms / cost.fetch_ms, 1.0)
 
 
-def _belt_ms(cost: StepCost, where: Where, num_workers: int) -> float:
+def _belt_ms(cost: StepCost, where: Where, num_workers: int, threads_per_worker: int) -> float:
     if cost.is_remote:
         return cost.fetch_ms
-    each_ms = cost.fetch_ms / num_workers
     # Threads hold the GIL in turn, however many they are.
-    return each_ms if where == "process" else max(each_ms, cost.fetch_held_ms or 0.0)
+    held_ms = cost.fetch_held_ms or 0.0
+    if where == "process":
+        return max(cost.fetch_ms / threads_per_worker, held_ms) / num_workers
+    return max(cost.fetch_ms / (num_workers if where == "thread" else 1), held_ms)
 
 
 def _held_ms(cost: StepCost, where: Where) -> float | None:

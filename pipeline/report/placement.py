@@ -10,7 +10,8 @@ class PlacementReport:
     """Where batches were made in the end, and what was measured on the way.
 
     Args:
-        place: Such as ``process × 2``; ``textbook`` is the loop thread itself.
+        place: Such as ``process × 2`` or ``process × 2 (4 threads each)``; ``textbook`` is the loop thread
+            itself.
         reason: In words.
         tried_ms: Milliseconds from batch to batch in each place that was tried.
         fetch_ms: Making a batch in the textbook loop; None before it was measured, or where the place was
@@ -18,6 +19,8 @@ class PlacementReport:
         fetch_core_ms: How much of that was on a core.
         step_ms: Training on it there.
         obstacle: Why worker processes, which promised most, could not be tried; empty if that is not so.
+        num_workers: Threads or processes; 0 where the place says it all.
+        threads_per_worker: Of each process.
     """
 
     place: str
@@ -27,6 +30,8 @@ class PlacementReport:
     fetch_core_ms: float | None = None
     step_ms: float | None = None
     obstacle: str = ""
+    num_workers: int = 0
+    threads_per_worker: int = 1
 
     @property
     def name(self) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ast
 import inspect
+import mmap
+import os
 import re
 from pathlib import Path
 
 import pytest
 
 import pipeline
+from tests.conftest import alive, is_left, left_behind
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted([*ROOT.glob("pipeline/**/*.py"), *ROOT.glob("recipes/*.py")])
@@ -39,6 +42,22 @@ def test_every_test_says_what_it_shows(path):
             assert ast.unparse(node.func) != "time.sleep"
 
 
+def test_shared_memory_that_is_left_behind_is_seen():
+    """Also closed and by nobody mapped; what another program has open is its own."""
+    before, path = alive(), Path(f"/dev/shm/left-by-{os.getpid()}")
+    try:
+        path.write_bytes(bytes(16))
+        assert left_behind(before) == {"shared memory": {path.name}}
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 16):
+            assert left_behind(before) == {"shared memory": {path.name}}
+            assert is_left(path.name, foreign={os.getppid()})
+            assert not is_left(path.name, foreign={os.getpid()})
+    finally:
+        path.unlink()
+    assert left_behind(before) == {}
+    assert not is_left(path.name, foreign=set()), "gone at a second look"
+
+
 def python_blocks():
     """Return the README's Python examples."""
     return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -52,7 +71,7 @@ def test_the_readmes_examples_run(number, capsys):
 
 
 def test_the_readme_has_its_examples():
-    """The Trainer, every step's numbers, the belts around a loop of one's own, the GIL account."""
+    """The Trainer, every step's numbers, the belts around a loop of one's own, shards, the GIL account."""
     blocks = python_blocks()
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     assert len(blocks[0].strip().splitlines()) <= 15

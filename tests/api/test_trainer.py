@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import inspect
 import json
 import math
 from pathlib import Path
@@ -25,6 +26,7 @@ from pipeline import (
 )
 from pipeline.checkpoint import load_checkpoint
 from pipeline.metrics import accuracy
+from pipeline.settings import setting_names
 from pipeline.testing import InMemoryLogger
 from tests.textbook import assert_same_weights, build_model, textbook, weights
 
@@ -455,6 +457,19 @@ def test_fits_follow_each_other(settings):
         losses += result.losses.tolist()
     expected, optimizer = start()
     assert losses == textbook(expected, optimizer, [list(DataLoader(data(), 4))] * 2)
+
+
+def test_an_unknown_setting_is_refused_with_the_one_that_was_meant():
+    """As a wrong value is, all of them at once; the signature is that of the fields."""
+    with pytest.raises(ConfigError) as caught:
+        Trainer(max_epoch=1, seed="a", colour=2)
+    assert caught.value.problems[:2] == (
+        "max_epoch is not a setting. Did you mean max_epochs?",
+        "seed must be an integer, got 'a'.",
+    )
+    assert caught.value.problems[2].startswith("colour is not a setting. There are: ")
+    assert list(inspect.signature(Trainer).parameters) == setting_names()
+    assert dataclasses.replace(Trainer(seed=3), max_steps=2) == Trainer(seed=3, max_steps=2)
 
 
 def test_auto_is_textbook_on_the_cpu_and_overlap_on_a_device_that_runs_ahead():

@@ -6,6 +6,7 @@ import dataclasses
 import gc
 import json
 import math
+import os
 import shutil
 import signal
 import subprocess
@@ -183,8 +184,10 @@ def test_no_recipe_is_an_error_that_lists_them():
 
 
 def knobs():
+    found = alive()
+    del found["shared memory"]  # other programs' too; what this one leaves is looked for after each test
     return {
-        **alive(), "switch interval": sys.getswitchinterval(), "gc": (gc.isenabled(), gc.get_threshold()),
+        **found, "switch interval": sys.getswitchinterval(), "gc": (gc.isenabled(), gc.get_threshold()),
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
         "intra-op threads": torch.get_num_threads(),
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -223,6 +226,21 @@ def test_help_says_what_can_be_typed(tmp_path):
     assert done.returncode == 0, done.stderr
     for words in ("python -m pipeline.train +recipe=resnet", "max_epochs: 1", "data.root="):
         assert words in done.stdout
+
+
+@pytest.mark.parametrize("buffering", ["", "1"])
+def test_help_that_nobody_reads_to_its_end_is_no_error(tmp_path, buffering):
+    """As with ``--help | head -3``: nothing on standard error, whether it is met in `print` or at the end."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pipeline.train", "--help"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONUNBUFFERED": buffering},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    _, said = process.communicate(timeout=100)
+    assert (said, process.returncode) in ((b"", 0), (b"", 141))
     assert list(tmp_path.iterdir()) == []
 
 

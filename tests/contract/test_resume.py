@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from pipeline import Callback, EarlyStopping, SimulatedBackend, Trainer
 from pipeline.data import Processes
@@ -43,7 +43,7 @@ CHANGING = ("time/", "gil/", "rate/", "memory/")
 @pytest.fixture(autouse=True)
 def workers_are_waited_for(monkeypatch):
     """Have every batch made by a worker; as it is, the loop makes them until the workers are there."""
-    monkeypatch.setattr(Processes, "is_ready", lambda self, num_workers: self._pool.wait_until_ready(60.0))
+    monkeypatch.setattr(Processes, "is_ready", lambda self, *counts: self._pool.wait_until_ready(60.0))
 
 
 class Augmented(Dataset):
@@ -114,6 +114,8 @@ def run(
     data = Augmented(22) if make_data is None else make_data()
     is_loader = isinstance(data, (DataLoader, Stateful))
     batching = {} if is_loader else {"batch_size": 4, "shuffle": True}
+    if isinstance(data, IterableDataset):
+        batching = {"batch_size": 2, "num_shards": data.num_shards}
     trainer = Trainer(
         run_dir=run_dir, enable_progress_bar=False, accumulate_grad_batches=accumulate, ema_decay=0.9,
         gradient_clip_val=0.5, device=device, **{"max_epochs": 2, **belts, **options},
@@ -227,6 +229,36 @@ def test_a_data_loader(tmp_path, name, stop_at):
     """It draws its order from a generator when its epoch begins: it is given that moment again."""
     for belt in ("textbook", "overlap-inline"):
         check(tmp_path / belt, belt, OTHER[belt], stop_at, make_data=LOADERS[name], kind="dropout")
+
+
+class Sharded(IterableDataset):
+    """Shards of unequal length, whose samples depend on what was drawn before."""
+
+    def __init__(self, num_shards):
+        self.num_shards, self.walk = num_shards, torch.zeros(6)
+
+    def __iter__(self):
+        info, walk = get_worker_info(), self.walk
+        for index in range(11 if info is None else 2 + 3 * info.id):
+            walk = walk + torch.randn(6) + random.random()
+            yield walk, index % 3
+
+
+def make_sharded():
+    return Sharded(3)
+
+
+def make_stream():
+    return Sharded(1)
+
+
+@pytest.mark.filterwarnings("ignore:random numbers were drawn")
+@pytest.mark.parametrize("make_data", [make_sharded, make_stream])
+@pytest.mark.parametrize("stop_at", [1, 4, 5, 8, 11])
+def test_an_iterable_dataset(tmp_path, make_data, stop_at):
+    """It is read again up to its place, in whatever place the run goes on."""
+    for belt in ("textbook", "overlap-inline", "overlap-process"):
+        check(tmp_path / belt, belt, OTHER[belt], stop_at, make_data=make_data, kind="dropout")
 
 
 class Stateful:

@@ -46,7 +46,7 @@ every_place = pytest.mark.parametrize("place", PLACES)
 @pytest.fixture(autouse=True)
 def workers_are_waited_for(monkeypatch):
     """Have every batch made by a worker; as it is, the loop makes them until the workers are there."""
-    monkeypatch.setattr(Processes, "is_ready", lambda self, num_workers: self._pool.wait_until_ready(60.0))
+    monkeypatch.setattr(Processes, "is_ready", lambda self, *counts: self._pool.wait_until_ready(60.0))
 
 
 @pytest.fixture(autouse=True)
@@ -285,7 +285,7 @@ def test_a_logger_that_blocks(tmp_path, whole, place):
         pytest.warns(RuntimeWarning, match="'writer' hangs and was left behind"),
         pytest.raises(StallError) as caught,
     ):
-        fit(place, tmp_path, loggers=[Logger(gate.pass_through)], stall_timeout_s=2)
+        fit(place, tmp_path, loggers=[Logger(gate.pass_through)], stall_timeout_s=1)
     assert caught.value.stage == "log (Logger)"
     assert "pass_through" in caught.value.stack
     gate.open()

@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+import pipeline.data.main_module
 from pipeline import Trainer
 from pipeline.concurrency import SlotFile, available_cores
 from pipeline.concurrency.server import ForkServer
@@ -22,14 +24,14 @@ from pipeline.data import Processes, as_source
 from pipeline.data.processes import MODULES
 from pipeline.errors import ConfigError, StageError, StallError, WorkerDiedError
 from pipeline.testing import InMemoryLogger
-from tests.workers import Augmented, Deadly, Failing, Hanging, UserError, Verbose
+from tests.workers import Augmented, Deadly, DeadlyBeside, Failing, Hanging, Meeting, UserError, Verbose
 
 
-def processes_of(data, *, num_workers=2, stall_timeout_s=60, **arguments):
+def processes_of(data, *, num_workers=2, num_threads=1, stall_timeout_s=60, **arguments):
     """Return a source and its worker processes, ready."""
     arguments = {"batch_size": 4, "shuffle": False, "drop_last": False, "collate_fn": None, **arguments}
     source = as_source(data, name="data", seed=0, **arguments)
-    processes = Processes(source, num_workers, stall_timeout_s)
+    processes = Processes(source, num_workers, stall_timeout_s, num_threads)
     assert processes.wait_until_ready()
     return source, processes
 
@@ -45,9 +47,10 @@ def fit(data, **settings):
     )
 
 
-def test_the_users_exception_keeps_its_type_and_its_traceback():
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_the_users_exception_keeps_its_type_and_its_traceback(num_threads):
     """It crosses the process border as itself, behind the batches before it, and names the sample."""
-    source, processes = processes_of(Failing(20))
+    source, processes = processes_of(Failing(20), num_threads=num_threads)
     batches = processes.batches(source.open(0), 4)
     try:
         assert len(next(batches)[0]) == 4
@@ -98,17 +101,148 @@ def test_a_batch_that_kills_its_workers_ends_the_run(exit_code, text):
         processes.close()
 
 
-def test_a_worker_that_hangs_ends_the_run():
-    """After the time-out the error names the batch, and shows where the worker stands."""
-    source, processes = processes_of(Hanging(20, index=2), stall_timeout_s=0.5)
+@pytest.mark.parametrize("num_threads", [1, 3])
+def test_a_worker_that_hangs_ends_the_run(num_threads):
+    """After the time-out the error names the batch, and shows where the worker stands, in all its threads."""
+    source, processes = processes_of(
+        Hanging(20, index=6), num_workers=1, num_threads=num_threads, stall_timeout_s=0.5
+    )
+    batches = processes.batches(source.open(0), 4)
     try:
+        next(batches)
         with pytest.raises(
-            StallError, match=r"batch 0 of epoch 0 \(samples 0, 1, 2, 3\) for 0\.5 s"
+            StallError, match=r"batch 1 of epoch 0 \(samples 4, 5, 6, 7\) for 0\.5 s"
         ) as caught:
-            next(processes.batches(source.open(0), 4))
+            next(batches)
     finally:
         processes.close()
     assert "workers.py" in str(caught.value)
+    assert str(caught.value).count("_answer_in_turn") == num_threads
+
+
+def wait_for_the_end(pid):
+    """Return once a process that is no child of this one has ended."""
+    assert all_end([pid])
+
+
+def told(caught):
+    """Return what was said of workers that died."""
+    assert all(each.category is RuntimeWarning for each in caught)
+    return [str(each.message).split(" while it ")[1] for each in caught]
+
+
+@pytest.mark.parametrize(("index", "beside"), [(5, 9), (9, 5)])
+def test_a_batch_is_not_blamed_for_the_one_made_beside_it(index, beside, tmp_path):
+    """Both are suspects, and made again one at a time: that shows which one it was; the other one comes."""
+    data = DeadlyBeside(20, index=index, beside=beside, memory=str(tmp_path / "first"))
+    source, processes = processes_of(data, num_workers=1, num_threads=2)
+    reader, found = source.open(0), []
+    try:
+        with (
+            warnings.catch_warnings(record=True) as caught,
+            pytest.raises(WorkerDiedError, match=rf"twice.*batch {index // 4} of epoch 0"),
+        ):
+            warnings.simplefilter("always")
+            found.extend(processes.batches(reader, 5))
+        found.extend(processes.batches(source.open(0, start=index // 4 + 1), 4))
+    finally:
+        processes.close()
+    first, *later = told(caught)
+    assert "batch 1 of epoch 0 (samples 4, 5, 6, 7) or batch 2 of epoch 0 (samples 8, 9, 10, 11)" in first
+    assert len(later) == 2
+    assert all(each.startswith(f"made batch {index // 4} of epoch 0 (") for each in later)
+    expected = [batch for number, batch in enumerate(all_of(source)) if number != index // 4]
+    assert_equal(found, expected)
+
+
+def all_of(source):
+    """Return the batches of an epoch, made here."""
+    reader = source.open(0)
+    return [reader.read() for _ in range(reader.num_batches)]
+
+
+def assert_equal(found, expected):
+    """Compare batches."""
+    for batch, other in zip(found, expected, strict=True):
+        assert torch.equal(batch[0], other[0])
+
+
+def test_a_worker_killed_once_loses_no_batch(tmp_path):
+    """Those that were under way beside the one that did it, and those behind them, come too, in order."""
+    data = DeadlyBeside(40, index=5, beside=9, memory=str(tmp_path / "first"), is_once=True)
+    source, processes = processes_of(data, num_workers=1, num_threads=2)
+    try:
+        with pytest.warns(RuntimeWarning, match=r"batch 1 .* or batch 2 .*Another one makes each by itself"):
+            assert_equal(list(processes.batches(source.open(0), 8)), all_of(source))
+    finally:
+        processes.close()
+
+
+def test_a_batch_that_was_answered_is_not_blamed(tmp_path):
+    """Its worker died of a later one, with jobs unread: the answer that nobody had read yet is read."""
+    source, processes = processes_of(Deadly(16, index=9, memory=str(tmp_path / "once")), num_workers=1)
+    batches = processes.batches(source.open(0), 4)
+    try:
+        found = [next(batches)]
+        wait_for_the_end(processes._pool._workers[0].pid)
+        with pytest.warns(RuntimeWarning, match="while it made batch 2 of epoch 0"):
+            found.extend(batches)
+    finally:
+        processes.close()
+    assert_equal(found, all_of(source))
+
+
+def test_a_worker_that_dies_with_nothing_to_do_is_no_stall():
+    """Somebody killed it: another one takes its place, which is said, and no batch is blamed."""
+    source, processes = processes_of(Augmented(20), num_workers=2)
+    try:
+        for worker in [*processes._pool._workers]:
+            os.kill(worker.pid, signal.SIGKILL)
+            wait_for_the_end(worker.pid)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            assert_equal(list(processes.batches(source.open(0), 4)), all_of(source))
+    finally:
+        processes.close()
+    assert told(caught) == ["had nothing to make. Another one takes its place."] * 2
+
+
+def test_a_worker_that_is_let_go_does_not_wait_for_a_thread_that_hangs():
+    """It ends when nobody asks any more, whichever of its threads hears of it."""
+    source, processes = processes_of(Hanging(20, index=6), num_workers=1, num_threads=2)
+    batches = processes.batches(source.open(0), 3)
+    try:
+        next(batches)
+        worker = processes._pool._workers.pop()
+        processes._pool._let_go(worker)
+        wait_for_the_end(worker.pid)
+    finally:
+        processes.close()
+
+
+def test_processes_are_closed_with_batches_under_way():
+    """Whoever still iterates is told; nothing is left, which the fixture looks at."""
+    source, processes = processes_of(Hanging(40, index=6), num_workers=2, num_threads=3)
+    batches = processes.batches(source.open(0), 12)
+    next(batches)
+    processes.close()
+    with pytest.raises(StageError, match="closed in the middle of an epoch"):
+        list(batches)
+
+
+def test_the_number_of_threads_changes_without_a_new_start():
+    """The nursery has the dataset: idle workers are let go, and others forked in their place."""
+    source, processes = processes_of(Meeting(24, pair=(4, 8)), num_workers=2)
+    try:
+        nursery = processes._pool._nursery
+        assert processes.is_ready(1, 2)
+        assert [worker.num_threads for worker in processes._pool._workers] == [2]
+        assert_equal(list(processes.batches(source.open(0), 4)), all_of(source))
+        assert processes.is_ready(3, 1)
+        assert [worker.num_threads for worker in processes._pool._workers] == [1, 1, 1]
+        assert processes._pool._nursery == nursery
+    finally:
+        processes.close()
 
 
 class Unpicklable(Augmented):
@@ -142,6 +276,31 @@ def test_batches_of_an_iterable_cannot_be_shared_out():
     batches = [(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64))]
     with pytest.raises(ConfigError, match="placement=process needs samples to share out"):
         trainer.fit(model, torch.optim.SGD(model.parameters(), 0.05), batches, loss_fn=F.cross_entropy)
+
+
+@pytest.mark.parametrize("data", [Unpicklable(), [(torch.randn(4, 6), torch.zeros(4, dtype=torch.int64))]])
+def test_what_a_process_cannot_have_is_refused_before_any_file_is_made(data, tmp_path):
+    """In `fit`, and not where the first batch is made: there is no run folder."""
+    model = torch.nn.Linear(6, 3)
+    trainer = Trainer(placement="process", run_dir=tmp_path / "run", enable_progress_bar=False, device="cpu")
+    batch_size = None if isinstance(data, list) else 4
+    with pytest.raises(ConfigError, match="placement=process needs"):
+        trainer.fit(
+            model,
+            torch.optim.SGD(model.parameters(), 0.05),
+            data,
+            loss_fn=F.cross_entropy,
+            batch_size=batch_size,
+        )
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_dataset_is_packed_once(monkeypatch):
+    """To check early costs nothing: the processes that it starts are those of the run."""
+    packed, pack = [], pipeline.data.main_module.pack
+    monkeypatch.setattr("pipeline.data.main_module.pack", lambda *args: packed.append(1) or pack(*args))
+    fit(Augmented(8))
+    assert packed == [1]
 
 
 def test_a_place_and_the_textbook_schedule_contradict():
@@ -199,7 +358,7 @@ from tests.workers import Augmented, Hanging
     source = as_source(
         {data}, name="data", batch_size=4, shuffle=False, drop_last=False, collate_fn=None, seed=0
     )
-    processes = Processes(source, 2, 60)
+    processes = Processes(source, 2, 60, {num_threads})
     assert processes.wait_until_ready()
     batches = processes.batches(source.open(0), 4)
     first = next(batches)
@@ -208,9 +367,11 @@ from tests.workers import Augmented, Hanging
 """
 
 
-def run_script(path, end, *, data="Augmented(64)", guard='if __name__ == "__main__":', prefix=""):
+def run_script(
+    path, end, *, data="Augmented(64)", num_threads=1, guard='if __name__ == "__main__":', prefix=""
+):
     """Start a script of its own; return the process and the processes that it has told of."""
-    path.write_text(prefix + SCRIPT.format(data=data, guard=guard, end=end))
+    path.write_text(prefix + SCRIPT.format(data=data, num_threads=num_threads, guard=guard, end=end))
     home = str(Path(__file__).parents[2])
     script = subprocess.Popen(
         [sys.executable, str(path)],
@@ -241,10 +402,13 @@ def all_end(pids, timeout_s=10):
     return True
 
 
-@pytest.mark.parametrize("signal_number", [signal.SIGKILL, signal.SIGTERM])
-def test_no_orphan_is_left_when_the_trainer_is_killed(tmp_path, signal_number):
+@pytest.mark.parametrize(("signal_number", "num_threads"), [(signal.SIGKILL, 3), (signal.SIGTERM, 1)])
+def test_no_orphan_is_left_when_the_trainer_is_killed(tmp_path, signal_number, num_threads):
     """Workers and nursery end with it, in the middle of a batch that would never end."""
-    script, pids = run_script(tmp_path / "script.py", "for _ in batches: pass", data="Hanging(64, index=20)")
+    end = "for _ in batches: pass"
+    script, pids = run_script(
+        tmp_path / "script.py", end, data="Hanging(64, index=20)", num_threads=num_threads
+    )
     with script:
         assert len(pids) == 3
         os.kill(script.pid, signal_number)

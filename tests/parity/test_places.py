@@ -14,13 +14,14 @@ from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, default_co
 from pipeline import Loader, Trainer
 from pipeline.data import EVALUATION_EPOCH, Processes, as_source
 from tests.textbook import assert_same_weights, build_model, seeded_batches, textbook, weights
-from tests.workers import Augmented, Deadly, Ragged, Reducing, Surroundings, collate_ragged
+from tests.workers import Augmented, Deadly, Late, Meeting, Ragged, Reducing, Surroundings, collate_ragged
 
 PLACES = [
     {"schedule": "textbook"},
     {"schedule": "overlap", "placement": "inline"},
     {"placement": "thread", "num_workers": 3},
     {"placement": "process", "num_workers": 2},
+    {"placement": "process", "num_workers": 1, "threads_per_worker": 3},
 ]
 
 
@@ -36,11 +37,11 @@ def run(data, place, *, epochs=2, model="dropout", **arguments):
     return list(result.losses), weights(model)
 
 
-def made_by_processes(data, *, num_workers=2, depth=4, epochs=(0,), ready=True, **arguments):
+def made_by_processes(data, *, num_workers=2, num_threads=1, depth=4, epochs=(0,), **arguments):
     """Return the batches that worker processes make, each epoch's as a list."""
     arguments = {"batch_size": 4, "shuffle": False, "drop_last": False, "collate_fn": None, **arguments}
     source = as_source(data, name="data", seed=0, **arguments)
-    processes = Processes(source, num_workers, 60)
+    processes = Processes(source, num_workers, 60, num_threads)
     try:
         assert processes.wait_until_ready()
         return [list(processes.batches(source.open(epoch), depth)) for epoch in epochs]
@@ -61,21 +62,64 @@ def test_a_place_equals_the_textbook_loop(place):
     assert_same_weights(learned, weights(model))
 
 
-@settings(max_examples=12)
+class Scaled:
+    """Samples that remember a parameter, unless nobody wants gradients."""
+
+    def __init__(self):
+        self.scale = torch.ones(1, requires_grad=True)
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return self.scale * index
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_threads_make_batches_in_the_callers_grad_mode(mode):
+    """A new thread begins with gradients; a plain loop's dataset sees the mode of its caller."""
+    with mode():
+        expected = [torch.utils.data.default_collate([Scaled()[index]]) for index in range(12)]
+        for place in ("inline", "thread"):
+            found = list(Loader(Scaled(), batch_size=1, placement=place, num_workers=2))
+            for batch, other in zip(found, expected, strict=True):
+                assert torch.equal(batch, other)
+                assert (batch.requires_grad, batch.is_inference()) == (
+                    other.requires_grad,
+                    other.is_inference(),
+                )
+
+
+DRAWS = [(), ("torch",), ("python",), ("numpy", "torch"), ("dropout",)]
+
+
+@settings(max_examples=20)
 @given(
     count=st.integers(1, 40),
+    first_draw=st.integers(0, 40),
     batch_size=st.integers(1, 9),
     num_workers=st.integers(1, 3),
+    num_threads=st.integers(1, 3),
     depth=st.integers(1, 6),
     shuffle=st.booleans(),
-    draws=st.sampled_from([(), ("torch",), ("python",), ("numpy", "torch"), ("dropout",)]),
+    draws=st.sampled_from(DRAWS),
 )
-def test_processes_make_the_batches_of_a_plain_loop(count, batch_size, num_workers, depth, shuffle, draws):
-    """Whatever the workers and the depth: the order and every number, hookable or not."""
-    data = Augmented(count, draws=draws)
+def test_processes_make_the_batches_of_a_plain_loop(
+    count, first_draw, batch_size, num_workers, num_threads, depth, shuffle, draws
+):
+    """Whatever the workers, their threads and the depth: the order and every number, hookable or not."""
+    data = Late(count, index=first_draw, draws=draws)
     arguments = {"batch_size": batch_size, "shuffle": shuffle, "drop_last": False, "collate_fn": None}
+    found = made_by_processes(
+        data, num_workers=num_workers, num_threads=num_threads, depth=depth, epochs=(0, 1), **arguments
+    )
+    assert_plain(data, found, **arguments)
+
+
+def assert_plain(data, found, **arguments):
+    """Compare the batches of each epoch with those that the loop thread makes."""
+    arguments = {"batch_size": 4, "shuffle": False, "drop_last": False, "collate_fn": None, **arguments}
     source = as_source(data, name="data", seed=0, **arguments)
-    found = made_by_processes(data, num_workers=num_workers, depth=depth, epochs=(0, 1), **arguments)
     for epoch, batches in enumerate(found):
         reader = source.open(epoch)
         assert len(batches) == source.num_batches
@@ -83,6 +127,25 @@ def test_processes_make_the_batches_of_a_plain_loop(count, batch_size, num_worke
             expected = reader.read()
             assert torch.equal(batch[0], expected[0])
             assert torch.equal(batch[1], expected[1])
+
+
+@pytest.mark.parametrize("draws", DRAWS, ids=str)
+@pytest.mark.parametrize("index", [0, 4, 8, 12], ids=lambda index: f"from {index} on")
+def test_threads_of_a_worker_make_batches_at_once(draws, index):
+    """Two of them wait for each other: without a second thread there would be no end; same numbers.
+
+    Draws that a thread cannot isolate begin in the first batch, in both of the two, in one of them, or later.
+    """
+    pair = (4, 8) if index or draws in [(), ("torch",)] else ()  # else nothing is made at once
+    data = Meeting(24, pair=pair, index=index, draws=draws)
+    found = made_by_processes(data, num_workers=1, num_threads=2, epochs=(0, 1))
+    assert_plain(data, found)
+
+
+def test_a_dataset_that_seeds_torch_itself_is_found_by_a_workers_first_batch():
+    """A thread would draw from the sample's own generator, which nobody has seeded by hand."""
+    data = Augmented(24, draws=("reseed",))
+    assert_plain(data, made_by_processes(data, num_workers=1, num_threads=2))
 
 
 @pytest.mark.parametrize("draws", [("python",), ("numpy",), ("dropout",), ("torch", "python", "numpy")])
@@ -108,14 +171,25 @@ def test_a_data_loader_may_be_made_anywhere(place):
 
 
 @settings(max_examples=6)
-@given(index=st.integers(0, 22), num_workers=st.integers(1, 3), depth=st.integers(1, 6))
-def test_a_worker_that_dies_changes_no_number(tmp_path_factory, index, num_workers, depth):
+@given(
+    index=st.integers(0, 22),
+    num_workers=st.integers(1, 3),
+    num_threads=st.integers(1, 3),
+    depth=st.integers(1, 6),
+)
+def test_a_worker_that_dies_changes_no_number(tmp_path_factory, index, num_workers, num_threads, depth):
     """It is named with its signal, its batch and the samples, and another makes the batch again."""
     memory = tmp_path_factory.mktemp("died") / "once"
     expected = made_by_processes(Augmented(23))[0]
-    with pytest.warns(RuntimeWarning, match=rf"signal SIGKILL while it made batch {index // 4} of epoch 0"):
+    others = "" if num_threads == 1 else ".*"  # which nobody could tell from it
+    with pytest.warns(
+        RuntimeWarning, match=rf"signal SIGKILL while it made {others}batch {index // 4} of epoch 0"
+    ):
         found = made_by_processes(
-            Deadly(23, index=index, memory=str(memory)), num_workers=num_workers, depth=depth
+            Deadly(23, index=index, memory=str(memory)),
+            num_workers=num_workers,
+            num_threads=num_threads,
+            depth=depth,
         )[0]
     for batch, other in zip(found, expected, strict=True):
         assert torch.equal(batch[0], other[0])
@@ -124,7 +198,7 @@ def test_a_worker_that_dies_changes_no_number(tmp_path_factory, index, num_worke
 def test_ragged_and_nested_batches_come_through():
     """Whatever does not fit a slot, or is no plain tensor, comes another way, and is the same."""
     data = Ragged()
-    found = made_by_processes(data, collate_fn=collate_ragged)[0]
+    found = made_by_processes(data, num_workers=1, num_threads=2, collate_fn=collate_ragged)[0]
     for number, batch in enumerate(found):
         expected = collate_ragged([data[index] for index in range(4 * number, 4 * number + 4)])
         assert list(batch) == list(expected)
@@ -236,14 +310,15 @@ def test_validation_in_the_middle_is_made_by_processes_too():
     assert all(losses == found[0][0] for losses, _ in found[1:])
 
 
-def test_intra_op_threads_are_those_of_the_trainer():
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_intra_op_threads_are_those_of_the_trainer(num_threads):
     """A sum over a large sample rounds as it does in the loop, with two threads as with one."""
     torch.set_num_threads(2)
     source = as_source(
         Reducing(), name="data", batch_size=4, shuffle=False, drop_last=False, collate_fn=None, seed=0
     )
     reader = source.open(0)
-    for batch in made_by_processes(Reducing())[0]:
+    for batch in made_by_processes(Reducing(), num_workers=1, num_threads=num_threads)[0]:
         assert torch.equal(batch, reader.read())
 
 
@@ -267,14 +342,15 @@ def test_an_unseeded_draw_is_noticed():
     assert not torch.equal(first[0][0], second[0][0])
 
 
-def test_workers_have_the_surroundings_of_the_trainer(monkeypatch):
+@pytest.mark.parametrize("num_threads", [1, 2])
+def test_workers_have_the_surroundings_of_the_trainer(num_threads, monkeypatch):
     """The environment and torch's default dtype are those of now, and not of when the server started."""
     monkeypatch.setenv("SURROUNDINGS", "7")
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        (batch,) = made_by_processes(Surroundings(4))[0]
+        batches = made_by_processes(Surroundings(12), num_workers=1, num_threads=num_threads)[0]
     finally:
         torch.set_default_dtype(before)
-    assert batch.dtype is torch.float64
-    assert batch.flatten().tolist() == [7, 8, 9, 10]
+    assert all(batch.dtype is torch.float64 for batch in batches)
+    assert torch.cat(batches).flatten().tolist() == [*range(7, 19)]

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.concurrency import Channel, ChannelClosedError, Scope, Writer
+from pipeline.concurrency import Channel, ChannelClosedError, Scope, SharedLock, Writer
 from pipeline.errors import StallError
 from pipeline.testing import Gate
 
@@ -35,6 +38,20 @@ def test_every_item_arrives_once_and_in_order(depth, count, low_water, num_produ
             scope.start(produce, name=f"producer/{number}", stop=channel.abandon)
         assert list(channel) == list(range(start, start + count))
     assert channel.statistics().num_items == count
+
+
+def test_the_fork_server_has_the_interpreters_options():
+    """``-O`` and ``-W`` decide what a dataset's code does, in a worker too."""
+    code = (
+        "from pipeline.concurrency import fork_server; server = fork_server(()); "
+        "print(open(f'/proc/{server._process.pid}/cmdline').read().split(chr(0))); server.close()"
+    )
+    command = [sys.executable, "-O", "-W", "error::ImportWarning", "-c", code]
+    root = Path(__file__).parents[2]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=root, timeout=60, check=True).stdout
+    options = said.partition("'-c'")[0]
+    assert "'-O'" in options
+    assert "'-Werror::ImportWarning'" in options
 
 
 def test_a_full_channel_blocks_its_producer():
@@ -236,3 +253,38 @@ def test_a_thread_that_hangs_is_left_behind_with_its_stack():
     assert thread.is_alive()
     gate.open()
     thread.join()
+
+
+def test_a_shared_lock_is_held_by_many_or_by_one_alone():
+    """Who wants it alone waits for those that have it, and is let in before whoever comes later."""
+    lock, order = SharedLock(), []
+    gates = {name: Gate() for name in ("first", "second", "alone")}
+
+    def hold(name, kind):
+        with getattr(lock, kind)():
+            order.append(name)
+            if name in gates:
+                gates[name].pass_through()
+            order.append(f"{name} ends")
+
+    def start(name, kind):
+        thread = threading.Thread(target=hold, args=(name, kind))
+        thread.start()
+        return thread
+
+    threads = [start("first", "shared"), start("second", "shared")]
+    gates["first"].wait_for_arrivals(1)
+    gates["second"].wait_for_arrivals(1)  # both have it
+    threads.append(start("alone", "alone"))
+    while not lock._num_lone:
+        pass
+    threads.append(start("later", "shared"))
+    gates["first"].open()
+    gates["second"].open()
+    gates["alone"].wait_for_arrivals(1)
+    assert order[-1] == "alone"
+    gates["alone"].open()
+    for thread in threads:
+        thread.join()
+    assert set(order[:2]) == {"first", "second"}
+    assert order[4:] == ["alone", "alone ends", "later", "later ends"]

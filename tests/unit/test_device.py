@@ -35,6 +35,18 @@ def nested_batch(value):
     }
 
 
+@pytest.mark.parametrize(("lacking", "named"), [("ages_s", "streams.ages_s"), ("read", "read")])
+def test_a_backend_that_lacks_something_is_refused_when_it_is_given(lacking, named):
+    """And not where it is first called, which may be at the end of the run."""
+    parts = {name: part for name, part in vars(SimulatedBackend).items() if name != lacking}
+    backend = type("Mine", (), {name: part for name, part in parts.items() if name not in _OF_EVERY_CLASS})()
+    with pytest.raises(ConfigError, match=rf"device is a Mine that lacks {named}:"):
+        select_backend(backend)
+
+
+_OF_EVERY_CLASS = ("__dict__", "__weakref__")
+
+
 def tensors_of(batch):
     return [batch["plain"], batch["pair"].inputs, batch["pair"].target[0], batch["frozen"].inputs]
 

@@ -61,6 +61,14 @@ def test_the_place_and_its_reason_can_be_read():
     """Pinned by the user, or found by measurement: it says which."""
     with Loader(Augmented(8), batch_size=4, placement="thread", num_workers=3) as loader:
         assert str(loader.placement) == "thread × 3: by the settings"
+    with Loader(
+        Augmented(32), batch_size=4, placement="process", num_workers=1, threads_per_worker=3
+    ) as loader:
+        while not loader._inbound.is_ready():
+            list(loader)
+        assert str(loader.placement).startswith("process × 1 (3 threads each): by the settings")
+        assert [worker.num_threads for worker in loader._inbound._processes._pool._workers] == [3]
+        assert (loader.placement.num_workers, loader.placement.threads_per_worker) == (1, 3)
     with Loader(DataLoader(Augmented(8), 4)) as loader:
         list(loader)
         assert loader.placement.place == "textbook"
@@ -71,6 +79,8 @@ def test_wrong_settings_are_refused():
     """The same checks as the Trainer's, before the first batch."""
     with pytest.raises(ConfigError, match="num_workers must be 0 or more"):
         Loader(Augmented(8), batch_size=4, num_workers=-1)
+    with pytest.raises(ConfigError, match="threads_per_worker must be 1 or more, got 0"):
+        Loader(Augmented(8), batch_size=4, threads_per_worker=0)
     with pytest.raises(ConfigError, match="say how many make a batch"):
         Loader(Augmented(8))
     with pytest.raises(TypeError, match="does not say how many"):

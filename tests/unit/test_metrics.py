@@ -266,7 +266,7 @@ def test_one_rank_merges_with_nobody():
 RANK = """
 import sys, torch
 import torch.nn.functional as F
-from torch.utils.data import TensorDataset
+from torch.utils.data import DataLoader, TensorDataset
 from pipeline import Trainer
 from pipeline.metrics import accuracy
 rank = int(sys.argv[1])
@@ -276,9 +276,9 @@ torch.nn.init.eye_(model.weight); torch.nn.init.zeros_(model.bias)
 inputs = torch.eye(2).repeat(5, 1)[: 4 if rank == 0 else 6]
 target = torch.arange(2).repeat(5)[: len(inputs)] if rank == 0 else torch.zeros(6).long()
 trainer = Trainer(schedule="overlap", max_epochs=1, run_dir=sys.argv[3], enable_progress_bar=True)
-result = trainer.fit(model, torch.optim.SGD(model.parameters(), 0.0), TensorDataset(inputs, target),
-                     loss_fn=F.cross_entropy, batch_size=2, val_data=TensorDataset(inputs, target),
-                     metrics={"accuracy": accuracy})
+share = DataLoader(TensorDataset(inputs, target), 2)
+result = trainer.fit(model, torch.optim.SGD(model.parameters(), 0.0), share, loss_fn=F.cross_entropy,
+                     val_data=share, metrics={"accuracy": accuracy})
 print(result.metrics["val/accuracy"], result.metrics["val/loss"], result.run_dir)
 torch.distributed.destroy_process_group()
 """

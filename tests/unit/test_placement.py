@@ -23,10 +23,11 @@ class Machine:
         self.now_s, self.starts_after, self.fails = 0.0, starts_after, fails
         self.wanted, self.stopped, self.visited = [], 0, []
         self.is_random_access = self.is_threadable = True
+        self.max_processes, self.catch_up_ms = None, 0
         self.pauses, self.validates_every = 0, None
         self.reading = None
 
-    def start_processes(self, num_workers):
+    def start_processes(self, num_workers, num_threads):
         """Be ready after so many questions."""
         if self.fails:
             raise ConfigError("it does not pickle")
@@ -49,6 +50,7 @@ class Machine:
 
     def batches(self, place):
         """Take as long for each batch as this place does."""
+        self.now_s += self.catch_up_ms * MS
         while True:
             period_ms = self.place_ms.get(place, self.fetch_ms + self.step_ms)
             self.now_s += max(period_ms - self.step_ms, 0) * MS
@@ -100,9 +102,27 @@ def make_auto(machine, monkeypatch, *, num_cores=4):
         ),
         pytest.param(
             {"fetch_ms": 80, "step_ms": 10, "core_ms": 2},
-            {INLINE: 80, Place("thread", 8): 12, Place("process", 4): 22},
+            {INLINE: 80, Place("thread", 8): 12, Place("process", 1, 8): 22},
             Place("thread", 8),
             id="latency",
+        ),
+        pytest.param(
+            {"fetch_ms": 80, "step_ms": 10, "core_ms": 8},
+            {INLINE: 85, Place("thread", 8): 30, Place("process", 1, 8): 10.6},
+            Place("process", 1, 8),
+            id="latency and plain Python",
+        ),
+        pytest.param(
+            {"fetch_ms": 80, "step_ms": 10, "core_ms": 8},
+            {
+                INLINE: 90,
+                Place("thread", 8): 60,
+                Place("process", 1, 8): 40,
+                Place("process", 2, 8): 20,
+                Place("process", 4, 8): 11,
+            },
+            Place("process", 4, 8),
+            id="latency that more workers hide",
         ),
         pytest.param(
             {"fetch_ms": 10, "step_ms": 10},
@@ -131,6 +151,42 @@ def test_the_best_place_is_found_and_kept(job, place_ms, chosen, monkeypatch):
     assert str(chosen) in str(auto.report)
     if chosen.name != "process":
         assert machine.stopped
+
+
+@pytest.mark.parametrize(
+    ("fetch_ms", "core_ms", "place"),
+    [
+        pytest.param(80, 2, Place("process", 1, 8), id="one process has a GIL to spare"),
+        pytest.param(80, 25, Place("process", 3, 3), id="what is no waiting needs three"),
+        pytest.param(800, 15, Place("process", 2, 16), id="32 at once are enough"),
+        pytest.param(30, 30, Place("process", 3), id="nothing but work: a process each"),
+    ],
+)
+def test_batches_that_wait_are_shared_out_to_few_processes(fetch_ms, core_ms, place):
+    """As many are made at once as keep up with a step of 10 ms, where threads beside the loop did not."""
+    job = Job(fetch_ms, core_ms, 10, num_cores=4)
+    tried = {TEXTBOOK: fetch_ms + 10.0, INLINE: fetch_ms + 9.0}
+    while (trial := next_trial(job, tried)) is not None and trial.name == "thread":
+        tried[trial] = fetch_ms + 8.0
+    assert trial == place
+
+
+def test_workers_get_no_threads_where_draws_cannot_be_isolated_on_one():
+    """They would have to take turns: there are processes alone, one for each core."""
+    job = Job(80, 2, 10, num_cores=4, has_threads=False)
+    assert next_trial(job, {TEXTBOOK: 90}) == Place("process", 4)
+
+
+def test_a_place_says_how_many_make_batches():
+    """Workers, and their threads if there are several."""
+    places = [INLINE, Place("thread", 3), Place("process", 2), Place("process", 2, 4)]
+    assert [str(each) for each in places] == [
+        "inline",
+        "thread × 3",
+        "process × 2",
+        "process × 2 (4 threads each)",
+    ]
+    assert [each.num_at_once for each in places] == [1, 3, 2, 8]
 
 
 def test_nothing_waits_for_processes_to_start(monkeypatch):
@@ -173,6 +229,25 @@ def test_a_choice_made_on_a_busy_machine_is_made_again(monkeypatch):
     assert machine.run(auto, 2000)[-1] == Place("process", 1)
 
 
+def test_data_in_shards_is_tried_in_as_many_processes(monkeypatch):
+    """Reading again first does not make them look slow; once they are chosen, nothing is tried again."""
+    machine = Machine(fetch_ms=30, step_ms=10, place_ms={INLINE: 41, Place("process", 2): 16})
+    machine.is_random_access, machine.max_processes, machine.catch_up_ms = False, 2, 5000
+    auto = make_auto(machine, monkeypatch)
+    assert machine.run(auto, 500)[-1] == Place("process", 2)
+    assert not any(place.name == "thread" or place.num_workers > 2 for place in machine.visited)
+    machine.place_ms[Place("process", 2)] = 100
+    assert set(machine.run(auto, 1000)) == {Place("process", 2)}
+
+
+def test_an_iterable_of_batches_is_not_tried_in_processes(monkeypatch):
+    """Nobody can make one of its batches without the others."""
+    machine = Machine(fetch_ms=30, step_ms=10, place_ms={INLINE: 41})
+    machine.is_random_access, machine.max_processes = False, 0
+    assert machine.run(make_auto(machine, monkeypatch), 500)[-1] == TEXTBOOK
+    assert machine.wanted == []
+
+
 def test_a_dataset_that_threads_cannot_read_goes_to_processes(monkeypatch):
     """A draw that no thread can isolate is met in the middle of a run: batches are made elsewhere."""
     machine = Machine(fetch_ms=10, step_ms=10, place_ms={INLINE: 10.3, Place("process", 1): 10.6})
@@ -195,7 +270,8 @@ def test_trials_end_and_never_choose_what_is_slower(fetch_ms, step_ms, core_rati
     tried = {TEXTBOOK: fetch_ms + step_ms}
     while (trial := next_trial(job, tried)) is not None:
         assert trial not in tried
-        assert trial.num_workers <= max(num_cores, 32)
+        assert trial.num_at_once <= max(num_cores, 32)
+        assert trial.num_workers <= num_cores or trial.name == "thread"
         tried[trial] = data.draw(st.floats(0.01, 300))
         assert len(tried) < 16
     assert tried[best_place(tried)] <= min(tried.values()) * 1.031

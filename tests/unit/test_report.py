@@ -89,6 +89,17 @@ def test_latency_is_divided_by_the_workers():
     assert step_ms(LATENCY, "inline") == pytest.approx(64)
     assert step_ms(LATENCY, "thread", num_workers=4) == pytest.approx(16, rel=0.01)
     assert step_ms(LATENCY, "process", num_workers=2) == pytest.approx(32)
+    assert step_ms(LATENCY, "process", num_workers=2, threads_per_worker=2) == pytest.approx(16, rel=0.01)
+
+
+def test_threads_of_a_worker_hold_its_gil_in_turn():
+    """However many there are, a batch takes as long as it holds the GIL of its process; two halve that."""
+    waiting = replace(LATENCY, fetch_core_ms=40, fetch_held_ms=40)
+    assert step_ms(waiting, "process", num_cores=8, threads_per_worker=8) == pytest.approx(40)
+    assert step_ms(waiting, "process", num_cores=8, num_workers=2, threads_per_worker=8) == pytest.approx(20)
+    unknown = replace(waiting, fetch_held_ms=None)
+    found = predict(unknown, "process", num_cores=8, threads_per_worker=8)
+    assert (found.low_ms, found.high_ms) == (pytest.approx(16, rel=0.01), pytest.approx(40))
 
 
 def test_a_device_that_is_slower_than_the_host_hides_the_host():
