@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from pipeline.loop.chooser import Auto
 from pipeline.loop.placement import INLINE, TEXTBOOK, Job, Place, best_place, next_trial
 
 MS = 1e-3
+PROCESSES = Place("process", 3), Place("process", 4)
 
 
 class Machine:
@@ -50,8 +53,9 @@ class Machine:
 
     def batches(self, place):
         """Take as long for each batch as this place does."""
-        self.now_s += self.catch_up_ms * MS
-        while True:
+        for number in itertools.count():
+            if place.name == "process" and number < (self.max_processes or 0):
+                self.now_s += self.catch_up_ms * MS
             period_ms = self.place_ms.get(place, self.fetch_ms + self.step_ms)
             self.now_s += max(period_ms - self.step_ms, 0) * MS
             yield "batch"
@@ -231,13 +235,13 @@ def test_a_choice_made_on_a_busy_machine_is_made_again(monkeypatch):
 
 def test_data_in_shards_is_tried_in_as_many_processes(monkeypatch):
     """Reading again first does not make them look slow; once they are chosen, nothing is tried again."""
-    machine = Machine(fetch_ms=30, step_ms=10, place_ms={INLINE: 41, Place("process", 2): 16})
-    machine.is_random_access, machine.max_processes, machine.catch_up_ms = False, 2, 5000
+    machine = Machine(fetch_ms=30, step_ms=10, place_ms={INLINE: 41, **dict.fromkeys(PROCESSES, 16)})
+    machine.is_random_access, machine.max_processes, machine.catch_up_ms = False, 4, 5000
     auto = make_auto(machine, monkeypatch)
-    assert machine.run(auto, 500)[-1] == Place("process", 2)
-    assert not any(place.name == "thread" or place.num_workers > 2 for place in machine.visited)
-    machine.place_ms[Place("process", 2)] = 100
-    assert set(machine.run(auto, 1000)) == {Place("process", 2)}
+    assert machine.run(auto, 500)[-1] == PROCESSES[0]
+    assert not any(place.name == "thread" or place.num_workers > 4 for place in machine.visited)
+    machine.place_ms[PROCESSES[0]] = 100
+    assert set(machine.run(auto, 1000)) == {PROCESSES[0]}
 
 
 def test_an_iterable_of_batches_is_not_tried_in_processes(monkeypatch):
