@@ -13,7 +13,7 @@ from pipeline.settings import Placement
 
 PLACES = tuple(each for each in ("inline", "thread", "process") if each in get_args(Placement))
 
-SETTLING_TIMES = 5  # `auto` tries places for some seconds first; steady state is what comes after
+SETTLING_TIMES = 5  # `auto` tries places, and processes start, for some seconds; steady state comes after
 
 
 def settings(place: str) -> dict[str, Any]:
@@ -27,8 +27,8 @@ def settings(place: str) -> dict[str, Any]:
 
 def ours(job: Job, place: str, settling_times: int = 1, **further: Any) -> FitResult:
     """Train with every step's loss logged, as it always is; measure the last part of so many."""
-    if place == "auto" and not job.workload.counts_start:
-        settling_times = SETTLING_TIMES
+    if place in ("auto", "process") and not job.workload.counts_start:
+        settling_times = max(settling_times, SETTLING_TIMES)
     workload = job.settle_first(settling_times)
 
     def step(model: Any, batch: Any) -> Any:
