@@ -10,6 +10,7 @@ from pipeline.concurrency.scope import Scope, stack_of
 from pipeline.concurrency.server import fork_server, preparation
 from pipeline.concurrency.shared import HAS_SHARED_MEMORY, Slot, SlotFile, map_slots, view_file, view_slot
 from pipeline.concurrency.shared_lock import SharedLock
+from pipeline.concurrency.switching import short_switch_interval
 from pipeline.concurrency.watchdog import watch
 from pipeline.concurrency.writer import Writer
 
@@ -36,6 +37,7 @@ __all__ = [
     "map_slots",
     "pickled_error",
     "preparation",
+    "short_switch_interval",
     "stack_of",
     "view_file",
     "view_slot",

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any, Protocol
 
 from pipeline.batch import Batch
+from pipeline.concurrency import short_switch_interval
 from pipeline.data import (
     IterableSource,
     MapReader,
@@ -71,10 +72,9 @@ class Pinned:
 
     @property
     def report(self) -> PlacementReport:
-        _, num_workers, num_threads = place = self._place
-        return PlacementReport(
-            str(place), "by the settings", num_workers=num_workers, threads_per_worker=num_threads
-        )
+        place = self._place
+        workers, threads = place.num_workers, place.num_threads
+        return PlacementReport(str(place), "by the settings", num_workers=workers, threads_per_worker=threads)
 
 
 class Inbound:
@@ -163,7 +163,8 @@ class Inbound:
         self._is_in_place = True
         if place.name != "textbook":
             if reader.is_threadable:
-                return self._made_ahead(reader, max(place.num_workers, 1), goes_on)
+                ahead = self._made_ahead(reader, max(place.num_workers, 1), goes_on)
+                return _switching_often(ahead) if place.switches_often else ahead
             self._warn_in_line()
         return read_in_line(reader, self._transfer, goes_on)
 
@@ -277,6 +278,11 @@ def _for(source: Source, place: Place) -> Place:
 
 def _none() -> int:
     return 0
+
+
+def _switching_often(batches: Generator[Batch]) -> Generator[Batch]:
+    with short_switch_interval(), closing(batches):
+        yield from batches
 
 
 def _closing(reader: Any, batches: Generator[Batch]) -> Generator[Batch]:

@@ -7,7 +7,8 @@ Since the batches are the same everywhere, a trial costs a little time if it is 
 
 Nobody can predict how long a thread's work holds the GIL; but a trial of ``inline`` shows it. If its thread
 makes batches as fast as the textbook loop did, the work lets go of the GIL, and further threads may help. If
-not, the loop and the thread waited for each other, and only a process helps.
+not, the loop and the thread waited for each other, and only a process helps; where there can be none, a
+shorter switch interval helps a little.
 """
 
 from __future__ import annotations
@@ -34,13 +35,17 @@ class Place(NamedTuple):
         name: ``textbook`` is the loop thread itself.
         num_workers: Threads or processes; 0 where the name says it all.
         num_threads: Of each process.
+        switches_often: Whether the interpreter's switch interval is 0.1 ms there, and not 5.
     """
 
     name: PlaceName
     num_workers: int = 0
     num_threads: int = 1
+    switches_often: bool = False
 
     def __str__(self) -> str:
+        if self.switches_often:
+            return f"{self.name} (switch interval 0.1 ms)"
         each = f" ({self.num_threads} threads each)" if self.num_threads > 1 else ""
         return f"{self.name} × {self.num_workers}{each}" if self.num_workers else self.name
 
@@ -51,6 +56,7 @@ class Place(NamedTuple):
 
 
 TEXTBOOK, INLINE = Place("textbook"), Place("inline")
+SWITCHING = Place("inline", switches_often=True)
 
 
 @dataclass(frozen=True)
@@ -120,6 +126,8 @@ def _candidates(job: Job, tried: Mapping[Place, float]) -> dict[Place, float]:
         found[INLINE] = _at_best_ms(job, INLINE)
         if _is_latency(job) or (INLINE in tried and not _is_held_up(job, tried[INLINE])):
             found |= threads
+        elif INLINE in tried and not job.has_processes:  # which would do away with the waiting for the GIL
+            found[SWITCHING] = found[INLINE]
         elif INLINE not in tried:  # one thread shows whether more would help
             found[INLINE] = min([found[INLINE], *threads.values()])
     if job.has_processes and job.num_cores > 1:

@@ -73,7 +73,8 @@ class Belts:
             self.meter.measure(inbound)
         self._inbound.append(inbound)
         if is_training and place is not None and place.name == "process":
-            inbound.start_processes(*place[1:])  # what cannot be is refused before any file is made
+            # What cannot be is refused before any file is made.
+            inbound.start_processes(place.num_workers, place.num_threads)
         return inbound
 
     @property

@@ -12,7 +12,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.concurrency import Channel, ChannelClosedError, Scope, SharedLock, Writer
+from pipeline.concurrency import (
+    Channel,
+    ChannelClosedError,
+    Scope,
+    SharedLock,
+    Writer,
+    short_switch_interval,
+)
 from pipeline.errors import StallError
 from pipeline.testing import Gate
 
@@ -44,7 +51,7 @@ def test_the_fork_server_has_the_interpreters_options():
     """``-O`` and ``-W`` decide what a dataset's code does, in a worker too."""
     code = (
         "from pipeline.concurrency import fork_server; server = fork_server(()); "
-        "print(open(f'/proc/{server._process.pid}/cmdline').read().split(chr(0))); server.close()"
+        "print(server._process.args); server.close()"
     )
     command = [sys.executable, "-O", "-W", "error::ImportWarning", "-c", code]
     root = Path(__file__).parents[2]
@@ -288,3 +295,23 @@ def test_a_shared_lock_is_held_by_many_or_by_one_alone():
         thread.join()
     assert set(order[:2]) == {"first", "second"}
     assert order[4:] == ["alone", "alone ends", "later", "later ends"]
+
+
+def test_the_switch_interval_is_put_back():
+    """After the block, and an error in it; not if somebody has set another meanwhile, or had a shorter."""
+    before = sys.getswitchinterval()
+    try:
+        with short_switch_interval():
+            assert sys.getswitchinterval() < before
+        assert sys.getswitchinterval() == before
+        with pytest.raises(KeyError), short_switch_interval():
+            raise KeyError
+        assert sys.getswitchinterval() == before
+        with short_switch_interval():
+            sys.setswitchinterval(0.25)
+        assert sys.getswitchinterval() == 0.25
+        sys.setswitchinterval(1e-5)
+        with short_switch_interval():
+            assert sys.getswitchinterval() == 1e-5
+    finally:
+        sys.setswitchinterval(before)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import os
+import sys
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from torch.utils.data import DataLoader
 
 from pipeline import Loader
 from pipeline.errors import ConfigError, StageError
+from pipeline.loop.inbound import Pinned
+from pipeline.loop.placement import SWITCHING
 from tests.textbook import seeded_batches
 from tests.workers import Augmented
 
@@ -163,3 +166,18 @@ def test_what_the_loop_thread_made_meanwhile_is_said():
         next(iter(loader))
         assert loader.placement.place == "textbook"
         assert "by the settings; 1 made by the loop thread, while processes started" in str(loader.placement)
+
+
+def test_the_switch_interval_is_short_only_while_threads_make_batches(monkeypatch):
+    """In that place, until the loop is left."""
+    monkeypatch.setattr("pipeline.loop.inbound.Auto", lambda *_: Pinned(SWITCHING))
+    before, seen = sys.getswitchinterval(), []
+    loader = Loader(Augmented(40), batch_size=2)
+    for _ in loader:
+        seen.append(sys.getswitchinterval())
+        if len(seen) == 3:
+            break
+    del loader
+    gc.collect()
+    assert max(seen) < before
+    assert sys.getswitchinterval() == before

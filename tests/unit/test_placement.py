@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
 from pipeline.loop.chooser import Auto
-from pipeline.loop.placement import INLINE, TEXTBOOK, Job, Place, best_place, next_trial
+from pipeline.loop.placement import INLINE, SWITCHING, TEXTBOOK, Job, Place, best_place, next_trial
 
 MS = 1e-3
 PROCESSES = Place("process", 3), Place("process", 4)
@@ -127,6 +127,12 @@ def make_auto(machine, monkeypatch, *, num_cores=4):
             },
             Place("process", 4, 8),
             id="latency that more workers hide",
+        ),
+        pytest.param(
+            {"fetch_ms": 10, "step_ms": 10, "fails": True},
+            {INLINE: 20.5, SWITCHING: 17},
+            SWITCHING,
+            id="plain Python, no processes",
         ),
         pytest.param(
             {"fetch_ms": 10, "step_ms": 10},
