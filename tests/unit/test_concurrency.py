@@ -303,15 +303,15 @@ def test_the_switch_interval_is_put_back():
     try:
         with short_switch_interval():
             assert sys.getswitchinterval() < before
-        assert sys.getswitchinterval() == before
+        assert sys.getswitchinterval() == pytest.approx(before)
         with pytest.raises(KeyError), short_switch_interval():
             raise KeyError
-        assert sys.getswitchinterval() == before
+        assert sys.getswitchinterval() == pytest.approx(before)
         with short_switch_interval():
             sys.setswitchinterval(0.25)
-        assert sys.getswitchinterval() == 0.25
+        assert sys.getswitchinterval() == pytest.approx(0.25)
         sys.setswitchinterval(1e-5)
         with short_switch_interval():
-            assert sys.getswitchinterval() == 1e-5
+            assert sys.getswitchinterval() == pytest.approx(1e-5)
     finally:
         sys.setswitchinterval(before)
