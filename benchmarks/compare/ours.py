@@ -49,10 +49,10 @@ def ours(job: Job, place: str, settling_times: int = 1, **further: Any) -> FitRe
 
 
 def predict(workload: Workload, *, is_simulated: bool) -> dict[str, float]:
-    """Return what each placement is predicted to take, from two textbook runs: one timed, one with the account.
+    """Return what each placement is predicted to take, from two textbook runs: one timed, one sampled.
 
-    The sampler of the account slows down what maps and unmaps much memory, by a quarter in `numpy`; what share
-    of the time holds the GIL is not changed by that.
+    The sampler of the account slows down what maps and unmaps much memory, such as `numpy`; what share of the
+    time holds the GIL is not changed by that.
     """
     # Long, since their first steps are slow, and are in the means.
     timed, sampled = (
