@@ -20,7 +20,7 @@ def collate_samples(samples: Sequence[Any], functions: CollateFns = default_coll
     Raises:
         Exception: As `default_collate` raises it.
     """
-    if type(samples[0]) is not tuple:
+    if set(map(type, samples)) != {tuple}:
         return collate(samples, collate_fn_map=functions)  # type: ignore[arg-type]
     try:
         columns = list(zip(*samples, strict=True))

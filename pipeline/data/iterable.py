@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 
 from pipeline.batch import Batch
+from pipeline.data.generator_mode import GeneratorMode
 from pipeline.data.generators import Watch, global_generators
-from pipeline.data.randomness import GeneratorMode
 from pipeline.data.reader import END
 from pipeline.errors import add_stage_note
 from pipeline.seeding import sample_seed

@@ -25,101 +25,18 @@ same one.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
-from torch.overrides import TorchFunctionMode
 
+from pipeline.data.generator_mode import GeneratorMode, Seed, UnhookableDrawError
 from pipeline.data.generators import GlobalGenerator, TorchGenerator, Watch, global_generators
 
 Made = TypeVar("Made")
-Seed = Callable[[], int]
-"""Returns a sample's seed, which takes 3 µs: most samples need none."""
 Make = Callable[[Callable[[Seed], None] | None], Made]
 """Makes a batch; calls what it is given with a sample's seed before it makes that sample."""
-
-_METHODS = "bernoulli bernoulli_ cauchy_ exponential_ geometric_ log_normal_ multinomial normal_"
-_FUNCTIONS = "_sample_dirichlet _standard_gamma bernoulli binomial multinomial normal poisson rand"
-_LIKE = "rand_like randint_like randn_like"  # they take a generator from torch 2.10 or so
-_LIKE_NAMES = [name for name in _LIKE.split() if "generator" in getattr(torch.ops.aten, name).overloads()]
-_HOOKABLE = frozenset(
-    [getattr(torch.Tensor, name) for name in [*_METHODS.split(), "random_", "uniform_"]]
-    + [getattr(torch, name) for name in [*_FUNCTIONS.split(), "randint", "randn", "randperm"]]
-    + [getattr(torch, name) for name in _LIKE_NAMES]
-)
-_PYTHON_UNHOOKABLE = (
-    "alpha_dropout dropout dropout1d dropout2d dropout3d feature_alpha_dropout "
-    "fractional_max_pool2d fractional_max_pool3d gumbel_softmax multi_head_attention_forward rrelu "
-    "scaled_dot_product_attention"
-)
-_TORCH_UNHOOKABLE = (
-    "alpha_dropout alpha_dropout_ dropout dropout_ feature_alpha_dropout feature_alpha_dropout_ "
-    "feature_dropout feature_dropout_ gru lobpcg lstm native_dropout pca_lowrank rnn_relu rnn_tanh "
-    "rrelu rrelu_ svd_lowrank"
-)
-_UNHOOKABLE = frozenset(
-    [getattr(F, name) for name in _PYTHON_UNHOOKABLE.split()]
-    + [getattr(torch, name) for name in _TORCH_UNHOOKABLE.split()]
-    + [getattr(torch, name) for name in _LIKE.split() if name not in _LIKE_NAMES]
-)
-
-
-class UnhookableDrawError(BaseException):
-    """A dataset may have drawn from a generator that the prefetch thread cannot isolate.
-
-    The belt catches it. Not an `Exception`, so that a dataset which tries again on errors does not.
-
-    Args:
-        names: The generators, as a user knows them.
-        is_certain: Whether it was the dataset: a global generator that moved while the thread worked
-            may as well have been drawn from by the model.
-    """
-
-    def __init__(self, names: Sequence[str], *, is_certain: bool) -> None:
-        self.names, self.is_certain = tuple(names), is_certain
-        super().__init__(", ".join(names))
-
-
-class GeneratorMode(TorchFunctionMode):
-    """Give every torch draw of this thread one generator, and watch for draws that take none.
-
-    Args:
-        generator: What is drawn from; None leaves the draws alone.
-        refuses: Raise an UnhookableDrawError before such a draw; otherwise only name it.
-
-    Attributes:
-        unhookable: The functions called that draw and take no generator.
-    """
-
-    def __init__(self, generator: torch.Generator | None, *, refuses: bool = False) -> None:
-        super().__init__()
-        self._generator, self._refuses = generator, refuses
-        self._seed: Seed | None = None
-        self.unhookable: list[str] = []
-
-    def seed_before_draw(self, seed: Seed | None) -> None:
-        """Have the generator seeded if and when it is drawn from next."""
-        self._seed = seed
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func in _HOOKABLE:
-            is_global = kwargs.get("generator") in (None, torch.default_generator)
-            if is_global and self._generator is not None and _is_on_cpu(args, kwargs):
-                if self._seed is not None:
-                    self._generator.manual_seed(self._seed())
-                    self._seed = None
-                kwargs = {**kwargs, "generator": self._generator}
-        elif func in _UNHOOKABLE:
-            self.unhookable.append(f"torch.{func.__name__}")
-            if self._refuses:
-                raise UnhookableDrawError(self.unhookable, is_certain=True)
-        return func(*args, **kwargs)
 
 
 class _TouchedGenerator:
@@ -148,18 +65,13 @@ def _watching_hands() -> Iterator[_TouchedGenerator]:
         functions["default_generator"] = before
 
 
-def _is_on_cpu(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    first = args[0] if args else None
-    device = first.device if isinstance(first, torch.Tensor) else kwargs.get("device") or "cpu"
-    return torch.device(device).type == "cpu"
-
-
 class SampleRandomness:
     """Makes batches so that their samples draw from seeds of their own; see the module's text.
 
     Attributes:
         suspects: The threads that met a draw of which it is not known yet whether the dataset made it;
             `on_loop_thread` finds out.
+        cleared: Batches of this epoch that were made, by whomever, and it is known whether they drew.
         innocent: Names of generators that the model draws from: they move at any time.
     """
 
@@ -167,6 +79,7 @@ class SampleRandomness:
         self._drawn: list[GlobalGenerator] = []
         self._watch = Watch(global_generators())
         self.suspects: list[ThreadRandomness] = []
+        self.cleared: set[Hashable] = set()
         self.innocent: set[str] = set()
 
     @property
@@ -174,8 +87,12 @@ class SampleRandomness:
         """The global generators that the dataset was seen to draw from."""
         return tuple(each.name for each in self._drawn)
 
-    def on_loop_thread(self, make: Make[Made]) -> Made:
+    def on_loop_thread(self, make: Make[Made], batch: Hashable = None) -> Made:
         """Make a batch watched, or isolated once anything has been drawn.
+
+        Args:
+            make: Makes it; called again if it was seen to draw from something new.
+            batch: Which one it is, in its epoch.
 
         Runs on:
             Loop thread, or a thread of a worker process while no other makes a batch.
@@ -189,11 +106,12 @@ class SampleRandomness:
                 self._watch.restore(moved)
             unknown = [each for each in moved if each not in self._drawn]
             if not unknown:
-                self._settle()
+                if self.suspects:
+                    self._settle(batch)
                 return made
             self._drawn.extend(unknown)  # seeded from now on, for this batch too
 
-    def probe(self, make: Make[Made]) -> Made:
+    def probe(self, make: Make[Made], batch: Hashable = None) -> Made:
         """Make a batch hooked on the loop thread, where torch's generator can be watched as well.
 
         So a draw is found that is in none of the tables above, before a thread makes one like it.
@@ -222,16 +140,24 @@ class SampleRandomness:
         for generator in self._drawn:
             generator.seed(value)
 
-    def _settle(self) -> None:
-        """Say of each suspect whether the dataset drew from it, which the batch made again shows.
+    def drop_suspicions(self) -> None:
+        """Forget who is suspected: their batches will not be made again, so nothing is known of them."""
+        self.suspects.clear()
+        self.cleared.clear()
+
+    def _settle(self, batch: Hashable) -> None:
+        """Say of the suspects whether the dataset drew, once each of their batches was made again here.
 
         If it did, what it drew in the threads is put back to where it was before the first of them. If it
         did not, the model draws from that generator: watching it tells nothing any more.
         """
+        self.cleared.add(batch)
+        if not all(thread.batch in self.cleared for thread in self.suspects):
+            return  # one of the others may have drawn what this one saw
         for thread in reversed(self.suspects):
             thread.restore(self._drawn)
             self.innocent.update(each.name for each in thread.moved if each not in self._drawn)
-        self.suspects = []
+        self.drop_suspicions()
 
 
 class ThreadRandomness:
@@ -244,6 +170,7 @@ class ThreadRandomness:
 
     Attributes:
         moved: The global generators that moved while the last batch was made.
+        batch: Which one that was.
     """
 
     def __init__(self, shared: SampleRandomness, *, watches_torch: bool = False) -> None:
@@ -252,9 +179,14 @@ class ThreadRandomness:
         self._watch = Watch(each for each in generators if watches_torch or each.name != TorchGenerator.name)
         self._mode = GeneratorMode(torch.Generator(), refuses=True)
         self.moved: list[GlobalGenerator] = []
+        self.batch: Hashable = None
 
-    def make(self, make: Make[Made]) -> Made:
+    def make(self, make: Make[Made], batch: Hashable = None) -> Made:
         """Make a batch hooked.
+
+        Args:
+            make: Makes it.
+            batch: Which one it is, in its epoch.
 
         Raises:
             UnhookableDrawError: If that could not be done; the batch must not be used.
@@ -268,8 +200,11 @@ class ThreadRandomness:
         # Not put back here: it may have been the model that drew, in the loop thread, meanwhile.
         self.moved = self._watch.moved()
         if self.moved:
+            self.batch = batch
             self._shared.suspects.append(self)
             raise UnhookableDrawError([each.name for each in self.moved], is_certain=False)
+        if self._shared.suspects:
+            self._shared.cleared.add(batch)
         return made
 
     def hooked(self, make: Make[Made]) -> Made:

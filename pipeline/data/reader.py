@@ -148,6 +148,7 @@ class MapSource:
         self.makes_fresh_batches = fetcher.makes_fresh_batches
 
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> MapReader:
+        self.randomness.drop_suspicions()
         plan = self._make_plan(epoch)
         num_batches = len(plan) if max_batches is None else min(len(plan), max_batches)
         if start:
@@ -266,7 +267,7 @@ class MapReader(IsolatedReader):
         fetcher, indices = self._source.fetcher, self._plan.indices(position)
         if fetcher.is_drawless:
             return fetcher.fetch(indices, self.epoch, position, no_seed)
-        return isolate(lambda seed: fetcher.fetch(indices, self.epoch, position, seed))
+        return isolate(lambda seed: fetcher.fetch(indices, self.epoch, position, seed), position)
 
 
 def no_seed(seed: Callable[[], int]) -> None:

@@ -55,6 +55,7 @@ class ShardedSource:
         self._reader: ShardedReader | None = None
 
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> ShardedReader:
+        self.randomness.drop_suspicions()
         self._reader = reader = ShardedReader(self, epoch, max_batches)
         found, self._found = self._found, None
         if start:
@@ -200,7 +201,7 @@ class ShardedReader(IsolatedReader):
 
     def _fetched(self, turn: Turn, isolate: Any) -> Batch:
         number, shard = self.job(turn)
-        batch = isolate(lambda seed: self._fetcher.fetch(shard, self.epoch, number, seed))
+        batch = isolate(lambda seed: self._fetcher.fetch(shard, self.epoch, number, seed), turn)
         if not self._source.has_begun:
             self._source.has_begun = True
             now = dict(self._fetcher.plain_state())

@@ -64,6 +64,9 @@ def describe_convoy(report: GilReport, thread: str, num_steps: int) -> str | Non
     for share in stages:
         for name, part in share.blame.items():
             blamed[name] += part * waited[share.stage]
+    blamed.pop("nobody", None)  # it was free: the loop waited for a core
+    if sum(blamed.values()) < CONVOY_RATIO * report.wall_s:
+        return None
     holder, stage = max(blamed, key=blamed.__getitem__), max(waited, key=waited.__getitem__)
     cost_ms = 1e3 * sum(waited.values()) / max(num_steps, 1)
     return (

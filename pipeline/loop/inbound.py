@@ -212,9 +212,11 @@ class Inbound:
         report = self.chooser.report
         if not self._num_in_line:
             return report
-        waited = f"{self._num_in_line} made by the loop thread, while processes started"
-        place = report.place if self._is_in_place else "textbook"
-        return replace(report, place=place, reason=f"{report.reason}; {waited}")
+        if self._is_in_place:
+            waited = f"{self._num_in_line} made by the loop thread, while processes started"
+            return replace(report, reason=f"{report.reason}; {waited}")
+        missed = f"all {self._num_in_line} made by the loop thread: its processes were not ready in time"
+        return replace(report, place="textbook", reason=f"and not {report.place}, {report.reason}; {missed}")
 
     def _wait_for_processes(self) -> bool:
         assert self._processes is not None

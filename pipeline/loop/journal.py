@@ -67,8 +67,14 @@ class Journal:
     def num_undelivered(self) -> int:
         return len(self._rows)
 
-    def note_step(self, done: StepDone, values: dict[str, float]) -> None:
-        """Take a step's numbers; make a row if it is its turn."""
+    def note_step(self, done: StepDone, values: dict[str, float], *, reached: int | None = None) -> None:
+        """Take a step's numbers; make a row if it is its turn.
+
+        Args:
+            done: The step.
+            values: Its numbers; kept.
+            reached: The step that the loop had reached when it put them here; the last one unless told.
+        """
         loss = values["train/loss"]
         was_skipped = bool(values.pop(SKIPPED, 0.0))
         self.losses.append(loss)
@@ -81,7 +87,7 @@ class Journal:
         if self.on_step is not None:
             self.on_step(done, values)
         if done.step % self._every_n == 0:
-            if self._max_lag is not None and self.last_step() - done.step > self._max_lag:
+            if self._max_lag is not None and (reached or self.last_step()) - done.step > self._max_lag:
                 self.num_dropped += 1
             else:
                 self._rates.add_to(values, done)

@@ -7,6 +7,7 @@ a read and goes on; the writer thread waits for the numbers and writes them, in 
 from __future__ import annotations
 
 import time
+from collections import deque
 from math import isfinite
 from typing import NamedTuple, Protocol, TypeAlias
 
@@ -75,7 +76,7 @@ class DirectOutbound:
         self.max_lag_steps, self.max_lag_s = 0, 0.0
         self.writer_cpu_s: float | None = None
         self._read, self._journal = backend.read, journal
-        self._kept: list[tuple[StepDone, dict[str, float]]] = []
+        self._kept: deque[tuple[StepDone, dict[str, float]]] = deque()
         self._due_s = 0.0
 
     def put_step(self, done: StepDone, scalars: Scalars) -> None:
@@ -94,10 +95,10 @@ class DirectOutbound:
             self.settle()
 
     def settle(self) -> None:
-        kept, self._kept = self._kept, []
         try:
-            for done, values in kept:
-                self._journal.note_step(done, values)
+            while self._kept:  # one that is interrupted leaves the rest for the next call
+                done, values = self._kept.popleft()
+                self._journal.note_step(done, values, reached=done.step)
         finally:
             self._journal.deliver()
 

@@ -14,8 +14,11 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
-from pipeline import SimulatedBackend, Trainer
-from pipeline.data.randomness import _HOOKABLE, _UNHOOKABLE, GeneratorMode
+from pipeline import Loader, SimulatedBackend, Trainer
+from pipeline.data.generator_mode import _HOOKABLE, _UNHOOKABLE, GeneratorMode
+from pipeline.data.generators import NumpyGenerator
+from pipeline.data.randomness import SampleRandomness, ThreadRandomness, UnhookableDrawError
+from pipeline.seeding import sample_seed
 from tests.textbook import assert_same_weights, build_model, seeded_batches, textbook, weights
 
 
@@ -300,3 +303,99 @@ def test_a_loader_whose_draws_cannot_be_hooked_stays_on_the_loop_thread():
         )
         losses.append(result.losses)
     assert losses[0] == losses[1]
+
+
+class Late(Dataset):
+    """Rows of an index and a number that is drawn of some samples only."""
+
+    def __init__(self, draw, drawing, size=40):
+        self.draw, self.drawing, self.size = draw, frozenset(drawing), size
+        self.has_drawn = threading.Event()
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        if index not in self.drawing:
+            return torch.tensor([float(index), 0.0])
+        number = self.draw()
+        self.has_drawn.set()
+        return torch.tensor([float(index), number])
+
+    def promised(self):
+        """Return the rows of epoch 0, every sample made after seeding NumPy."""
+        state, rows = np.random.get_state(), []
+        for index in range(self.size):
+            NumpyGenerator().seed(sample_seed(0, 0, index))
+            rows.append(self[index])
+        np.random.set_state(state)
+        return torch.stack(rows)
+
+
+@pytest.mark.filterwarnings("ignore:random numbers were drawn")
+def test_a_draw_whose_batch_is_never_used_acquits_nobody():
+    """The loop was left before the batch came; another one says nothing of it."""
+    data = Late(np.random.rand, range(6, 40))
+    promised = data.promised()
+    data.has_drawn.clear()
+    loader = Loader(data, batch_size=2, placement="inline")
+    batches = iter(loader)
+    next(batches)
+    assert data.has_drawn.wait(10)
+    batches.close()
+    loader.epoch = 0
+    assert torch.equal(torch.cat(list(loader)), promised)
+
+
+def test_a_batch_made_again_acquits_only_itself():
+    """Of two threads that saw a generator move, one whose batch draws nothing says nothing of the other."""
+    randomness = SampleRandomness()
+    one, other = ThreadRandomness(randomness), ThreadRandomness(randomness)
+    for thread, batch in ((one, 4), (other, 3)):
+        with pytest.raises(UnhookableDrawError):
+            thread.make(lambda seed: np.random.rand(), batch)
+    randomness.on_loop_thread(lambda seed: None, 3)
+    assert randomness.innocent == set()
+    assert len(randomness.suspects) == 2
+    randomness.on_loop_thread(lambda seed: (seed and seed(lambda: 5)) or np.random.rand(), 4)
+    assert randomness.innocent == set()
+    assert randomness.drawn == ("numpy.random",)
+    assert not randomness.suspects
+
+
+def test_a_batch_that_draws_nothing_acquits_the_generator_that_the_model_moved():
+    """When every suspect's batch has been made, here or on a thread, and none of them drew."""
+    randomness = SampleRandomness()
+    one, other = ThreadRandomness(randomness), ThreadRandomness(randomness)
+    for thread, batch in ((one, 4), (other, 3)):
+        with pytest.raises(UnhookableDrawError):
+            thread.make(lambda seed: np.random.rand(), batch)
+    one.make(lambda seed: None, 4)
+    randomness.on_loop_thread(lambda seed: None, 3)
+    assert randomness.innocent == {"numpy.random"}
+
+
+@pytest.mark.filterwarnings("ignore:random numbers were drawn")
+@pytest.mark.parametrize("settings", [
+    {"placement": "inline"}, {"placement": "thread", "num_workers": 2},
+    {"placement": "process", "num_workers": 1, "threads_per_worker": 2},
+], ids=lambda each: each["placement"])  # fmt: skip
+@pytest.mark.parametrize("has_one_in_store", [True, False])
+def test_the_second_normal_number_of_numpys_pair_is_seen(settings, has_one_in_store):
+    """It is taken from a store beside the generator, which does not move."""
+    data = Late(np.random.randn, range(6, 40))
+    promised = data.promised()
+    np.random.seed(0)
+    if has_one_in_store:
+        np.random.randn()
+    del data.has_drawn  # it does not pickle
+    data.has_drawn = _NoEvent()
+    with Loader(data, batch_size=1, **settings) as loader:
+        assert torch.equal(torch.cat(list(loader)), promised)
+
+
+class _NoEvent:
+    """Told, and does nothing."""
+
+    def set(self):
+        """Do nothing."""

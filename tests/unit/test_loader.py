@@ -165,7 +165,7 @@ def test_what_the_loop_thread_made_meanwhile_is_said():
     with Loader(Augmented(8), batch_size=4, placement="process", num_workers=1) as loader:
         next(iter(loader))
         assert loader.placement.place == "textbook"
-        assert "by the settings; 1 made by the loop thread, while processes started" in str(loader.placement)
+        assert "process × 1, by the settings; all 1 made by the loop thread" in str(loader.placement)
 
 
 def test_the_switch_interval_is_short_only_while_threads_make_batches(monkeypatch):

@@ -15,6 +15,8 @@ from pipeline import ConfigError, Row, SimulatedBackend, Trainer
 from pipeline.concurrency import Scope, Writer
 from pipeline.errors import NonFiniteError
 from pipeline.loggers import LoggerGroup, LoggerTime
+from pipeline.loop.outbound import DirectOutbound
+from pipeline.loop.rates import StepDone
 from pipeline.protocols import RunInfo
 from pipeline.report import OutboundReport
 from pipeline.testing import Gate, InMemoryLogger
@@ -308,3 +310,35 @@ def test_the_bound_and_the_policy_are_settings():
     assert "log_overflow must be wait, drop, grow, got 'lose'" in str(caught.value)
     with pytest.raises(ConfigError, match="max_log_lag must be 1 or more, got 0"):
         Trainer(max_log_lag=0)
+
+
+def test_a_textbook_loop_drops_no_row():
+    """Nothing can be behind where the loop itself writes, however many rows it keeps for a moment."""
+    logger = InMemoryLogger()
+    fit(loggers=[logger], num_steps=60, log_overflow="drop", max_log_lag=2, schedule="textbook")
+    assert steps_of(logger) == list(range(1, 61))
+
+
+def test_an_interrupt_among_the_kept_rows_loses_none_behind_it():
+    """The row under way is lost to the interrupt; the others are written when the run ends."""
+    noted = []
+
+    class Noting:
+        on_step = None
+
+        def note_step(self, done, values, *, reached):
+            if done.step == 3:
+                raise KeyboardInterrupt
+            noted.append(done.step)
+
+        def deliver(self):
+            pass
+
+    outbound = DirectOutbound(SimulatedBackend(), Noting())
+    outbound._due_s = 1e9
+    for step in range(1, 7):
+        outbound.put_step(StepDone(step, 0, 1, 0, 0.0, 1, 0), {"train/loss": 1.0})
+    with pytest.raises(KeyboardInterrupt):
+        outbound.settle()
+    outbound.settle()
+    assert noted == [1, 2, 4, 5, 6]

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from pipeline import ConfigError, StageError, Trainer
 from pipeline.batch import Row, map_tensors, num_samples
+from pipeline.data.collate import collate_samples
 from pipeline.data.generators import PythonGenerator, TorchGenerator, global_generators
 from pipeline.data.sampler import BatchPlan
 from pipeline.loggers import JsonlLogger, ProgressBar
@@ -254,3 +255,20 @@ def test_the_layout_of_pythons_generator_is_checked(monkeypatch):
     before = generator.fingerprint()
     random.random()
     assert generator.fingerprint() != before
+
+
+@pytest.mark.parametrize("samples", [
+    [(torch.ones(2), 1), (torch.zeros(2), 2)], [(1.5, "a", b"b"), (2.5, "c", b"d")], [(np.ones(2), True)] * 2,
+    [((1, torch.ones(1)), {"x": 2})] * 3, [(None, 1)], [(1, 2), (1,)], [(1, 2), iter((1, 2))],
+    [(1, 2), [1, 2]],
+    [(torch.ones(2),), (torch.ones(3),)], [()], [[1, 2], [3, 4]],
+], ids=repr)  # fmt: skip
+def test_a_batch_is_that_of_default_collate(samples):
+    """In value, type and failure."""
+    found = []
+    for collate in (collate_samples, torch.utils.data.default_collate):
+        try:
+            found.append(repr(collate(list(samples))))
+        except Exception as error:
+            found.append(repr(error))
+    assert found[0] == found[1]
