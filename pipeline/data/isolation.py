@@ -13,7 +13,8 @@ from __future__ import annotations
 import threading
 
 from pipeline.concurrency import SharedLock
-from pipeline.data.randomness import Made, Make, SampleRandomness, ThreadRandomness, UnhookableDrawError
+from pipeline.data.generator_mode import UnhookableDrawError
+from pipeline.data.randomness import Made, Make, SampleRandomness, ThreadRandomness
 
 
 class Isolation:

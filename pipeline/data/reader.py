@@ -14,8 +14,9 @@ import torch
 
 from pipeline.batch import Batch
 from pipeline.data.fetch import Fetcher
+from pipeline.data.generator_mode import UnhookableDrawError
 from pipeline.data.generators import TorchGenerator
-from pipeline.data.randomness import SampleRandomness, ThreadRandomness, UnhookableDrawError
+from pipeline.data.randomness import SampleRandomness, ThreadRandomness
 from pipeline.data.sampler import Plan
 
 END: Any = object()
