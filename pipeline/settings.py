@@ -113,10 +113,10 @@ class Settings:
             ``skip`` and on a device that runs ahead the gradients too. The weights stay clean, and
             ``nonfinite.jsonl`` in the run folder has the samples.
         schedule: ``textbook`` fetches, steps, reads the loss and logs, one after the other on one
-            thread. ``overlap`` fetches ahead on a prefetch thread and reads and logs behind on a
-            writer thread. Losses and weights are the same. ``auto`` reads and logs behind the loop on a
-            device that runs ahead of the host, at each step on one that does not, and leaves where
-            batches are made to `placement`.
+            thread; the loggers are told every 50 ms or so. ``overlap`` fetches ahead on a prefetch
+            thread and reads and logs behind on a writer thread. Losses and weights are the same.
+            ``auto`` reads and logs behind the loop on a device that runs ahead of the host, at each
+            step on one that does not, and leaves where batches are made to `placement`.
         placement: Where batches are made: ``inline``, on the prefetch thread; ``thread``, on several, which
             is for work that releases the GIL; ``process``, in worker processes, for work that holds it.
             ``auto`` tries on the run which is fastest, the loop thread included (with ``schedule=overlap``

@@ -27,7 +27,7 @@ from benchmarks.compare.workloads import WORKLOADS, Workload
 from benchmarks.measure import OtherLoad, describe_machine, interleave
 
 
-def compare(workload: Workload, device: str, num_rounds: int, families: list[str]) -> Result:
+def compare(workload: Workload, device: str, num_rounds: int, families: list[str], own: list[str]) -> Result:
     """Measure all variants of one workload on one device, interleaved."""
     is_simulated, others = device == "simulated", OtherLoad()
     tuned, settings = tune(workload, families, is_simulated=is_simulated)
@@ -38,7 +38,7 @@ def compare(workload: Workload, device: str, num_rounds: int, families: list[str
         found.setdefault(name, []).append(measured.first_ms)
         return measured.step_ms
 
-    variants = {**fixed(), **tuned}
+    variants = {**fixed(own), **tuned}
     times = interleave({name: partial(timed, name) for name in variants}, num_rounds)
     predicted = ours.predict(workload, is_simulated=is_simulated)
     shown = times, found, settings, predicted
@@ -61,6 +61,7 @@ def main() -> None:
     parser.add_argument("--device", choices=("cpu", "simulated"), default="cpu")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--peers", default=",".join(candidates()), help="families; nothing for none")
+    parser.add_argument("--ours", default=",".join(ours.VARIANTS), help="variants of this project")
     parser.add_argument("--json", type=Path, help="add the times to this file")
     parser.add_argument("--table", type=Path, nargs="+", help="print what these files hold, measure nothing")
     parser.add_argument("--png", type=Path, metavar="FOLDER", help="draw plots")
@@ -74,7 +75,8 @@ def main() -> None:
         print(describe_machine())
         for workload in WORKLOADS:
             if workload.name in options.only.split(","):
-                results.append(compare(workload, options.device, options.rounds, options.peers.split(",")))
+                asked = options.rounds, options.peers.split(","), options.ours.split(",")
+                results.append(compare(workload, options.device, *asked))
                 print(describe(results[-1]), flush=True)
                 keep(options.json, results[-1])
     print(f"\n{summary(results)}")

@@ -13,6 +13,7 @@ from pipeline.report.ceilings import StepCost, predict_all
 from pipeline.settings import Placement
 
 PLACES = tuple(each for each in ("inline", "thread", "process") if each in get_args(Placement))
+VARIANTS = ("textbook", *PLACES, "auto")
 
 SETTLING_TIMES = 5  # `auto` tries places, and processes start, for some seconds; steady state comes after
 

@@ -38,9 +38,8 @@ def candidates() -> dict[str, dict[str, Run]]:
     }
 
 
-def fixed() -> dict[str, Run]:
-    """Return what has nothing to tune: the baseline, the bound, and this project."""
-    places = ("textbook", *ours.PLACES, "auto")
+def fixed(places: Iterable[str] = ours.VARIANTS) -> dict[str, Run]:
+    """Return what has nothing to tune: the baseline, the bound, and this project's variants."""
     own = {f"ours {place}": partial(ours.ours, place=place) for place in places}
     return {"textbook": loops.textbook, "headspace": loops.headspace, **own}
 

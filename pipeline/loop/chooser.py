@@ -20,6 +20,7 @@ from pipeline.loop.placement import TEXTBOOK, Job, Place, best_place, is_doubtfu
 from pipeline.report.placement import PlacementReport
 
 LOOK_S, TRIAL_S, WATCH_S = 0.05, 0.3, 2.0
+SEE_MS = 50.0
 MIN_BATCHES = 6
 WARM_UP_BATCHES = 2  # of a place: threads start, belts fill, memory is touched for the first time
 GIVE_UP_RATIO = 1.5  # a trial that is so much slower than the best ends at once
@@ -69,7 +70,8 @@ class Auto:
         self._workers, self._name, self._clock = workers, name, clock
         self._pause_s, self._settled_s, self._is_doubtful = FIRST_PAUSE_S, 0.0, False
         self._tried: dict[Place, float] = {}
-        self._place = TEXTBOOK
+        self._place, self._pauses_seen = TEXTBOOK, 0
+        self._seen_s: float | None = None
         self._reader: Reader | None = None
         self._num_shards = 0  # of data that another place first reads again, shard by shard
         self._look()
@@ -90,11 +92,20 @@ class Auto:
         return not self._is_over
 
     def watch(self, batches: Generator[Batch]) -> Generator[Batch]:
-        """Pass on the batches of the place chosen last, and time them."""
+        """Pass on the batches of the place chosen last, and time them; once settled, only many together."""
         clock, core = self._clock, self._core_s
+        self._num_unseen, self._seen_s = 0, None  # what was between two epochs is no time of the place
         num_pauses = self._workers.num_pauses()
         asked_s, asked_core_s = clock(), core()
         for batch in batches:
+            if self._is_quiet:
+                yield batch
+                self._num_unseen += 1
+                if self._num_unseen == self._see_every:
+                    self._see()
+                    num_pauses = self._workers.num_pauses()
+                    asked_s, asked_core_s = clock(), core()
+                continue
             there_s, there_core_s = clock(), core()
             yield batch
             done_s = clock()
@@ -137,7 +148,10 @@ class Auto:
         """Begin to time a place; one that was settled on only in order to see it change."""
         self._is_over = place != self._place  # else it goes on, with its threads and what they have made
         self._place, self._settled_ms, self._num_slow, self._trial_s = place, settled_ms, 0, 0.0
-        self._restart(-WARM_UP_BATCHES - self._num_shards)
+        self._is_quiet = settled_ms is not None and not self._wanted_processes
+        self._see_every = 1 if settled_ms is None else max(1, min(int(SEE_MS / max(settled_ms, 1e-3)), 64))
+        self._num_unseen, self._seen_s = 0, None
+        self._restart(0 if self._is_quiet else -WARM_UP_BATCHES - self._num_shards)
 
     def _restart(self, num_batches: int) -> None:
         self._num_batches, self._wait_s, self._step_s, self._wait_core_s = num_batches, 0.0, 0.0, 0.0
@@ -157,6 +171,19 @@ class Auto:
         self._step_s += step_s
         self._wait_core_s += wait_core_s
         if self._is_timed() if self._settled_ms is None else self._has_news(self._settled_ms):
+            self._record()
+
+    def _see(self) -> None:
+        """Count the batches since the last time, if nothing else was done meanwhile."""
+        now_s, num_pauses = self._clock(), self._workers.num_pauses()
+        before_s, pauses_before = self._seen_s, self._pauses_seen
+        self._seen_s, self._pauses_seen = now_s, num_pauses
+        num_batches, self._num_unseen = self._num_unseen, 0
+        if before_s is None or num_pauses != pauses_before or self._settled_ms is None:
+            return
+        self._num_batches += num_batches
+        self._wait_s += now_s - before_s
+        if self._has_news(self._settled_ms):
             self._record()
 
     def _core_s(self) -> float:
