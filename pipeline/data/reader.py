@@ -267,9 +267,5 @@ class MapReader(IsolatedReader):
             return END
         fetcher, indices = self._source.fetcher, self._plan.indices(position)
         if fetcher.is_drawless:
-            return fetcher.fetch(indices, self.epoch, position, no_seed)
+            return fetcher.fetch(indices, self.epoch, position, None)
         return isolate(lambda seed: fetcher.fetch(indices, self.epoch, position, seed), position)
-
-
-def no_seed(seed: Callable[[], int]) -> None:
-    """Seed nothing: for data that is known to draw nothing."""

@@ -23,6 +23,7 @@ import torch
 from torch.utils.data import default_collate
 
 from pipeline.batch import Batch
+from pipeline.data.collate import collate_samples
 from pipeline.data.fetch import COLLATING, FETCHING, CollateFn, SeedSample, plain_attributes
 from pipeline.data.reader import END
 from pipeline.data.worker_info import told, worker_info
@@ -150,8 +151,9 @@ class ShardFetcher:
             shard.next = position + 1
         try:
             with COLLATING:
-                collate = default_collate_fn if self.makes_fresh_batches else None
-                batch = END if samples is None else (collate or self._collate_fn)(samples)
+                plain = default_collate_fn or collate_samples
+                collate = plain if self.makes_fresh_batches else self._collate_fn
+                batch = END if samples is None else collate(samples)
         except Exception as error:
             add_stage_note(error, "collate", shard=self._name(number), batch=position, epoch=epoch)
             raise

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data._utils.collate import collate, collate_tensor_fn, default_collate_fn_map
+from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
 
 from pipeline.concurrency import answer_jobs, map_slots, pickled_error, view_slot
+from pipeline.data.collate import collate_samples
 from pipeline.data.fetch import Fetcher, SeedSample
 from pipeline.data.isolation import Isolation
 from pipeline.data.packing import Arena, Packed, pack, unpack, view
-from pipeline.data.reader import END, no_seed
+from pipeline.data.reader import END
 from pipeline.data.shard_fetch import ShardFetcher
 
 JOB = struct.Struct("=qqqqq")
@@ -122,7 +123,7 @@ class Worker:
     def _make(self, arena: Arena, indices: torch.Tensor, epoch: int, position: int) -> Any:
         fetcher, collate_fn = self._fetcher, _collate_into(arena)
         if fetcher.is_drawless:
-            return fetcher.fetch(indices, epoch, position, no_seed)
+            return fetcher.fetch(indices, epoch, position, None)
 
         def make(seed_sample: SeedSample | None) -> Any:
             arena.clear()  # what was made before in vain
@@ -146,4 +147,4 @@ def _collate_into(arena: Arena) -> Callable[[list[Any]], Any]:
         return torch.stack(list(tensors), 0, out=out)
 
     functions = {**default_collate_fn_map, torch.Tensor: stack}
-    return lambda samples: collate(samples, collate_fn_map=functions)
+    return lambda samples: collate_samples(samples, functions)

@@ -388,8 +388,7 @@ def test_the_second_normal_number_of_numpys_pair_is_seen(settings, has_one_in_st
     np.random.seed(0)
     if has_one_in_store:
         np.random.randn()
-    del data.has_drawn  # it does not pickle
-    data.has_drawn = _NoEvent()
+    data.has_drawn = _NoEvent()  # which pickles
     with Loader(data, batch_size=1, **settings) as loader:
         assert torch.equal(torch.cat(list(loader)), promised)
 

@@ -262,7 +262,7 @@ def test_the_layout_of_pythons_generator_is_checked(monkeypatch):
     [((1, torch.ones(1)), {"x": 2})] * 3, [(None, 1)], [(1, 2), (1,)], [(1, 2), iter((1, 2))],
     [(1, 2), [1, 2]],
     [(torch.ones(2),), (torch.ones(3),)], [()], [[1, 2], [3, 4]],
-], ids=repr)  # fmt: skip
+])  # fmt: skip
 def test_a_batch_is_that_of_default_collate(samples):
     """In value, type and failure."""
     found = []
