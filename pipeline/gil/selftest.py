@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
 from collections.abc import Callable
 from typing import Any, TypeAlias
@@ -20,12 +21,18 @@ Ask: TypeAlias = Callable[[str], dict[str, Any]]
 
 def hold_gil(sleep_us: int) -> None:
     """Sleep in a call that does not release the GIL; it uses no processor time."""
-    ctypes.PyDLL(None).usleep(ctypes.c_uint(sleep_us))
+    _usleep(ctypes.PyDLL)(ctypes.c_uint(sleep_us))
 
 
 def release_gil(sleep_us: int) -> None:
     """Sleep in a call that releases the GIL."""
-    ctypes.CDLL(None).usleep(ctypes.c_uint(sleep_us))
+    _usleep(ctypes.CDLL)(ctypes.c_uint(sleep_us))
+
+
+@functools.cache
+def _usleep(library: type[ctypes.CDLL]) -> Callable[[ctypes.c_uint], int]:
+    """Find the function once: to look for it holds the GIL for 50 us and more, which would be no known call."""
+    return library(None).usleep
 
 
 def sees_waiters(ask: Ask) -> bool:
