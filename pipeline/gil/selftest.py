@@ -31,7 +31,7 @@ def release_gil(sleep_us: int) -> None:
 
 @functools.cache
 def _usleep(library: type[ctypes.CDLL]) -> Callable[[ctypes.c_uint], int]:
-    """Find the function once: to look for it holds the GIL for 50 us and more, which would be no known call."""
+    """Find it once: to look for it holds the GIL for 50 us and more, which nobody could know."""
     return library(None).usleep
 
 

@@ -10,13 +10,21 @@ import logging
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
-from typing import Protocol
 
 from pipeline.batch import Batch
 from pipeline.concurrency import available_cores
 from pipeline.data import Reader
 from pipeline.errors import PipelineError
-from pipeline.loop.placement import TEXTBOOK, Job, Place, best_place, is_doubtful, next_trial
+from pipeline.loop.placement import (
+    TEXTBOOK,
+    Job,
+    Place,
+    best_place,
+    is_doubtful,
+    next_trial,
+    to_time_again,
+)
+from pipeline.loop.places import Workers
 from pipeline.report.placement import PlacementReport
 
 LOOK_S, TRIAL_S, WATCH_S = 0.05, 0.3, 2.0
@@ -28,30 +36,6 @@ CHANGED_RATIO = 1.3  # a job so much slower than when its place was chosen is lo
 FIRST_PAUSE_S = 10.0  # before it is looked at again; doubled each time
 
 logger = logging.getLogger("pipeline")
-
-
-class Workers(Protocol):
-    """Starts worker processes without waiting for them.
-
-    Attributes:
-        num_pauses: Returns how often the loop did something else than train, such as validate.
-    """
-
-    num_pauses: Callable[[], int]
-
-    def start_processes(self, num_workers: int, num_threads: int = 1) -> bool:
-        """See that they are there or on their way; say whether they are there.
-
-        Args:
-            num_workers: How many.
-            num_threads: Of each.
-
-        Raises:
-            PipelineError: If the data cannot be taken to a process.
-        """
-
-    def stop_processes(self) -> None:
-        """Let go of them."""
 
 
 class Auto:
@@ -70,6 +54,7 @@ class Auto:
         self._workers, self._name, self._clock = workers, name, clock
         self._pause_s, self._settled_s, self._is_doubtful = FIRST_PAUSE_S, 0.0, False
         self._tried: dict[Place, float] = {}
+        self._timed_again: set[Place] = set()
         self._place, self._pauses_seen = TEXTBOOK, 0
         self._seen_s: float | None = None
         self._reader: Reader | None = None
@@ -137,7 +122,7 @@ class Auto:
 
     def _look(self) -> None:
         """Begin again, in the textbook loop."""
-        self._tried = {}
+        self._tried, self._timed_again = {}, set()
         self._job: Job | None = None
         self._has_processes, self._obstacle = True, ""
         self._wanted_processes: Place | None = None
@@ -231,7 +216,7 @@ class Auto:
         self._move(self._reader)
 
     def _move(self, reader: Reader) -> None:
-        """Begin the next trial, or settle."""
+        """Begin the next trial, or one again, or settle."""
         self._job = self._measured(reader)
         self._wanted_processes = None
         while (trial := next_trial(self._job, self._tried)) is not None:
@@ -244,7 +229,13 @@ class Auto:
                 self._wanted_processes = trial
                 break
             self._job = replace(self._job, has_processes=False)
-        self._settle()
+        again = None if self._num_shards else to_time_again(self._tried, self._timed_again)
+        if again is None:
+            self._settle()
+            return
+        self._reason = "won narrowly, and is being timed again"
+        self._timed_again.add(again)
+        self._begin(again)
 
     def _measured(self, reader: Reader) -> Job:
         job = self._job or Job(

@@ -14,7 +14,7 @@ shorter switch interval helps a little.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ from pipeline.settings import PlaceName
 
 MIN_GAIN = 0.03  # of a step; less is in the noise, and the simpler place is kept
 MIN_PROCESS_GAIN = 0.08  # processes have a price besides: memory, and seconds to start
+NARROW_GAIN = 0.2  # of the textbook loop's time; a win by less is looked at twice
 DOUBTFUL_RATIO = 1.2
 MAX_THREADS = 32  # in all, where they are shared out to processes
 LATENCY_RATIO = 0.5  # from here on making a batch is waiting, which any number of threads can do
@@ -106,6 +107,19 @@ def best_place(tried: Mapping[Place, float]) -> Place:
     good = [place for place, ms in tried.items() if ms <= best_ms * (1 + MIN_GAIN)]
     simplest_first = ("textbook", "inline", "thread", "process")
     return min(good, key=lambda place: (simplest_first.index(place.name), *place[1:]))
+
+
+def to_time_again(tried: Mapping[Place, float], timed_again: Container[Place]) -> Place | None:
+    """Return a place to time a second time, which then counts, or None if the best one may be settled on.
+
+    A run's first steps are slow, and a machine's speed changes by a tenth from one second to the next: the
+    textbook loop may have been behind for that alone. So a place that wins narrowly has to win against a
+    second window of the textbook loop, twice.
+    """
+    best = best_place(tried)
+    if best == TEXTBOOK or tried[best] < (1 - NARROW_GAIN) * tried[TEXTBOOK]:
+        return None
+    return next((place for place in (TEXTBOOK, best) if place not in timed_again), None)
 
 
 def is_doubtful(job: Job, tried: Mapping[Place, float]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -25,6 +25,30 @@ STAGES = ("put", "fetch", "transfer")
 PUT, FETCH, TRANSFER = range(3)
 
 Make: TypeAlias = Callable[[int], Batch]
+
+
+class Workers(Protocol):
+    """Starts worker processes without waiting for them.
+
+    Attributes:
+        num_pauses: Returns how often the loop did something else than train, such as validate.
+    """
+
+    num_pauses: Callable[[], int]
+
+    def start_processes(self, num_workers: int, num_threads: int = 1) -> bool:
+        """See that they are there or on their way; say whether they are there.
+
+        Args:
+            num_workers: How many.
+            num_threads: Of each.
+
+        Raises:
+            PipelineError: If the data cannot be taken to a process.
+        """
+
+    def stop_processes(self) -> None:
+        """Let go of them."""
 
 
 def always() -> bool:
