@@ -18,6 +18,7 @@ import argparse
 import statistics
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -92,14 +93,16 @@ def duel(workload: Workload, run: Run, num_turns: int, num_steps: int) -> list[f
         finally:
             baton.drop(0)
 
-    thread = threading.Thread(target=run_textbook, name="textbook")
-    thread.start()
-    baton.wait(1)
-    try:
-        run(other)
-    finally:
-        baton.drop(1)
-        thread.join()
+    def run_other() -> None:
+        baton.wait(1)
+        try:
+            run(other)
+        finally:
+            baton.drop(1)
+
+    with ThreadPoolExecutor(2) as pool:  # neither is the main thread, which gets its memory elsewhere
+        for done in [pool.submit(run_textbook), pool.submit(run_other)]:
+            done.result()
     pairs = zip(textbook.turns_ms[SKIPPED_TURNS:], other.turns_ms[SKIPPED_TURNS:], strict=False)
     return [base / own for base, own in pairs]
 
