@@ -27,13 +27,24 @@ def sample_seed(seed: int, epoch: int, index: int) -> int:
         Steele, Lea and Flood, "Fast splittable pseudorandom number generators" (2014): the
         finalizer of SplitMix64, applied once for each input.
     """
-    mixed = 0
-    for part in (seed, epoch, index):
-        mixed = (mixed + part + 0x9E3779B97F4A7C15) & _MASK
-        mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
-        mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
-        mixed ^= mixed >> 31
-    return mixed >> 1
+    return seed_in_epoch(epoch_key(seed, epoch), index)
+
+
+def epoch_key(seed: int, epoch: int) -> int:
+    """Mix what the samples of an epoch have in common, once for all of them."""
+    return _mix(_mix(0, seed), epoch)
+
+
+def seed_in_epoch(key: int, index: int) -> int:
+    """Return the `sample_seed` of a sample, given the key of its epoch."""
+    return _mix(key, index) >> 1
+
+
+def _mix(mixed: int, part: int) -> int:
+    mixed = (mixed + part + 0x9E3779B97F4A7C15) & _MASK
+    mixed = ((mixed ^ (mixed >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    mixed = ((mixed ^ (mixed >> 27)) * 0x94D049BB133111EB) & _MASK
+    return mixed ^ (mixed >> 31)
 
 
 def shuffle_generator(seed: int, epoch: int) -> torch.Generator:

@@ -11,9 +11,10 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 
 from pipeline.batch import Batch
 from pipeline.data.collate import collate_samples
+from pipeline.data.sampler import Indices
 from pipeline.errors import StageError, add_stage_note
 from pipeline.gil import stage
-from pipeline.seeding import sample_seed
+from pipeline.seeding import epoch_key, seed_in_epoch
 
 CollateFn: TypeAlias = Callable[[list[Any]], Batch]
 SeedSample: TypeAlias = Callable[[Callable[[], int]], None]
@@ -45,7 +46,7 @@ class Fetcher:
 
     def fetch(
         self,
-        indices: torch.Tensor,
+        indices: Indices,
         epoch: int,
         position: int,
         seed_sample: SeedSample | None,
@@ -54,7 +55,7 @@ class Fetcher:
         """Make the batch of these samples.
 
         Args:
-            indices: int64 ``[B]``.
+            indices: Of the samples.
             epoch: Counted from 0.
             position: The batch's place in its epoch, for the note on an error.
             seed_sample: Told before each sample is made; None where nothing is seeded.
@@ -69,7 +70,8 @@ class Fetcher:
         if self.is_drawless:
             return [tensor[indices] for tensor in self.dataset.tensors]
         with FETCHING:
-            samples = self._samples(indices.tolist(), epoch, position, seed_sample)
+            numbers = indices.tolist() if isinstance(indices, torch.Tensor) else indices
+            samples = self._samples(numbers, epoch, position, seed_sample)
         try:
             with COLLATING:
                 if self.makes_fresh_batches:
@@ -90,15 +92,16 @@ class Fetcher:
         self, indices: Sequence[int], epoch: int, position: int, seed_sample: SeedSample | None
     ) -> list[Any]:
         index: int | None = None
+        key = 0 if seed_sample is None else epoch_key(self._seed, epoch)
         try:
             if self._has_getitems:
                 if seed_sample is not None:
-                    seed_sample(partial(sample_seed, self._seed, epoch, indices[0]))
+                    seed_sample(partial(seed_in_epoch, key, indices[0]))
                 return list(self.dataset.__getitems__(list(indices)))
             samples, dataset = [], self.dataset
             for index in indices:
                 if seed_sample is not None:
-                    seed_sample(partial(sample_seed, self._seed, epoch, index))
+                    seed_sample(partial(seed_in_epoch, key, index))
                 samples.append(dataset[index])
             return samples
         except Exception as error:

@@ -252,7 +252,7 @@ class MapReader(IsolatedReader):
 
     def indices(self, position: int) -> torch.Tensor:
         """Return the sample indices of the batch at this position: int64 ``[B]``."""
-        return self._plan.indices(position)
+        return torch.as_tensor(self._plan.indices(position))
 
     def close(self) -> None:
         """Hold nothing."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 import torch
 
@@ -13,14 +13,18 @@ from pipeline.seeding import shuffle_generator
 _BLOCK = 256
 
 
+Indices: TypeAlias = "torch.Tensor | list[int]"
+"""The samples of a batch: int64 ``[B]``, or as a list where a sampler gave them so."""
+
+
 class Plan(Protocol):
     """The sample indices of each batch of one epoch."""
 
     def __len__(self) -> int:
         """Return the number of batches."""
 
-    def indices(self, position: int) -> torch.Tensor:
-        """Return the sample indices of the batch at this position: int64 ``[B]``.
+    def indices(self, position: int) -> Indices:
+        """Return the sample indices of the batch at this position.
 
         Runs on:
             Any thread.
@@ -109,7 +113,7 @@ class SamplerPlan:
     def __init__(self, batch_sampler: Iterable[Sequence[int]], num_batches: int) -> None:
         self._num_batches = num_batches
         self._batches: Iterator[Sequence[int]] = iter(batch_sampler)
-        self._taken: list[torch.Tensor] = []
+        self._taken: list[list[int]] = []
         self._lock = threading.Lock()
         if num_batches:
             self.indices(0)
@@ -117,11 +121,18 @@ class SamplerPlan:
     def __len__(self) -> int:
         return self._num_batches
 
-    def indices(self, position: int) -> torch.Tensor:
+    def indices(self, position: int) -> list[int]:
         with self._lock:
             while len(self._taken) <= position:
-                self._taken.append(torch.tensor(next(self._batches)))
+                self._taken.append(_as_ints(next(self._batches)))
             return self._taken[position]
+
+
+def _as_ints(indices: Sequence[Any]) -> list[int]:
+    """Return a sampler's indices as Python's integers; they may be NumPy's, or tensors."""
+    if type(indices) is list and set(map(type, indices)) == {int}:
+        return indices.copy()  # a sampler may go on with its list
+    return torch.tensor(indices).tolist()
 
 
 def num_batches(num_samples: int, batch_size: int, drop_last: bool) -> int:
