@@ -21,6 +21,8 @@ from typing import Any, Protocol
 import numpy.random
 import torch
 
+from pipeline.data.numpy_memory import NumpyMemory
+
 _MT19937_BYTES = 4 * 624 + 4  # the words of the state and the position in it
 _LOOK_BYTES = 4 * 9  # the position and the eight words beside it
 _Look = ctypes.c_char * _LOOK_BYTES
@@ -78,28 +80,26 @@ class NumpyGenerator:
     name = "numpy.random"
 
     def __init__(self) -> None:
-        self._seen: Any = None
-        self._look = _Look()
-        self._stored = _look_at_numpys_gauss(numpy.random.mtrand._rand)
+        self._memory = NumpyMemory.of(numpy.random.mtrand._rand)
 
     def fingerprint(self) -> Hashable:
         legacy = numpy.random.mtrand._rand
-        generator = legacy._bit_generator
-        if generator is not self._seen:
-            if type(generator).__name__ != "MT19937" or self._stored is None:
-                return repr(legacy.get_state(legacy=False))
-            end = generator.ctypes.state_address + _MT19937_BYTES  # the position comes last
-            self._seen, self._look = generator, _Look.from_address(end - _LOOK_BYTES)
-        return self._look.raw, self._stored.raw
+        if self._memory is None or self._memory.generator is not legacy._bit_generator:
+            self._memory = NumpyMemory.of(legacy)
+        return repr(legacy.get_state(legacy=False)) if self._memory is None else self._memory.look()
 
     def state(self) -> Any:
-        return numpy.random.get_state()
+        return self._memory, numpy.random.get_state() if self._memory is None else self._memory.copy()
 
     def restore(self, state: Any) -> None:
-        numpy.random.set_state(state)
+        memory, found = state
+        if memory is None:
+            numpy.random.set_state(found)
+        else:
+            memory.put_back(found)
 
     def seed(self, seed: int) -> None:
-        numpy.random.seed([seed & 0xFFFFFFFF, seed >> 32])
+        numpy.random.seed(seed & 0xFFFFFFFF)  # more bits would take ten times as long
 
 
 class TorchGenerator:
@@ -185,33 +185,6 @@ def _python_state_address() -> int | None:
     expected = struct.pack("=i624I", position, *words)
     address = id(instance) + offset
     return address if ctypes.string_at(address, _MT19937_BYTES) == expected else None
-
-
-def _look_at_numpys_gauss(legacy: Any) -> Any:
-    """Return a view of the normal number that a `RandomState` has in store, and whether it has one.
-
-    Normal numbers are made in pairs, and to take the second one moves nothing else.
-
-    None where that is not sure.
-
-    Source:
-        NumPy's `aug_bitgen_t` (has_gauss, gauss), which lies in the object; sought in one of our own.
-    """
-    if type(legacy) is not numpy.random.RandomState:
-        return None
-    own = numpy.random.RandomState(1)
-    own.standard_normal()
-    stored = struct.pack("d", own.get_state(legacy=False)["gauss"])
-    size = numpy.random.RandomState.__basicsize__
-    at = ctypes.string_at(id(own), size).find(stored) - 8
-    if at < 0:
-        return None
-    look = (ctypes.c_char * 16).from_address(id(own) + at)
-    seen = [look.raw]
-    for _ in range(2):
-        own.standard_normal()
-        seen.append(look.raw)
-    return (ctypes.c_char * 16).from_address(id(legacy) + at) if len(set(seen)) == len(seen) else None
 
 
 def _looks_at_torch(generator: torch.Generator) -> tuple[Any, Any] | None:

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from pipeline import Loader, SimulatedBackend, Trainer
 from pipeline.data.generator_mode import _HOOKABLE, _UNHOOKABLE, GeneratorMode, UnhookableDrawError
+from pipeline.data import numpy_memory
 from pipeline.data.generators import NumpyGenerator
 from pipeline.data.randomness import SampleRandomness, ThreadRandomness
 from pipeline.seeding import sample_seed
@@ -127,6 +128,28 @@ def test_samples_are_those_of_a_seeded_plain_loop(name):
     batches = seeded_batches(Drawing(DRAWS[name]), epochs=2, batch_size=4, shuffle=True)
     losses = textbook(model, torch.optim.SGD(model.parameters(), 0.05), batches)
     assert run(DRAWS[name], "textbook")[0] == losses
+
+
+@pytest.mark.parametrize("is_seen", [True, False])
+@pytest.mark.parametrize("has_one_in_store", [True, False])
+def test_numpys_generator_is_seen_and_put_back_wherever_it_lies(is_seen, has_one_in_store, monkeypatch):
+    """In its memory, and by NumPy's own functions where nobody knows where that is."""
+    if not is_seen:
+        monkeypatch.setattr(numpy_memory, "_STORED_AT", None)
+    generator, before = NumpyGenerator(), np.random.get_state()
+    assert (generator.state()[0] is not None) == is_seen
+    try:
+        if has_one_in_store:
+            np.random.randn()
+        looked, state = generator.fingerprint(), generator.state()
+        expected = [np.random.randn(3).tolist(), np.random.rand(700).tolist()]
+        assert generator.fingerprint() != looked
+        for _ in range(2):
+            generator.restore(state)
+            assert generator.fingerprint() == looked
+            assert [np.random.randn(3).tolist(), np.random.rand(700).tolist()] == expected
+    finally:
+        np.random.set_state(before)
 
 
 @pytest.mark.parametrize("schedule", ["textbook", "overlap"])
