@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
 from pipeline import Loader, SimulatedBackend, Trainer
-from pipeline.data.generator_mode import _HOOKABLE, _UNHOOKABLE, GeneratorMode, UnhookableDrawError
 from pipeline.data import numpy_memory
+from pipeline.data.generator_mode import _HOOKABLE, _UNHOOKABLE, GeneratorMode, UnhookableDrawError
 from pipeline.data.generators import NumpyGenerator
 from pipeline.data.randomness import SampleRandomness, ThreadRandomness
 from pipeline.seeding import sample_seed
