@@ -24,6 +24,7 @@ from pipeline.data import (
 from pipeline.device import Transfer
 from pipeline.errors import ConfigError
 from pipeline.loop.chooser import Auto
+from pipeline.loop.pinned import Pinned
 from pipeline.loop.placement import Place
 from pipeline.loop.places import read_ahead, read_in_line
 from pipeline.loop.threads import ThreadTimes
@@ -51,32 +52,6 @@ class Chooser(Protocol):
         """What was chosen, and why."""
 
 
-class Pinned:
-    """The place that the user named."""
-
-    def __init__(self, place: Place) -> None:
-        self._place = place
-
-    def choose(self, reader: Reader) -> Place:
-        return self._place
-
-    def goes_on(self) -> bool:
-        return True
-
-    def watch(self, batches: Generator[Batch]) -> Generator[Batch]:
-        return batches
-
-    @property
-    def is_settled(self) -> bool:
-        return True
-
-    @property
-    def report(self) -> PlacementReport:
-        place = self._place
-        workers, threads = place.num_workers, place.num_threads
-        return PlacementReport(str(place), "by the settings", num_workers=workers, threads_per_worker=threads)
-
-
 class Inbound:
     """Brings a source's batches to the device, an epoch at a time.
 
@@ -92,6 +67,7 @@ class Inbound:
     Attributes:
         chooser: Of the place.
         is_training: Whether a model is trained on the batches, and not only evaluated.
+        is_in_place: Whether batches are made where they are wanted; else processes are still starting.
         num_pauses: Returns how often the loop did something else than train, such as validate.
 
     Runs on:
@@ -112,11 +88,13 @@ class Inbound:
         self._times, self.is_training, self._in_order = times, False, in_order
         self.num_pauses: Callable[[], int] = _none
         self._source, self._transfer = source, transfer
-        self.chooser: Chooser = Auto(self, source.name) if place is None else Pinned(_for(source, place))
+        self.chooser: Chooser = (
+            Auto(self, source.name) if place is None else Pinned(_for(source, place), self)
+        )
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._opened: Reader | None = None
         self._processes: Processes | None = None
-        self._has_warned = self._is_in_place = False
+        self._has_warned = self.is_in_place = False
         self._num_in_line = 0
 
     def batches(self, epoch: int, max_batches: int | None, start: int = 0) -> Generator[Batch]:
@@ -150,7 +128,7 @@ class Inbound:
 
     def is_ready(self) -> bool:
         """Say whether batches are made where they are to stay: places are tried, processes take a moment."""
-        return self._is_in_place and self.chooser.is_settled
+        return self.is_in_place and self.chooser.is_settled
 
     def close(self) -> None:
         """End what is kept from epoch to epoch."""
@@ -160,7 +138,7 @@ class Inbound:
         goes_on = self.chooser.goes_on
         if place.name == "process":
             return self._made_by_processes(place, reader)
-        self._is_in_place = True
+        self.is_in_place = True
         if place.name != "textbook":
             if reader.is_threadable:
                 ahead = self._made_ahead(reader, max(place.num_workers, 1), goes_on)
@@ -185,10 +163,10 @@ class Inbound:
         counts = place.num_workers, place.num_threads
         if self._processes is not None and self._processes.is_stale(self._source):  # type: ignore[arg-type]
             self.stop_processes()  # somebody has changed the dataset: give it to them anew
-        self._is_in_place = self.start_processes(*counts)
-        if not self._is_in_place and isinstance(reader, ShardedReader) and reader.is_behind:
-            self._is_in_place = self._wait_for_processes()  # or the loop thread would read it all again
-        if not self._is_in_place:  # nobody waits for them to start
+        self.is_in_place = self.start_processes(*counts)
+        if not self.is_in_place and isinstance(reader, ShardedReader) and reader.is_behind:
+            self.is_in_place = self._wait_for_processes()  # or the loop thread would read it all again
+        if not self.is_in_place:  # nobody waits for them to start
             in_line = read_in_line(reader, self._transfer, lambda: not self.start_processes(*counts))
             return self._counted(in_line)
         assert isinstance(reader, MapReader | ShardedReader)
@@ -212,7 +190,7 @@ class Inbound:
         report = self.chooser.report
         if not self._num_in_line:
             return report
-        if self._is_in_place:
+        if self.is_in_place:
             waited = f"{self._num_in_line} made by the loop thread, while processes started"
             return replace(report, reason=f"{report.reason}; {waited}")
         missed = f"all {self._num_in_line} made by the loop thread: its processes were not ready in time"

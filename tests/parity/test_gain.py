@@ -14,7 +14,7 @@ from pipeline import ConfigError, SimulatedBackend, Trainer
 from pipeline.checkpoint import load_model
 from pipeline.loop import gain
 from pipeline.loop.gain import GainMeter, ratio_interval
-from pipeline.loop.inbound import Pinned
+from pipeline.loop.pinned import Pinned
 from pipeline.loop.placement import Place
 from pipeline.loop.rates import StepDone
 from pipeline.settings import Settings

@@ -21,7 +21,7 @@ from torch.utils.data._utils import worker as torch_worker
 from pipeline import Loader, SimulatedBackend, Trainer
 from pipeline.data import END, Processes, as_source
 from pipeline.errors import ConfigError, WorkerDiedError
-from pipeline.loop.inbound import Pinned
+from pipeline.loop.pinned import Pinned
 from pipeline.loop.placement import INLINE, TEXTBOOK, Place
 from pipeline.seeding import sample_seed
 from tests.textbook import assert_same_weights, build_model, textbook, weights

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from pipeline import Loader
 from pipeline.errors import ConfigError, StageError
-from pipeline.loop.inbound import Pinned
+from pipeline.loop.pinned import Pinned
 from pipeline.loop.placement import SWITCHING
 from tests.textbook import seeded_batches
 from tests.workers import Augmented

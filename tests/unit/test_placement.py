@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 
 import pytest
 from hypothesis import given
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from pipeline.errors import ConfigError
 from pipeline.loop.chooser import Auto
+from pipeline.loop.pinned import Pinned
 from pipeline.loop.placement import INLINE, SWITCHING, TEXTBOOK, Job, Place, best_place, next_trial
 
 MS = 1e-3
@@ -287,6 +289,53 @@ def test_a_dataset_that_threads_cannot_read_goes_to_processes(monkeypatch):
     assert machine.run(auto, 500)[-1] == INLINE
     machine.is_threadable = False
     assert machine.run(auto, 500)[-1] == Place("process", 1)
+
+
+class PinnedBelt:
+    """A belt that is in line for a while; then processes make its batches, and each takes so long."""
+
+    def __init__(self, *, process_ms, in_line=400, is_training=True):
+        self.process_ms, self.in_line, self.is_training = process_ms, in_line, is_training
+        self.is_in_place, self.now_s, self.pauses = False, 0.0, 0
+
+    def run(self, num_batches=2000):
+        """Return what was warned of."""
+        pinned = Pinned(PROCESSES[0], self, lambda: self.now_s)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for count in (self.in_line, num_batches):
+                self.is_in_place = count == num_batches
+                for number in pinned.watch(iter(range(count))):
+                    self.now_s += (self.process_ms if self.is_in_place else 10) * MS
+                    if number % 300 == 299:  # a validation
+                        self.now_s += 5
+                        self.pauses += 1
+        return [str(each.message) for each in caught]
+
+    def num_pauses(self):
+        """Return how often something else was done."""
+        return self.pauses
+
+
+def test_a_pinned_process_that_hurts_gets_one_warning():
+    """It is compared with the batches that the loop thread made while it started."""
+    (message,) = PinnedBelt(process_ms=60).run()
+    assert "takes 60 ms" in message
+    assert "took 10 ms" in message
+    assert "placement='auto'" in message
+
+
+@pytest.mark.parametrize(
+    "belt",
+    [
+        pytest.param(PinnedBelt(process_ms=11), id="as fast"),
+        pytest.param(PinnedBelt(process_ms=60, in_line=30), id="nothing to compare with"),
+        pytest.param(PinnedBelt(process_ms=60, is_training=False), id="a loop of the user's own"),
+    ],
+)
+def test_a_pinned_process_is_not_blamed_without_reason(belt):
+    """A tenth is no reason, nor are some first batches, nor what a user does between two batches."""
+    assert belt.run() == []
 
 
 @given(
