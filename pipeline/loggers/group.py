@@ -42,6 +42,7 @@ class LoggerGroup:
         is_off_loop: Whether it is told from a thread of its own; then processor time is measured too.
 
     Attributes:
+        info: As given.
         times: What each one cost so far.
         failures: What each logger that failed has raised.
         busy: The logger that is being told something, by name; None between two.
@@ -53,7 +54,7 @@ class LoggerGroup:
     """
 
     def __init__(self, loggers: Sequence[Logger], info: RunInfo, *, is_off_loop: bool) -> None:
-        self._loggers, self._info, self._is_off_loop = tuple(loggers), info, is_off_loop
+        self._loggers, self.info, self._is_off_loop = tuple(loggers), info, is_off_loop
         self.times = [LoggerTime(name) for name in _names(loggers)]
         self._timed = list(zip(self._loggers, self.times, strict=True))
         self._is_open = self._is_closed = False
@@ -147,7 +148,7 @@ class LoggerGroup:
     def _open(self) -> None:
         if not self._is_open:
             self._is_open = True
-            self._call("open", self._info)
+            self._call("open", self.info)
 
     def _call(self, method: str, *arguments: Any, step: int | None = None) -> None:
         for logger, spent in self._timed:

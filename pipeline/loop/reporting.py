@@ -19,7 +19,7 @@ from pipeline.loop.convoy import warn_harmlessly
 from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
 from pipeline.loop.setup import is_rank_zero
-from pipeline.loop.wiring import plain_settings
+from pipeline.protocols import RunInfo
 from pipeline.report.ceilings import WHERE, StepCost, Where, ceilings, predict_all
 from pipeline.report.costs import RunClocks, stage_lines, step_cost
 from pipeline.report.lanes import lanes_of_trace, make_lanes, make_series, write_trace
@@ -79,7 +79,7 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
         step_ms, wait_ms = gain.overlap_ms, belts.meter.overlap_wait_ms()  # the textbook windows left out
     return RunReport(
         facts=_facts(run, belts, where, num_cores),
-        settings=plain_settings(settings),
+        settings=_settings(journal.loggers.info),
         metrics=dict(journal.last_values) | {k: v for row in run.history for k, v in row.values.items()},
         step_ms=step_ms,
         data_wait_ms=wait_ms,
@@ -112,6 +112,12 @@ def publish(report: RunReport, settings: Any, run_dir: Path | None) -> None:
     if settings.enable_progress_bar and not settings.fast_dev_run and is_rank_zero() and report.stages:
         where = "" if run_dir is None else f"\nreport   {run_dir / 'report.html'}"
         print(f"\n{report}{where}", file=sys.stderr)
+
+
+def _settings(info: RunInfo) -> dict[str, Any]:
+    """Return the Trainer's settings by name, behind what else describes the run, such as ``optim.lr``."""
+    others = {name: value for name, value in info.hparams.items() if name != "trainer"}
+    return {**replace(info, hparams=others).flat_hparams(), **info.hparams["trainer"]}
 
 
 def _facts(run: Run, belts: Belts, where: Where, num_cores: int) -> dict[str, Any]:

@@ -110,7 +110,7 @@ class RunReport:
 
     Args:
         facts: What ran where: schedule, device, versions, cores, and the like.
-        settings: Of the Trainer.
+        settings: Of the Trainer; and what else describes the run, such as ``optim.lr``.
         metrics: The last value of each.
         step_ms: Mean time of a step.
         data_wait_ms: How much of it the loop waited for batches.

@@ -34,14 +34,14 @@ def step_ms(cost, where, **keywords):
     return predict(cost, where, **{"num_cores": 2} | keywords).step_ms
 
 
-def fit(**settings):
+def fit(hparams=None, **settings):
     """Train a small model and return what came of it."""
     torch.manual_seed(0)
     data = torch.utils.data.TensorDataset(torch.randn(64, 8), torch.randint(0, 3, (64,)))
     model = torch.nn.Linear(8, 3)
     trainer = Trainer(**{"max_epochs": 2, "run_dir": "run", "enable_progress_bar": False} | settings)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    return trainer.fit(model, optimizer, data, loss_fn=F.cross_entropy, batch_size=8)
+    return trainer.fit(model, optimizer, data, loss_fn=F.cross_entropy, batch_size=8, hparams=hparams)
 
 
 @pytest.mark.parametrize(
@@ -395,12 +395,15 @@ def two_runs():
 
 def test_runs_are_compared_by_the_settings_in_which_they_differ():
     """A sweep's folder is enough."""
-    two_runs()
+    for name, lr in (("a", 0.1), ("b", 0.2)):
+        setting = {"schedule": "textbook"} if name == "a" else {"schedule": "overlap", "seed": 3}
+        fit(run_dir=f"runs/{name}", hparams={"optim": {"lr": lr, "nesterov": False}, "seed": 0}, **setting)
     runs = find_runs(["runs"])
     assert [name for name, _ in runs] == ["a", "b"]
-    assert differing_settings([report for _, report in runs]) == ["schedule", "seed"]
+    assert differing_settings([report for _, report in runs]) == ["optim.lr", "seed", "schedule"]
     table = to_table(runs).splitlines()
-    assert "schedule" in table[0]
+    assert {"schedule", "seed", "optim.lr"} <= set(table[0].split())
+    assert {"overlap", "3", "0.2"} <= set(table[2].split())
     assert len(table) == 3
 
 
