@@ -68,6 +68,7 @@ class Fetcher:
             Any thread, several at once; a worker process too.
         """
         if self.is_drawless:
+            indices = torch.as_tensor(indices)
             return [tensor[indices] for tensor in self.dataset.tensors]
         with FETCHING:
             numbers = indices.tolist() if isinstance(indices, torch.Tensor) else indices

@@ -95,8 +95,10 @@ class NumpyGenerator:
         memory, found = state
         if memory is None:
             numpy.random.set_state(found)
-        else:
-            memory.put_back(found)
+            return
+        memory.put_back(found)
+        if memory.generator is not numpy.random.mtrand._rand._bit_generator:  # somebody has put in another
+            numpy.random.set_bit_generator(memory.generator)  # type: ignore[attr-defined]
 
     def seed(self, seed: int) -> None:
         numpy.random.seed(seed & 0xFFFFFFFF)  # more bits would take ten times as long
@@ -144,8 +146,7 @@ class Watch:
         """Remember where each generator stands.
 
         Args:
-            drawn: Generators known to be drawn from. Their states are taken anew each time: NumPy
-                keeps the second number of a gaussian pair where no fingerprint sees it.
+            drawn: Generators known to be drawn from. Their states are taken anew each time.
         """
         for generator in self._generators:
             fingerprint = generator.fingerprint()

@@ -1,4 +1,4 @@
-"""NumPy's legacy generator where it lies in memory: to look at and to put back in 1 µs, not in 130."""
+"""NumPy's legacy generator where it lies in memory: to look at and to put back in 1 µs, not 40."""
 
 from __future__ import annotations
 

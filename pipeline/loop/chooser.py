@@ -182,7 +182,9 @@ class Auto:
 
     def _is_hopeless(self, last_s: float) -> bool:
         """Say whether the place that is tried is so slow that there is no need to time it."""
-        if not self._tried or self._settled_ms is not None or (self._num_shards and self._num_batches <= 0):
+        if not self._tried or self._place in self._tried or self._settled_ms is not None:
+            return False
+        if self._num_shards and self._num_batches <= 0:
             return False
         self._trial_s += last_s
         num_batches = self._num_batches + WARM_UP_BATCHES
@@ -229,12 +231,15 @@ class Auto:
                 self._wanted_processes = trial
                 break
             self._job = replace(self._job, has_processes=False)
-        again = None if self._num_shards else to_time_again(self._tried, self._timed_again)
+        waits = self._num_shards or self._wanted_processes  # those that start take the cores meanwhile
+        again = None if waits else to_time_again(self._tried, self._timed_again)
         if again is None:
             self._settle()
             return
         self._reason = "won narrowly, and is being timed again"
         self._timed_again.add(again)
+        if again == TEXTBOOK:
+            self._job = None  # measured anew, too
         self._begin(again)
 
     def _measured(self, reader: Reader) -> Job:

@@ -77,7 +77,7 @@ def describe_convoy(report: GilReport, thread: str, num_steps: int) -> str | Non
 
 
 def warn_harmlessly(message: str) -> None:
-    """Warn, but where warnings are errors only print: a look at the GIL ends no training."""
+    """Warn, but where warnings are errors only print: what is no more than said ends no training."""
     try:
         warnings.warn(message, stacklevel=3)
     except UserWarning:

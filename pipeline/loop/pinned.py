@@ -77,15 +77,22 @@ class Pinned:
 
     def _timed(self, batches: Generator[Batch], belt: Belt) -> Generator[Batch]:
         """Pass the batches on, and time them a window at a time."""
-        is_in_place = belt.is_in_place
+        is_in_place, self._num_slow = belt.is_in_place, 0
         count, began_s, num_pauses = -MIN_BATCHES, self._clock(), belt.num_pauses()  # the first ones are slow
         for batch in batches:
             yield batch
             if self._is_done:
                 continue
             count += 1
-            if count <= 0 or belt.num_pauses() != num_pauses:
-                count, began_s, num_pauses = min(count, 0), self._clock(), belt.num_pauses()
+            if belt.num_pauses() != num_pauses:
+                count, began_s, num_pauses, self._num_slow = (
+                    min(count, 0),
+                    self._clock(),
+                    belt.num_pauses(),
+                    0,
+                )
+            elif count <= 0:
+                began_s = self._clock()
             elif count >= MIN_BATCHES and (spent_s := self._clock() - began_s) >= WINDOW_S * is_in_place:
                 self._note(1e3 * spent_s / count, is_in_place)
                 count, began_s = (0, self._clock()) if is_in_place else (count, began_s)
@@ -94,10 +101,8 @@ class Pinned:
         """Take what a batch and its step took."""
         if not is_in_place:
             self._in_line_ms = batch_ms
-        elif self._in_line_ms is None:
-            self._is_done = True  # there is nothing to compare with
-        elif batch_ms <= HURTS_RATIO * self._in_line_ms:
-            self._num_slow = 0
+        elif self._in_line_ms is None or batch_ms <= HURTS_RATIO * self._in_line_ms:
+            self._is_done = True  # later the job itself may become slower, which is not the processes' doing
         else:
             self._num_slow += 1
             self._is_done = self._num_slow == 2

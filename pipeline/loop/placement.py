@@ -114,7 +114,7 @@ def to_time_again(tried: Mapping[Place, float], timed_again: Container[Place]) -
 
     A run's first steps are slow, and a machine's speed changes by a tenth from one second to the next: the
     textbook loop may have been behind for that alone. So a place that wins narrowly has to win against a
-    second window of the textbook loop, twice.
+    second window of the textbook loop, and if that is narrow too, with a second one of its own.
     """
     best = best_place(tried)
     if best == TEXTBOOK or tried[best] < (1 - NARROW_GAIN) * tried[TEXTBOOK]:

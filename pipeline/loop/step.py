@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -17,6 +16,8 @@ from pipeline.loop.objective import Computed, Objective, refuse_graphless
 from pipeline.loop.train_metrics import TrainMetrics
 from pipeline.settings import AUTOCAST_DTYPE, Settings
 from pipeline.state import TrainState
+
+_TORCHS_ZERO_GRAD = torch.optim.Optimizer.zero_grad  # as it is before anybody replaces it
 
 
 class TrainStep:
@@ -58,7 +59,6 @@ class TrainStep:
         self._settings, self.device, self.metrics = settings, device, metrics
         self._guard = guard
         self._keep_buffers = guard.begin if guard is not None and guard.has_buffers else None
-        self._clear_gradients = _clearing_gradients(state.optimizer)
         self._num_accumulated = settings.accumulate_grad_batches
         self._reads_at_once = reads_at_once and self._num_accumulated == 1
         self._autocast_dtype = AUTOCAST_DTYPE[settings.precision]
@@ -176,7 +176,7 @@ class TrainStep:
                 state.scaler.step(state.optimizer)
                 state.scaler.update()
                 self._is_unscaled = False
-            self._clear_gradients()
+            clear_gradients(state.optimizer)
             if self._steps_scheduler and state.scheduler is not None:
                 state.scheduler.step()
             if state.ema is not None:
@@ -233,21 +233,19 @@ class TrainStep:
         self._counts = {}
 
 
-def _clearing_gradients(optimizer: torch.optim.Optimizer) -> Callable[[], None]:
-    """Return what does as `zero_grad` does: that itself, if it is not torch's own.
+def clear_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Do as `zero_grad` does; call that itself, if it is not torch's own.
 
     torch's own has a range of the profiler around it, which in the middle of a training takes 50 µs, whether
     anybody profiles or not.
     """
-    if getattr(optimizer.zero_grad, "__func__", None) is not torch.optim.Optimizer.zero_grad:
-        return optimizer.zero_grad
-
-    def clear() -> None:
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                parameter.grad = None
-
-    return clear
+    zero_grad: Any = optimizer.zero_grad
+    if getattr(zero_grad, "__func__", None) is not _TORCHS_ZERO_GRAD:
+        zero_grad()
+        return
+    for group in zero_grad.__self__.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = None
 
 
 def _read(scalars: Scalars) -> dict[str, float]:

@@ -83,7 +83,7 @@ def judge_shard(data, epoch, shard, num_shards, batch_size, seed):
     for number in itertools.count():
         batch_seed = sample_seed(shard_seed, number, 0)
         torch.manual_seed(batch_seed), random.seed(batch_seed)
-        np.random.seed([batch_seed & 0xFFFFFFFF, batch_seed >> 32])
+        np.random.seed(batch_seed & 0xFFFFFFFF)
         torch_worker._worker_info = info if num_shards > 1 else None
         try:
             samples = iter(data) if samples is None else samples
@@ -169,6 +169,7 @@ class Wandering(Pinned):
     """Changes the place after so many batches each."""
 
     def __init__(self, stays):
+        super().__init__(TEXTBOOK)
         self._stays, self._left = itertools.cycle(stays), 0
 
     def choose(self, reader):

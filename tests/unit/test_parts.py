@@ -20,6 +20,7 @@ from pipeline.data.collate import collate_samples
 from pipeline.data.generators import PythonGenerator, TorchGenerator, global_generators
 from pipeline.data.sampler import BatchPlan
 from pipeline.loggers import JsonlLogger, ProgressBar
+from pipeline.loop.step import clear_gradients
 from pipeline.metrics import Mean, MetricSet, accuracy
 from pipeline.seeding import sample_seed, shuffle_generator
 from pipeline.settings import Settings, setting_names
@@ -272,3 +273,28 @@ def test_a_batch_is_that_of_default_collate(samples):
         except Exception as error:
             found.append(repr(error))
     assert found[0] == found[1]
+
+
+class OwnZeroGrad(torch.optim.SGD):
+    """An optimizer that clears gradients in a way of its own."""
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.num_cleared = getattr(self, "num_cleared", 0) + 1
+        super().zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("is_patched", [False, True])
+def test_an_optimizers_own_zero_grad_is_called(is_patched):
+    """Of its class, or put on the object after it was made; torch's own is only imitated."""
+    model = torch.nn.Linear(2, 1)
+    kind = torch.optim.SGD if is_patched else OwnZeroGrad
+    optimizer, calls = kind(model.parameters(), 0.1), []
+    model(torch.ones(1, 2)).sum().backward()
+    if is_patched:
+        optimizer.zero_grad = lambda: calls.append("patched")
+    clear_gradients(optimizer)
+    assert calls == ["patched"] * is_patched
+    assert getattr(optimizer, "num_cleared", 0) == (not is_patched)
+    del optimizer.__dict__["zero_grad" if is_patched else "num_cleared"]
+    clear_gradients(optimizer)
+    assert all(each.grad is None for each in model.parameters())

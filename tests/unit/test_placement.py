@@ -243,6 +243,30 @@ def test_a_lucky_second_of_a_place_wins_nothing(monkeypatch):
     assert places[-1] == TEXTBOOK
 
 
+def test_one_late_batch_of_a_second_window_decides_nothing(monkeypatch):
+    """A place whose time is known is not broken off: its last batch alone would stand for it."""
+    machine = Machine(fetch_ms=1, step_ms=10, place_ms={**SLOW, INLINE: 12.5}, fails=True)
+    late = iter([80])
+    machine.late_ms = lambda: (
+        (2 if machine.now_s < 0.15 else 0) + (next(late, 0) if machine.visited.count(TEXTBOOK) == 2 else 0)
+    )
+    auto = make_auto(machine, monkeypatch)
+    assert machine.run(auto, 400)[-1] == TEXTBOOK
+    assert auto.report.tried_ms["textbook"] < 14
+    assert auto.report.fetch_ms < 4  # of the same window
+
+
+def test_nothing_is_timed_again_while_processes_start(monkeypatch):
+    """They import torch on a core that the loop then lacks."""
+    machine = Machine(fetch_ms=5, step_ms=10, place_ms={INLINE: 13.2, **dict.fromkeys(PROCESSES, 30)})
+    machine.place_ms[Place("process", 1)] = 30
+    machine.starts_after = 150
+    machine.late_ms = lambda: 6 if machine.starts_after >= 0 and machine.wanted else 0
+    auto = make_auto(machine, monkeypatch)
+    machine.run(auto, 600)
+    assert auto.report.tried_ms["textbook"] == pytest.approx(15, abs=0.5)
+
+
 def test_a_job_that_changes_is_measured_again(monkeypatch):
     """A disk that becomes slow: what was best is tried again, and not all the time."""
     machine = Machine(fetch_ms=0.1, step_ms=10)
@@ -294,7 +318,8 @@ def test_a_dataset_that_threads_cannot_read_goes_to_processes(monkeypatch):
 class PinnedBelt:
     """A belt that is in line for a while; then processes make its batches, and each takes so long."""
 
-    def __init__(self, *, process_ms, in_line=400, is_training=True):
+    def __init__(self, *, process_ms, in_line=400, is_training=True, later_ms=None):
+        self.later_ms = process_ms if later_ms is None else later_ms
         self.process_ms, self.in_line, self.is_training = process_ms, in_line, is_training
         self.is_in_place, self.now_s, self.pauses = False, 0.0, 0
 
@@ -306,7 +331,8 @@ class PinnedBelt:
             for count in (self.in_line, num_batches):
                 self.is_in_place = count == num_batches
                 for number in pinned.watch(iter(range(count))):
-                    self.now_s += (self.process_ms if self.is_in_place else 10) * MS
+                    process_ms = self.process_ms if number < 1000 else self.later_ms
+                    self.now_s += (process_ms if self.is_in_place else 10) * MS
                     if number % 300 == 299:  # a validation
                         self.now_s += 5
                         self.pauses += 1
@@ -329,6 +355,7 @@ def test_a_pinned_process_that_hurts_gets_one_warning():
     "belt",
     [
         pytest.param(PinnedBelt(process_ms=11), id="as fast"),
+        pytest.param(PinnedBelt(process_ms=9, later_ms=60), id="a job that becomes slower later"),
         pytest.param(PinnedBelt(process_ms=60, in_line=30), id="nothing to compare with"),
         pytest.param(PinnedBelt(process_ms=60, is_training=False), id="a loop of the user's own"),
     ],
