@@ -14,14 +14,15 @@ from benchmarks.compare.workloads import Workload
 READ_EVERY = 50
 
 
-def loader(workload: Workload, num_workers: int) -> DataLoader[Any]:
-    """Return torch's loader, its workers kept over the epochs."""
+def loader(workload: Workload, num_workers: int, start: str | None = None) -> DataLoader[Any]:
+    """Return torch's loader, its workers kept over the epochs, and started as Python does unless said."""
     return DataLoader(
         workload.dataset(),
         workload.batch_size,
         num_workers=num_workers,
         collate_fn=workload.collate_fn,
         persistent_workers=num_workers > 0,
+        multiprocessing_context=start,
     )
 
 
@@ -46,9 +47,9 @@ def textbook(job: Job) -> None:
     train(job, loader(job.workload, 0), 1)
 
 
-def sensible(job: Job, num_workers: int) -> None:
+def sensible(job: Job, num_workers: int, start: str | None = None) -> None:
     """Let worker processes fetch, and read the loss seldom."""
-    train(job, loader(job.workload, num_workers), READ_EVERY)
+    train(job, loader(job.workload, num_workers, start), READ_EVERY)
 
 
 def headspace(job: Job) -> None:

@@ -8,7 +8,15 @@ from pipeline.concurrency.jobs import answer_jobs
 from pipeline.concurrency.pool import Answer, NurseryDiedError, WorkerPool
 from pipeline.concurrency.scope import Scope, stack_of
 from pipeline.concurrency.server import fork_server, preparation
-from pipeline.concurrency.shared import HAS_SHARED_MEMORY, Slot, SlotFile, map_slots, view_file, view_slot
+from pipeline.concurrency.shared import (
+    HAS_SHARED_MEMORY,
+    Pinning,
+    Slot,
+    SlotFile,
+    map_slots,
+    view_file,
+    view_slot,
+)
 from pipeline.concurrency.shared_lock import SharedLock
 from pipeline.concurrency.switching import short_switch_interval
 from pipeline.concurrency.watchdog import watch
@@ -23,6 +31,7 @@ __all__ = [
     "Child",
     "ChildDiedError",
     "NurseryDiedError",
+    "Pinning",
     "Scope",
     "SharedLock",
     "Slot",

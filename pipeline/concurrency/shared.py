@@ -14,12 +14,22 @@ import weakref
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from pipeline.errors import StageError
 
 PAGE_BYTES = mmap.ALLOCATIONGRANULARITY
 HAS_SHARED_MEMORY = hasattr(os, "memfd_create")
+
+
+class Pinning(Protocol):
+    """A device that may copy from memory of the host where it lies, once it was told."""
+
+    def pin(self, address: int, nbytes: int) -> bool:
+        """Keep memory where it is, and let the device read it; say whether that went well."""
+
+    def unpin(self, address: int) -> None:
+        """Take that back, once no copy is under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +46,9 @@ class SlotFile:
     A slot is free again when the last object that views its memory has died, so a batch that somebody
     keeps stays valid, and a consumer that keeps them all makes the file grow as its own memory would.
 
+    Args:
+        pinning: Pins a slot when it is lent for the first time, until it is dropped or the file is closed.
+
     Attributes:
         num_slots: Made so far.
 
@@ -44,7 +57,8 @@ class SlotFile:
         a key out of a dict and to append to a deque.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, pinning: Pinning | None = None) -> None:
+        self._pinning, self._can_pin, self._pinned = pinning, pinning is not None, dict[Slot, int]()
         self.file = os.memfd_create("batches")
         os.ftruncate(self.file, span_bytes())
         self._memory = map_slots(self.file)
@@ -81,6 +95,8 @@ class SlotFile:
     def lend(self, slot: Slot) -> Any:
         """Return a buffer over the slot; the slot is free when the buffer and all its views are gone."""
         buffer = view_slot(self._memory, slot.offset, slot.nbytes)
+        if self._can_pin and slot not in self._pinned:
+            self._pin(slot, ctypes.addressof(buffer))
         leases, free = self._leases, self._free
 
         def end(lease: weakref.ref[Any]) -> None:
@@ -91,12 +107,26 @@ class SlotFile:
         return buffer
 
     def close(self) -> None:
-        """Let go of the memory, but for what is on lease, which stays valid."""
+        """Let go of the memory, but for what is on lease, which stays valid, though no longer pinned."""
         os.close(self.file)
         while self._free:
             self._drop(self._free.pop())
+        for slot in list(self._pinned):  # or the device would go on using these pages by their old address
+            self._unpin(slot)
+
+    def _pin(self, slot: Slot, address: int) -> None:
+        assert self._pinning is not None
+        self._can_pin = self._pinning.pin(address, slot.nbytes)  # once it does not, it never will
+        if self._can_pin:
+            self._pinned[slot] = address
+
+    def _unpin(self, slot: Slot) -> None:
+        if (address := self._pinned.pop(slot, None)) is not None:
+            assert self._pinning is not None
+            self._pinning.unpin(address)
 
     def _drop(self, slot: Slot) -> None:
+        self._unpin(slot)
         self._memory.madvise(mmap.MADV_REMOVE, slot.offset, slot.nbytes)
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.batch import Batch
-from pipeline.concurrency import Answer, NurseryDiedError, Slot, SlotFile, WorkerPool
+from pipeline.concurrency import Answer, NurseryDiedError, Pinning, Slot, SlotFile, WorkerPool
 from pipeline.data.death import death_error, death_warning
 from pipeline.data.main_module import packed_for_process
 from pipeline.data.packing import Packed, unpack
@@ -43,6 +43,7 @@ class Processes:
         num_workers: How many.
         stall_timeout_s: Longest wait for a batch; None waits for ever.
         num_threads: Of each; it makes as many batches at once.
+        pinning: Of the device that the batches are copied to from where they lie, if there is one.
 
     Attributes:
         in_order: Whether the batches of an epoch are handed over in its order, or as they are answered.
@@ -60,13 +61,14 @@ class Processes:
         num_workers: int,
         stall_timeout_s: float | None = None,
         num_threads: int = 1,
+        pinning: Pinning | None = None,
     ) -> None:
         self._stall_timeout_s, self._batch_bytes = stall_timeout_s, 0
         self._given = source.fetcher.plain_state()
         self._tickets: dict[int, tuple[Any, Slot, _Asker]] = {}
         self._is_closed, self.in_order = False, True
         payload, prepare = packed_for_process(source.fetcher)
-        self._slots, self._stacks = SlotFile(), os.memfd_create("stacks")
+        self._slots, self._stacks = SlotFile(pinning), os.memfd_create("stacks")
         try:
             self._pool = WorkerPool(
                 ("pipeline.data.worker", "open_worker"),

@@ -9,7 +9,7 @@ through an event, and both through slots of pinned memory on lease.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Any, Protocol
 
 import torch
@@ -35,6 +35,15 @@ class Streams(Protocol):
 
     def pinned_like(self, tensor: torch.Tensor) -> torch.Tensor:
         """Return an uninitialised pinned host tensor of the same shape and dtype."""
+
+    def is_pinned(self, host: torch.Tensor) -> bool:
+        """Say whether a copy can begin where a host tensor lies, and so be queued."""
+
+    def pin(self, address: int, nbytes: int) -> bool:
+        """Pin memory that is there already; return False, and change nothing, where that cannot be done."""
+
+    def unpin(self, address: int) -> None:
+        """Take that back, behind the copies that were queued."""
 
     def copy_in(self, host: torch.Tensor) -> torch.Tensor:
         """Queue a copy to fresh device memory on the side stream."""
@@ -104,7 +113,8 @@ class StreamBackend:
     Source:
         PyTorch notes, "CUDA semantics": side streams, `record_stream`, pinned memory. Events are
         made blocking, or `synchronize` would spin; `torch.Event(blocking=True)` ignores the flag on
-        CUDA, the device module's own class does not.
+        CUDA, the device module's own class does not. Memory is pinned where it lies as in
+        pytorch issue 32167, with the runtime's `cudaHostRegister`.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -128,6 +138,24 @@ class StreamBackend:
 
     def pinned_like(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.empty_like(tensor, device="cpu", pin_memory=True)
+
+    def is_pinned(self, host: torch.Tensor) -> bool:
+        return host.is_pinned()
+
+    def pin(self, address: int, nbytes: int) -> bool:
+        if self.device.type != "cuda":
+            return False
+        with self.on_device():
+            if not int(_cuda_runtime().cudaHostRegister(address, nbytes, 0)):
+                return True
+            with suppress(RuntimeError):  # CUDA remembers the error, for whoever launches next to raise
+                torch.zeros(1, device=self.device).add_(1)
+        return False
+
+    def unpin(self, address: int) -> None:
+        with self.on_device():
+            self._side.synchronize()
+            _cuda_runtime().cudaHostUnregister(address)
 
     def record_copies(self) -> Event:
         return self._record(self._side)
@@ -164,6 +192,10 @@ class StreamBackend:
         event: Any = self._module.Event(blocking=True, enable_timing=is_timed)
         event.record(stream)
         return event  # type: ignore[no-any-return]
+
+
+def _cuda_runtime() -> Any:
+    return torch.cuda.cudart()  # type: ignore[no-untyped-call]
 
 
 def _check_complete(backend: Backend) -> None:

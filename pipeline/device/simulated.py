@@ -28,6 +28,7 @@ Source:
 
 from __future__ import annotations
 
+import ctypes
 import threading
 import time
 import weakref
@@ -108,6 +109,7 @@ class SimulatedBackend:
         self._is_virtual, self._virtual_now_s = is_virtual, 0.0
         self._copies, self._compute = _Queue(), _Queue()
         self._lent: set[int] = set()
+        self._pinned: dict[int, int] = {}  # address -> bytes, of memory that was there already
         self._copied_in: dict[int, int] = {}  # a living tensor's id -> its place among the copies
         self._last_waited_for = 0  # the compute stream may use the copies up to this one
 
@@ -154,14 +156,30 @@ class SimulatedBackend:
     def pinned_like(self, tensor: torch.Tensor) -> torch.Tensor:
         return _poison(torch.empty_like(tensor))
 
+    def is_pinned(self, host: torch.Tensor) -> bool:
+        place = host.data_ptr()
+        with self.lock:
+            return any(0 <= place - address < nbytes for address, nbytes in self._pinned.items())
+
+    def pin(self, address: int, nbytes: int) -> bool:
+        with self.lock:
+            self._pinned[address] = nbytes
+        return True
+
+    def unpin(self, address: int) -> None:
+        self.record_copies().synchronize()
+        with self.lock:
+            del self._pinned[address]
+
     def copy_in(self, host: torch.Tensor) -> torch.Tensor:
         on_device = _poison(torch.empty_like(host))
         # A view of it shares the memory but not this object: the caller's tensor may die and be
         # counted as freed, while the copy still has somewhere to write to.
         target = on_device.detach()
+        source = _by_address(host) if self.is_pinned(host) else host
 
         def deliver() -> None:
-            target.copy_(host)
+            target.copy_(source)
 
         with self.lock:
             self._queue(self._copies, host.nbytes / self._copy_bytes_per_s, deliver)
@@ -220,6 +238,13 @@ class SimulatedBackend:
             if is_used and tensor not in self._lent:
                 self.violations.append("memory of the copy stream was freed without being lent")
             self._lent.discard(tensor)
+
+
+def _by_address(host: torch.Tensor) -> torch.Tensor:
+    """Return a tensor over the same memory that does not keep it: a real copy knows the address alone."""
+    last = sum((size - 1) * stride for size, stride in zip(host.shape, host.stride(), strict=True))
+    memory = (ctypes.c_char * ((last + 1) * host.itemsize)).from_address(host.data_ptr())
+    return torch.frombuffer(memory, dtype=host.dtype).as_strided(host.shape, host.stride())
 
 
 def _poison(tensor: torch.Tensor) -> torch.Tensor:

@@ -3,7 +3,9 @@
 The life of the memory, which is where such code goes wrong:
 
 1. The **host batch** is the user's or the collate function's. It is copied into a pinned slot at
-   once, on the prefetch thread, and not looked at again: whoever reuses its memory may do so.
+   once, on the prefetch thread, and not looked at again: whoever reuses its memory may do so. If it
+   lies in pinned memory, as what worker processes make does, and nobody will write there while it
+   lives, it is not copied but kept alive until the event behind its copy has passed.
 2. A **pinned slot** is leased for one tensor's copy and comes back when the event behind that copy
    has passed, checked on the host. The user never sees a slot.
 3. The **device tensor** is fresh memory of the caching allocator for each batch. The compute stream
@@ -18,7 +20,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,6 +28,7 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.batch import Batch, copy_memory, map_tensors
+from pipeline.concurrency import Pinning
 from pipeline.device.backend import Backend, Event, Streams
 
 
@@ -48,6 +51,10 @@ class Transfer(Protocol):
         """Make the device the calling thread's current one, as it is the loop thread's."""
 
     @property
+    def pinning(self) -> Pinning | None:
+        """What pins the memory that batches lie in; None where no copy is queued from it."""
+
+    @property
     def is_identity(self) -> bool:
         """Whether a fresh batch comes out as it went in."""
 
@@ -59,7 +66,7 @@ class Transfer(Protocol):
 class EagerTransfer:
     """The copy of a plain loop, made when the batch is received; nothing at all for the CPU."""
 
-    runs_ahead = False
+    runs_ahead, pinning = False, None
 
     def __init__(self, backend: Backend, prepare: Callable[[torch.Tensor], torch.Tensor] | None):
         self._backend, self._prepare = backend, prepare
@@ -108,9 +115,10 @@ class StreamTransfer:
     ) -> None:
         self._device, self._streams, self._prepare = backend.device, streams, prepare
         self._slots = SlotPool(streams)
+        self.pinning: Pinning | None = streams
 
     def send(self, batch: Batch, *, is_fresh: bool = True) -> SentBatch:
-        leased: list[Slot] = []
+        leased: list[Slot | torch.Tensor] = []
 
         def start_copy(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.device.type != "cpu":
@@ -118,6 +126,9 @@ class StreamTransfer:
             host = tensor if self._prepare is None else self._prepare(tensor)
             if host.layout is not torch.strided or type(host) is not torch.Tensor:
                 return self._streams.copy_in(host)  # keeps its kind; from pageable memory, so it waits
+            if is_fresh and self._streams.is_pinned(host):
+                leased.append(host)
+                return self._streams.copy_in(host.detach())
             slot = self._slots.lease(host)
             slot.tensor.copy_(host.detach())
             leased.append(slot)
@@ -168,7 +179,7 @@ class SlotPool:
         self._streams, self._max_free_bytes = streams, max_free_bytes
         self._free: dict[tuple[Any, ...], list[Slot]] = {}
         self._free_bytes = 0
-        self._leased: deque[tuple[Event, list[Slot]]] = deque()
+        self._leased: deque[tuple[Event, Sequence[Slot | torch.Tensor]]] = deque()
         self._lock = threading.Lock()
 
     def lease(self, like: torch.Tensor) -> Slot:
@@ -182,15 +193,16 @@ class SlotPool:
                 return slot
         return Slot(key, self._streams.pinned_like(like))
 
-    def give_back_after(self, copied: Event, slots: list[Slot]) -> None:
-        """End the lease of these slots when the event has passed."""
+    def give_back_after(self, copied: Event, slots: Sequence[Slot | torch.Tensor]) -> None:
+        """End the lease of these slots when the event has passed; keep tensors of others until then."""
         with self._lock:
+            self._collect()
             self._leased.append((copied, slots))
 
     def _collect(self) -> None:
         while self._leased and self._leased[0][0].query():
             for slot in self._leased.popleft()[1]:
-                if self._free_bytes + slot.tensor.nbytes <= self._max_free_bytes:
+                if isinstance(slot, Slot) and self._free_bytes + slot.tensor.nbytes <= self._max_free_bytes:
                     self._free.setdefault(slot.key, []).append(slot)
                     self._free_bytes += slot.tensor.nbytes
 

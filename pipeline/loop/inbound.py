@@ -219,7 +219,9 @@ class Inbound:
         if isinstance(source, ShardedSource):
             num_workers, num_threads = min(num_workers, len(source.shards)), 1
         if self._processes is None:
-            self._processes = Processes(source, num_workers, self._stall_timeout_s, num_threads)
+            self._processes = Processes(
+                source, num_workers, self._stall_timeout_s, num_threads, self._transfer.pinning
+            )
             self._processes.in_order = self._in_order
         is_ready = self._processes.is_ready(num_workers, num_threads)
         if isinstance(source, ShardedSource):

@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
 from pipeline import DeferredReads, Trainer, prefetch
+from pipeline.concurrency import SlotFile
+from pipeline.device import select_backend
 from pipeline.testing import InMemoryLogger
 from tests.textbook import assert_same_weights, build_model, weights
 
@@ -90,6 +92,32 @@ def test_the_sync_budget_is_zero_on_cuda(feature, is_planted):
         scheduler_interval="step", loggers=[InMemoryLogger()],
     )  # fmt: skip
     assert [read.file for read in result.outbound.host_reads] == [__file__] * is_planted
+
+
+def test_batches_of_processes_are_copied_from_where_they_lie():
+    """The memory that workers collate into is pinned while they live; the numbers stay the same."""
+    losses, learned = fit("textbook")
+    found_losses, found = fit("overlap", settings={"placement": "process", "num_workers": 2})
+    assert found_losses == losses
+    assert_same_weights(found, learned)
+
+
+def test_memory_is_pinned_where_it_lies():
+    """Once; a second time fails, leaves the first as it is, and no error behind for the next kernel."""
+    streams, slots = select_backend("cuda").streams, SlotFile()
+    buffer = slots.lend(slots.acquire(1 << 20))
+    host = torch.frombuffer(buffer, dtype=torch.float32)
+    try:
+        assert not streams.is_pinned(host)
+        assert streams.pin(host.data_ptr(), host.nbytes)
+        assert streams.is_pinned(host[100:])
+        assert not streams.pin(host.data_ptr(), host.nbytes)
+        assert torch.ones(3, device="cuda").sum().item() == 3
+        assert streams.is_pinned(host)
+        streams.unpin(host.data_ptr())
+        assert not streams.is_pinned(host)
+    finally:
+        slots.close()
 
 
 def test_kept_batches_stay_valid_on_cuda():
