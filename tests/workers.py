@@ -42,6 +42,16 @@ class Augmented(Dataset):
         return sample, index % 3
 
 
+class Films(Dataset):
+    """Samples of four dimensions whose channels lie last in memory: stacked by torch, they still do."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return torch.full((2, 4, 4, 3), float(index)).permute(0, 3, 1, 2)
+
+
 class Reducing(Dataset):
     """Samples that are sums of so many numbers that several threads share in them."""
 

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import Subset, TensorDataset, default_collate
 
 from pipeline.batch import Batch
-from pipeline.data.collate import collate_samples
+from pipeline.data.collate import Memory, collate_samples, select_rows
+from pipeline.data.recycling import RecycledMemory
 from pipeline.data.sampler import Indices
 from pipeline.errors import StageError, add_stage_note
 from pipeline.gil import stage
@@ -39,7 +40,7 @@ class Fetcher:
     def __init__(self, dataset: Any, collate_fn: CollateFn | None, seed: int) -> None:
         self.dataset, self._seed = dataset, seed
         self._collate_fn = collate_fn or default_collate
-        self._has_getitems = _has_getitems(dataset)
+        self._memory, self._has_getitems = RecycledMemory(), _has_getitems(dataset)
         # The plain case, many times faster than sample by sample, and equal to it bit for bit.
         self.makes_fresh_batches = self._collate_fn is default_collate
         self.is_drawless = type(dataset) is TensorDataset and self.makes_fresh_batches
@@ -50,7 +51,7 @@ class Fetcher:
         epoch: int,
         position: int,
         seed_sample: SeedSample | None,
-        default_collate_fn: CollateFn | None = None,
+        memory: Memory | None = None,
     ) -> Batch:
         """Make the batch of these samples.
 
@@ -59,7 +60,7 @@ class Fetcher:
             epoch: Counted from 0.
             position: The batch's place in its epoch, for the note on an error.
             seed_sample: Told before each sample is made; None where nothing is seeded.
-            default_collate_fn: What stands in for torch's `default_collate`, and does the same.
+            memory: Where its tensors are to lie; unless told, that of former batches if they are large.
 
         Raises:
             Exception: The dataset's own, or the collate function's, with a note.
@@ -69,14 +70,14 @@ class Fetcher:
         """
         if self.is_drawless:
             indices = torch.as_tensor(indices)
-            return [tensor[indices] for tensor in self.dataset.tensors]
+            return [select_rows(tensor, indices, memory or self._memory) for tensor in self.dataset.tensors]
         with FETCHING:
             numbers = indices.tolist() if isinstance(indices, torch.Tensor) else indices
             samples = self._samples(numbers, epoch, position, seed_sample)
         try:
             with COLLATING:
                 if self.makes_fresh_batches:
-                    return (default_collate_fn or collate_samples)(samples)
+                    return collate_samples(samples, memory or self._memory)
                 return self._collate_fn(samples)
         except Exception as error:
             add_stage_note(error, "collate", batch=position, epoch=epoch)

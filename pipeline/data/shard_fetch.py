@@ -23,9 +23,10 @@ import torch
 from torch.utils.data import default_collate
 
 from pipeline.batch import Batch
-from pipeline.data.collate import collate_samples
+from pipeline.data.collate import Memory, collate_samples
 from pipeline.data.fetch import COLLATING, FETCHING, CollateFn, SeedSample, plain_attributes
 from pipeline.data.reader import END
+from pipeline.data.recycling import RecycledMemory
 from pipeline.data.worker_info import told, worker_info
 from pipeline.errors import ConfigError, add_stage_note
 from pipeline.seeding import sample_seed
@@ -90,6 +91,7 @@ class ShardFetcher:
         self._batch_size, self._drop_last = batch_size, drop_last
         self._collate_fn = collate_fn or default_collate
         self.makes_fresh_batches = self._collate_fn is default_collate
+        self._memory = RecycledMemory()
         self._shards: dict[int, _Shard] = {}
         self._copies: _Copies | None = None
         self._before: tuple[int, dict[str, Any]] | None = None
@@ -118,7 +120,7 @@ class ShardFetcher:
         epoch: int,
         position: int,
         seed_batch: SeedSample | None,
-        default_collate_fn: CollateFn | None = None,
+        memory: Memory | None = None,
     ) -> Batch:
         """Make a batch of a shard, and read or begin again as far as that takes.
 
@@ -127,7 +129,7 @@ class ShardFetcher:
             epoch: Counted from 0.
             position: The batch's number in its shard.
             seed_batch: Told before each batch is read; None where nothing is seeded.
-            default_collate_fn: What stands in for torch's `default_collate`, and does the same.
+            memory: Where its tensors are to lie; unless told, that of former batches if they are large.
 
         Returns:
             `END` if the shard has ended before.
@@ -151,14 +153,15 @@ class ShardFetcher:
             shard.next = position + 1
         try:
             with COLLATING:
-                plain = default_collate_fn or collate_samples
-                collate = plain if self.makes_fresh_batches else self._collate_fn
-                batch = END if samples is None else collate(samples)
+                batch = END if samples is None else self._collate(samples, memory or self._memory)
         except Exception as error:
             add_stage_note(error, "collate", shard=self._name(number), batch=position, epoch=epoch)
             raise
         self._shards[number] = shard
         return batch
+
+    def _collate(self, samples: list[Any], memory: Memory) -> Batch:
+        return collate_samples(samples, memory) if self.makes_fresh_batches else self._collate_fn(samples)
 
     def _name(self, shard: int) -> int | None:
         return shard if self.num_shards > 1 else None

@@ -11,19 +11,18 @@ import faulthandler
 import signal
 import socket
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.utils.data._utils.collate import collate_tensor_fn, default_collate_fn_map
 
 from pipeline.concurrency import answer_jobs, map_slots, pickled_error, view_slot
-from pipeline.data.collate import collate_samples
 from pipeline.data.fetch import Fetcher, SeedSample
 from pipeline.data.isolation import Isolation
 from pipeline.data.packing import Arena, Packed, pack, unpack, view
 from pipeline.data.reader import END
+from pipeline.data.recycling import keep_freed_memory
 from pipeline.data.shard_fetch import ShardFetcher
 
 JOB = struct.Struct("=qqqqq")
@@ -86,6 +85,7 @@ def open_worker(
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         torch.set_num_threads(defaults.num_threads)
+        keep_freed_memory()
         answer_jobs(requests, Worker(fetcher, slots, num_threads).answer, num_threads)
 
     return run
@@ -121,30 +121,12 @@ class Worker:
             return ANSWER.pack(False, 0, 0, 0) + pickled_error(error), []
 
     def _make(self, arena: Arena, indices: torch.Tensor, epoch: int, position: int) -> Any:
-        fetcher, collate_fn = self._fetcher, _collate_into(arena)
+        fetcher = self._fetcher
         if fetcher.is_drawless:
-            return fetcher.fetch(indices, epoch, position, None)
+            return fetcher.fetch(indices, epoch, position, None, arena)
 
         def make(seed_sample: SeedSample | None) -> Any:
             arena.clear()  # what was made before in vain
-            return fetcher.fetch(indices, epoch, position, seed_sample, collate_fn)
+            return fetcher.fetch(indices, epoch, position, seed_sample, arena)
 
         return self._isolation.make(make)
-
-
-def _collate_into(arena: Arena) -> Callable[[list[Any]], Any]:
-    """Return torch's `default_collate`, with its tensors stacked into an arena as long as there is room."""
-
-    def stack(tensors: Sequence[torch.Tensor], *, collate_fn_map: Any = None) -> torch.Tensor:
-        first = tensors[0]
-        is_plain = all(
-            type(each) is torch.Tensor and each.dtype == first.dtype and each.layout is torch.strided
-            for each in tensors
-        )
-        out = arena.tensor(torch.Size((len(tensors), *first.shape)), first.dtype) if is_plain else None
-        if out is None or first.device.type != "cpu" or any(each.requires_grad for each in tensors):
-            return collate_tensor_fn(tensors, collate_fn_map=collate_fn_map)  # type: ignore[no-any-return]
-        return torch.stack(list(tensors), 0, out=out)
-
-    functions = {**default_collate_fn_map, torch.Tensor: stack}
-    return lambda samples: collate_samples(samples, functions)

@@ -59,19 +59,30 @@ def test_shared_memory_that_is_left_behind_is_seen():
 
 
 def python_blocks():
-    """Return the README's Python examples."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """Return the Python examples of the README and the documents: where each is, and its code."""
+    return [
+        (f"{path.name}, example {number}", code)
+        for path in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+        for number, code in enumerate(re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL))
+    ]
 
 
-@pytest.mark.parametrize("number", range(len(python_blocks())))
-def test_the_readmes_examples_run(number, capsys):
-    """What the README shows can be pasted into an empty file and run."""
-    exec(compile(python_blocks()[number], f"README example {number}", "exec"), {"__name__": "example"})
+@pytest.mark.parametrize(("name", "code"), python_blocks(), ids=[name for name, _ in python_blocks()])
+def test_the_examples_run(name, code, capsys):
+    """What the README and the documents show can be pasted into an empty file and run."""
+    exec(compile(code, name, "exec"), {"__name__": "example"})
     assert capsys.readouterr().out
 
 
-def test_the_readme_has_its_examples():
-    """The Trainer, every step's numbers, the belts around a loop of one's own, shards, the GIL account."""
-    blocks = python_blocks()
-    assert len(blocks) == 7
-    assert len(blocks[0].strip().splitlines()) <= 15
+def test_every_document_of_the_loop_has_its_example():
+    """The Trainer, the belts in a loop of one's own, resuming; the account, loggers, shards, callbacks."""
+    names = [name.partition(",")[0] for name, _ in python_blocks()]
+    assert names == [*["README.md"] * 3, "gil.md", "logging.md", "placement.md", "trainer.md"]
+    assert len(python_blocks()[0][1].strip().splitlines()) <= 15
+
+
+def test_links_lead_somewhere():
+    """Each relative link of the documents is a file that is there."""
+    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")]:
+        for link in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
+            assert (path.parent / link).exists(), (path.name, link)

@@ -14,7 +14,17 @@ from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, default_co
 from pipeline import Loader, Trainer
 from pipeline.data import EVALUATION_EPOCH, Processes, as_source
 from tests.textbook import assert_same_weights, build_model, seeded_batches, textbook, weights
-from tests.workers import Augmented, Deadly, Late, Meeting, Ragged, Reducing, Surroundings, collate_ragged
+from tests.workers import (
+    Augmented,
+    Deadly,
+    Films,
+    Late,
+    Meeting,
+    Ragged,
+    Reducing,
+    Surroundings,
+    collate_ragged,
+)
 
 PLACES = [
     {"schedule": "textbook"},
@@ -299,6 +309,13 @@ def test_an_epoch_left_early_leaves_no_trace_in_the_next():
         assert processes.num_slots <= 16  # those of the epochs left early came back
     finally:
         processes.close()
+
+
+def test_batches_lie_in_memory_as_a_plain_loops_do():
+    """Their strides decide in which order a kernel sums."""
+    expected = [batch.stride() for batch in DataLoader(Films(), batch_size=4)]
+    assert expected[0] == (96, 48, 1, 12, 3)
+    assert [batch.stride() for batch in made_by_processes(Films())[0]] == expected
 
 
 def test_validation_in_the_middle_is_made_by_processes_too():

@@ -7,6 +7,7 @@ import io
 import json
 import random
 from collections import OrderedDict
+from functools import partial
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from pipeline import ConfigError, StageError, Trainer
 from pipeline.batch import Row, map_tensors, num_samples
 from pipeline.data.collate import collate_samples
 from pipeline.data.generators import PythonGenerator, TorchGenerator, global_generators
+from pipeline.data.recycling import RecycledMemory
 from pipeline.data.sampler import BatchPlan
 from pipeline.loggers import JsonlLogger, ProgressBar
 from pipeline.loop.step import clear_gradients
@@ -267,7 +269,8 @@ def test_the_layout_of_pythons_generator_is_checked(monkeypatch):
 def test_a_batch_is_that_of_default_collate(samples):
     """In value, type and failure."""
     found = []
-    for collate in (collate_samples, torch.utils.data.default_collate):
+    mine = partial(collate_samples, memory=RecycledMemory())
+    for collate in (mine, torch.utils.data.default_collate):
         try:
             found.append(repr(collate(list(samples))))
         except Exception as error:
