@@ -20,6 +20,7 @@ from pipeline import SimulatedBackend
 from pipeline.batch import map_tensors
 
 WARM_STEPS = 8
+MANY_BATCHES = 50_000
 
 
 class Job:
@@ -49,6 +50,20 @@ class Job:
         longer = replace(self.workload, num_batches=times * self.workload.num_batches)
         self.num_steps = longer.num_steps
         return longer
+
+    def settle_until_told(self) -> Workload:
+        """Run on and on, until `measure_now` has been called and its steps are done; return all of it."""
+        self.num_steps = MANY_BATCHES * self.workload.num_epochs
+        return replace(self.workload, num_batches=MANY_BATCHES)
+
+    def measure_now(self) -> None:
+        """Have the steps from here on count, as many as the workload has."""
+        self.num_steps = len(self.began_s) + self.workload.num_steps
+
+    @property
+    def is_over(self) -> bool:
+        """Whether all steps have been made."""
+        return len(self.began_s) >= self.num_steps
 
     def restart(self) -> None:
         """Begin now: what came before was preparation."""

@@ -3,19 +3,35 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from dataclasses import replace
 from typing import Any, get_args
 
 from benchmarks.compare.job import Job
 from benchmarks.compare.workloads import Workload
-from pipeline import FitResult, Trainer
+from pipeline import Callback, FitResult, StepFinished, Trainer
 from pipeline.report.ceilings import StepCost, predict_all
 from pipeline.settings import Placement
 
 PLACES = tuple(each for each in ("inline", "thread", "process") if each in get_args(Placement))
 VARIANTS = ("textbook", *PLACES, "auto")
 
-SETTLING_TIMES = 5  # `auto` tries places, and processes start, for some seconds; steady state comes after
+SETTLING_TIMES = 5  # as many times as long as what is measured, so that a slow start is a small part
+SETTLING_S = 10.0  # `auto` tries places, and processes start; steady state comes after
+
+
+class Settled(Callback):
+    """Has a job measured once it has run for some seconds, and ends it then."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.is_measuring = job, False
+
+    def on_step_finished(self, event: StepFinished) -> None:
+        if self.job.is_over:
+            event.stop("measured")
+        elif not self.is_measuring and time.perf_counter() - self.job.made_s > SETTLING_S:
+            self.is_measuring = True
+            self.job.measure_now()
 
 
 def settings(place: str) -> dict[str, Any]:
@@ -29,9 +45,12 @@ def settings(place: str) -> dict[str, Any]:
 
 def ours(job: Job, place: str, settling_times: int = 1, **further: Any) -> FitResult:
     """Train with every step's loss logged, as it always is; measure the last part of so many."""
+    callbacks = []
     if place in ("auto", "process") and not job.workload.counts_start:
-        settling_times = max(settling_times, SETTLING_TIMES)
-    workload = job.settle_first(settling_times)
+        workload = job.settle_until_told()
+        callbacks.append(Settled(job))
+    else:
+        workload = job.settle_first(settling_times)
 
     def step(model: Any, batch: Any) -> Any:
         loss = job.forward(model, batch)
@@ -45,7 +64,7 @@ def ours(job: Job, place: str, settling_times: int = 1, **further: Any) -> FitRe
         job.restart()
         return trainer.fit(
             job.model, job.optimizer, workload.dataset(), step=step, batch_size=workload.batch_size,
-            collate_fn=workload.collate_fn,
+            collate_fn=workload.collate_fn, callbacks=callbacks,
         )  # fmt: skip
 
 

@@ -1,7 +1,7 @@
 """Memory for large batches, used again when nobody views it any more.
 
-The memory of a large batch comes from the kernel and goes back to it with the batch, since no allocator keeps
-pieces of such a size. The kernel clears each of its pages when it is touched for the first time, which takes
+The memory of a large batch comes from the kernel and goes back to it with the batch: glibc keeps no freed
+piece of more than 32 MB. The kernel clears each page when it is touched for the first time, and that takes
 several times as long as to fill it.
 """
 
@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
-MIN_BYTES = 1 << 20
+MIN_BYTES = 32 << 20
 MAX_FREE = 4
+_PAGE_BYTES = 2 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -30,25 +31,29 @@ class _Block:
 
 
 class RecycledMemory:
-    """Hands out tensors of 1 MB and more, in memory of former ones.
+    """Hands out large tensors, in memory of former ones.
 
     A piece of memory is free again when the last tensor that views it has died, so a batch that somebody
     keeps stays valid. Few free pieces are kept, and all are let go of with this object.
+
+    Args:
+        min_bytes: Smaller tensors are left to torch, whose allocator keeps their memory itself.
 
     Runs on:
         Any thread, several at once. A lease may end on any thread, in the middle of anything.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, min_bytes: int = MIN_BYTES) -> None:
+        self._min_bytes = min_bytes
         self._free: deque[_Block] = deque(maxlen=MAX_FREE)
 
-    def __reduce__(self) -> tuple[type[RecycledMemory], tuple[()]]:
-        return RecycledMemory, ()  # another process begins without any
+    def __reduce__(self) -> tuple[type[RecycledMemory], tuple[int]]:
+        return RecycledMemory, (self._min_bytes,)  # another process begins without any
 
     def tensor(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return an uninitialised tensor; None if it is too small to be worth it."""
+        """Return an uninitialised tensor; None if it is small."""
         count = shape.numel()
-        if (nbytes := count * dtype.itemsize) < MIN_BYTES:
+        if (nbytes := count * dtype.itemsize) < self._min_bytes:
             return None
         return torch.frombuffer(self._lend(nbytes), dtype=dtype, count=count).view(shape)
 
@@ -74,7 +79,7 @@ class RecycledMemory:
 
 
 def _new_block(nbytes: int) -> _Block:
-    nbytes = -(-nbytes // MIN_BYTES) * MIN_BYTES  # so that ragged batches fit one another's
+    nbytes = -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES
     memory = mmap.mmap(-1, nbytes)
     with contextlib.suppress(OSError, AttributeError):  # fewer pages to clear, where there are large ones
         memory.madvise(mmap.MADV_HUGEPAGE)

@@ -15,15 +15,17 @@ from pipeline.data.collate import collate_samples
 from pipeline.data.fetch import Fetcher
 from pipeline.data.recycling import MAX_FREE, MIN_BYTES, RecycledMemory
 
+MB = 1 << 20
 
-def bytes_of(memory, value, nbytes=MIN_BYTES):
+
+def bytes_of(memory, value, nbytes=MB):
     """Return a tensor in the memory, filled with a value."""
     return memory.tensor(torch.Size((nbytes,)), torch.uint8).fill_(value)
 
 
 def test_memory_is_used_again_once_nobody_views_it():
     """Neither while the tensor lives nor while a view of it does; a small tensor is not worth it."""
-    memory = RecycledMemory()
+    memory = RecycledMemory(MB)
     first = bytes_of(memory, 1)
     place, view = first.data_ptr(), first[10:20].view(2, 5)
     del first
@@ -32,16 +34,16 @@ def test_memory_is_used_again_once_nobody_views_it():
     del view
     kept = [bytes_of(memory, 3), bytes_of(memory, 4)]
     assert place in [each.data_ptr() for each in kept]
-    assert memory.tensor(torch.Size((MIN_BYTES - 1,)), torch.uint8) is None
+    assert memory.tensor(torch.Size((MB - 1,)), torch.uint8) is None
     assert memory.tensor(torch.Size((0,)), torch.uint8) is None
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 8)), max_size=40))
 def test_what_is_kept_keeps_its_values(steps):
     """Whatever is kept for how long, of whichever size, nobody writes into it."""
-    memory, kept = RecycledMemory(), []
+    memory, kept = RecycledMemory(MB), []
     for value, (size, num_kept) in enumerate(steps):
-        kept.append((value, bytes_of(memory, value, size * MIN_BYTES)))
+        kept.append((value, bytes_of(memory, value, size * MB)))
         kept = kept[max(0, len(kept) - num_kept) :]
         for expected, tensor in kept:
             assert tensor[0] == tensor[-1] == expected
@@ -50,7 +52,7 @@ def test_what_is_kept_keeps_its_values(steps):
 
 def test_threads_share_it():
     """Several take and drop at once; each finds its own values."""
-    memory, wrong = RecycledMemory(), []
+    memory, wrong = RecycledMemory(MB), []
 
     def work(value):
         for _ in range(200):
@@ -66,14 +68,14 @@ def test_threads_share_it():
 
 
 LAYOUTS = {
-    "rows": lambda: torch.rand(MIN_BYTES // 8),
+    "rows": lambda: torch.rand(MB // 8),
     "pictures, their channels last": lambda: torch.rand(256, 256, 3).permute(2, 0, 1),
     "films, their channels last": lambda: torch.rand(4, 128, 128, 3).permute(0, 3, 1, 2),
     "volumes, their channels last": lambda: torch.rand(2, 8, 64, 64, 3).permute(0, 4, 1, 2, 3),
     "transposed": lambda: torch.rand(400, 500).t(),
     "one for all": lambda: torch.rand(1, 500).expand(500, 500),
     "doubles": lambda: torch.rand(400, 500, dtype=torch.float64),
-    "with a gradient": lambda: torch.rand(MIN_BYTES // 8, requires_grad=True),
+    "with a gradient": lambda: torch.rand(MB // 8, requires_grad=True),
 }
 
 
@@ -81,7 +83,7 @@ LAYOUTS = {
 def test_a_large_batch_is_that_of_default_collate(layout):
     """In values, and in strides, which decide in which order a kernel sums."""
     samples = [(LAYOUTS[layout](), number) for number in range(4)]
-    memory, expected = RecycledMemory(), default_collate(samples)
+    memory, expected = RecycledMemory(MB), default_collate(samples)
     for _ in range(2):
         found = collate_samples(samples, memory)
         assert torch.equal(found[0], expected[0])
@@ -93,24 +95,27 @@ def test_a_large_batch_is_that_of_default_collate(layout):
 
 def test_mixed_types_are_promoted_as_torch_does():
     """The first sample's type is not everybody's."""
-    samples = [torch.zeros(MIN_BYTES, dtype=torch.int64), torch.rand(MIN_BYTES)]
-    assert torch.equal(collate_samples(samples, RecycledMemory()), default_collate(samples))
+    samples = [torch.zeros(MB, dtype=torch.int64), torch.rand(MB)]
+    assert torch.equal(collate_samples(samples, RecycledMemory(MB)), default_collate(samples))
 
 
 @pytest.mark.parametrize("order", [[0, 2, 1], [3, 3, -1], []])
 def test_rows_of_a_tensor_dataset_are_those_of_indexing(order):
     """Whatever the order, and however the tensors lie."""
-    tensors = torch.rand(4, MIN_BYTES), torch.rand(MIN_BYTES, 4).t(), torch.arange(4)
+    count = MIN_BYTES // 8
+    tensors = torch.rand(4, count), torch.rand(count, 4).t(), torch.arange(4)
     fetcher, indices = Fetcher(TensorDataset(*tensors), None, 0), torch.tensor(order, dtype=torch.int64)
     for _ in range(2):
-        for found, tensor in zip(fetcher.fetch(indices, 0, 0, None), tensors, strict=True):
+        batch = fetcher.fetch(indices, 0, 0, None)
+        for found, tensor in zip(batch, tensors, strict=True):
             assert torch.equal(found, tensor[indices])
             assert found.stride() == tensor[indices].stride()
+        del batch, found
 
 
 def test_what_has_memory_can_be_taken_to_a_process():
     """The memory stays where it is."""
-    fetcher = Fetcher(TensorDataset(torch.rand(4, MIN_BYTES)), None, 0)
+    fetcher = Fetcher(TensorDataset(torch.rand(4, MIN_BYTES // 16)), None, 0)
     kept = fetcher.fetch(torch.arange(4), 0, 0, None)
     again = pickle.loads(pickle.dumps(fetcher)).fetch(torch.arange(4), 0, 0, None)
     assert torch.equal(again[0], kept[0])
