@@ -9,25 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import mmap
 import weakref
 from collections import deque
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 MIN_BYTES = 32 << 20
 MAX_FREE = 4
-_PAGE_BYTES = 2 << 20
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
-
-
-@dataclass(slots=True, eq=False)
-class _Block:
-    memory: mmap.mmap
-    nbytes: int
-    lease: weakref.ref[Any] | None = None
 
 
 class RecycledMemory:
@@ -45,45 +35,38 @@ class RecycledMemory:
 
     def __init__(self, min_bytes: int = MIN_BYTES) -> None:
         self._min_bytes = min_bytes
-        self._free: deque[_Block] = deque(maxlen=MAX_FREE)
+        self._free: deque[torch.Tensor] = deque(maxlen=MAX_FREE)
+        self._leases: dict[int, weakref.ref[Any]] = {}  # by address; a weak reference must live to be told
 
     def __reduce__(self) -> tuple[type[RecycledMemory], tuple[int]]:
         return RecycledMemory, (self._min_bytes,)  # another process begins without any
 
     def tensor(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
         """Return an uninitialised tensor; None if it is small."""
-        count = shape.numel()
-        if (nbytes := count * dtype.itemsize) < self._min_bytes:
+        if (nbytes := shape.numel() * dtype.itemsize) < self._min_bytes:
             return None
-        return torch.frombuffer(self._lend(nbytes), dtype=dtype, count=count).view(shape)
+        return self._lend(self._take(nbytes))[:nbytes].view(dtype).view(shape)
 
-    def _lend(self, nbytes: int) -> Any:
-        block, free = self._take(nbytes), self._free
-        buffer = (ctypes.c_char * block.nbytes).from_buffer(block.memory)
+    def _lend(self, memory: torch.Tensor) -> torch.Tensor:
+        free, leases, address = self._free, self._leases, memory.data_ptr()
+        array = memory.numpy()  # keeps the memory, and is kept by the storage of the tensor made of it
 
         def end(lease: weakref.ref[Any]) -> None:
-            free.append(block)  # the block has the lease, which must not die before
+            del leases[address]
+            free.append(memory)
 
-        block.lease = weakref.ref(buffer, end)
-        return buffer
+        leases[address] = weakref.ref(array, end)
+        return torch.from_numpy(array)
 
-    def _take(self, nbytes: int) -> _Block:
+    def _take(self, nbytes: int) -> torch.Tensor:
         """Return a free piece that is not much too large, or a new one."""
         for _ in range(len(self._free)):
             with contextlib.suppress(IndexError):  # another thread was faster
-                block = self._free.popleft()
-                if nbytes <= block.nbytes <= 2 * nbytes:
-                    return block
-                self._free.append(block)
-        return _new_block(nbytes)
-
-
-def _new_block(nbytes: int) -> _Block:
-    nbytes = -(-nbytes // _PAGE_BYTES) * _PAGE_BYTES
-    memory = mmap.mmap(-1, nbytes)
-    with contextlib.suppress(OSError, AttributeError):  # fewer pages to clear, where there are large ones
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return _Block(memory, nbytes)
+                memory = self._free.popleft()
+                if nbytes <= memory.nbytes <= 2 * nbytes:
+                    return memory
+                self._free.append(memory)
+        return torch.empty(nbytes, dtype=torch.uint8)
 
 
 def keep_freed_memory() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import os
 import pickle
 import threading
 
@@ -36,6 +38,31 @@ def test_memory_is_used_again_once_nobody_views_it():
     assert place in [each.data_ptr() for each in kept]
     assert memory.tensor(torch.Size((MB - 1,)), torch.uint8) is None
     assert memory.tensor(torch.Size((0,)), torch.uint8) is None
+
+
+def test_memory_comes_back_whenever_garbage_was_collected():
+    """A lease is nobody's garbage; and what outlives the memory's owner stays valid."""
+    memory = RecycledMemory(MB)
+    first, place = bytes_of(memory, 1), (kept := bytes_of(memory, 2)).data_ptr()
+    del kept
+    gc.collect()
+    kept = bytes_of(memory, 3)
+    assert kept.data_ptr() == place
+    gc.collect()
+    del memory
+    gc.collect()
+    assert (first.unique().tolist(), kept.unique().tolist()) == ([1], [3])
+
+
+def test_a_fork_has_memory_of_its_own():
+    """What a forked process writes to a batch is not seen here."""
+    memory = RecycledMemory(MB)
+    tensor = bytes_of(memory, 1)
+    if (child := os.fork()) == 0:
+        tensor.numpy()[:] = 2
+        os._exit(0)
+    os.waitpid(child, 0)
+    assert tensor.unique().tolist() == [1]
 
 
 @given(st.lists(st.tuples(st.integers(1, 6), st.integers(0, 8)), max_size=40))
