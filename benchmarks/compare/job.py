@@ -108,11 +108,11 @@ class Job:
     @property
     def step_ms(self) -> float:
         """Milliseconds a step, the first ones left out unless the start counts."""
-        if len(self.began_s) != self.num_steps:
+        if not self.is_over:
             raise RuntimeError(f"{len(self.began_s)} of {self.num_steps} steps were made")
         if self.workload.counts_start:
             return (self.began_s[-1] - self.made_s) / (len(self.began_s) - 1) * 1e3
-        counted = self.began_s[self.num_steps - self.workload.num_steps :]
+        counted = self.began_s[self.num_steps - self.workload.num_steps : self.num_steps]
         warm = min(WARM_STEPS, len(counted) // 4)
         return (counted[-1] - counted[warm]) / (len(counted) - 1 - warm) * 1e3
 

@@ -9,7 +9,7 @@ from typing import Any, get_args
 
 from benchmarks.compare.job import Job
 from benchmarks.compare.workloads import Workload
-from pipeline import Callback, FitResult, StepFinished, Trainer
+from pipeline import Callback, Every, FitResult, StepFinished, Trainer
 from pipeline.report.ceilings import StepCost, predict_all
 from pipeline.settings import Placement
 
@@ -22,6 +22,8 @@ SETTLING_S = 10.0  # `auto` tries places, and processes start; steady state come
 
 class Settled(Callback):
     """Has a job measured once it has run for some seconds, and ends it then."""
+
+    every = Every(steps=8)
 
     def __init__(self, job: Job) -> None:
         self.job, self.is_measuring = job, False
