@@ -22,7 +22,7 @@ from hydra import compose, initialize_config_dir
 from PIL import Image
 
 import pipeline.train
-from pipeline import ConfigError
+from pipeline import ConfigError, Datasets
 from pipeline.config import check_config, check_overrides, config_dir, train_from_config
 from pipeline.settings import Settings
 from tests.conftest import alive
@@ -289,6 +289,32 @@ def test_an_error_ends_the_process_with_code_two(tmp_path):
     done = run_cli("+recipe=resnet", "trainer.max_epoch=1", cwd=tmp_path)
     assert done.returncode == 2
     assert done.stderr == "error: trainer.max_epoch is not a setting. Did you mean max_epochs?\n"
+
+
+class Pictures(torch.utils.data.IterableDataset):
+    """Twenty small ones, which split themselves."""
+
+    def __iter__(self):
+        info = torch.utils.data.get_worker_info()
+        shard, num_shards = (0, 1) if info is None else (info.id, info.num_workers)
+        for number in range(shard, 20, num_shards):
+            yield torch.full((1, 8, 8), number / 20), number % 10
+
+
+def pictures(**_):
+    """Return them as a recipe's data."""
+    return Datasets(Pictures(), None, (1, 8, 8), 10)
+
+
+@pytest.mark.parametrize(("num_shards", "num_batches"), [(1, 5), (2, 6)])
+def test_a_recipes_iterable_data_may_have_shards(num_shards, num_batches, tmp_path, monkeypatch):
+    """Ten samples each make three batches of four; twenty make five."""
+    monkeypatch.chdir(tmp_path)
+    result, _ = train(
+        f"data._target_={__name__}.pictures", "shuffle=false", "batch_size=4", f"num_shards={num_shards}",
+        "trainer.limit_train_batches=null", "objective=train/epoch_loss",
+    )  # fmt: skip
+    assert result.num_steps == num_batches
 
 
 MINE = """
