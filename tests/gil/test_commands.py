@@ -262,6 +262,7 @@ def test_the_stages_of_torch_are_recognised():
     assert {"import torch", "dataloader", "forward", "backward", "optimizer"} <= stages
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # torch's, of Python 3.13.0
 def test_stages_of_torch_leave_nothing_behind():
     """What was wrapped is as it was; compiled models, nested calls and errors go through."""
     import torch
