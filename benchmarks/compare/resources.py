@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import select
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -77,13 +77,14 @@ def measure(variant: str, workload: str) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.compare.resources", "--child", variant, "--only", workload]
     peak_mb, spent_s, num_looks = 0.0, {}, 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
-        while child.poll() is None:
+        while not select.select([child.stdout], [], [], LOOK_S)[
+            0
+        ]:  # to end touches memory that it did not use
             tree = descendants(child.pid)
             spent_s |= {pid: cpu_s(pid) for pid in tree}
             if num_looks % LOOKS_PER_MEMORY == 0:
                 peak_mb = max(peak_mb, sum(map(pss_mb, tree)))
             num_looks += 1
-            time.sleep(LOOK_S)
         lines = child.stdout.read().splitlines() if child.stdout else []
     found = json.loads(lines[-1])
     samples = found["steps"] * workload_of(workload).batch_size

@@ -59,7 +59,7 @@ class SlotFile:
 
     def __init__(self, pinning: Pinning | None = None) -> None:
         self._pinning, self._can_pin, self._pinned = pinning, pinning is not None, dict[Slot, int]()
-        self.file = os.memfd_create("batches")
+        self.file, self._owner = os.memfd_create("batches"), os.getpid()
         os.ftruncate(self.file, span_bytes())
         self._memory = map_slots(self.file)
         self._free: deque[Slot] = deque()
@@ -107,8 +107,14 @@ class SlotFile:
         return buffer
 
     def close(self) -> None:
-        """Let go of the memory, but for what is on lease, which stays valid, though no longer pinned."""
+        """Let go of the memory, but for what is on lease, which stays valid, though no longer pinned.
+
+        In a fork of the process that made it, only close the file: the pages are still the other's.
+        """
         os.close(self.file)
+        self._can_pin = False
+        if os.getpid() != self._owner:
+            return
         while self._free:
             self._drop(self._free.pop())
         for slot in list(self._pinned):  # or the device would go on using these pages by their old address

@@ -83,6 +83,10 @@ class Fetcher:
             add_stage_note(error, "collate", batch=position, epoch=epoch)
             raise
 
+    def forget_memory(self) -> None:
+        """Let go of the memory of former batches: somebody else makes the next ones."""
+        self._memory = RecycledMemory()
+
     def plain_state(self) -> list[tuple[str, Any]]:
         """Return the dataset's numbers, texts and flags, and those of the datasets in it.
 

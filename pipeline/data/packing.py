@@ -46,6 +46,10 @@ class Arena:
         self._used = offset + nbytes
         return offset
 
+    def takes(self, nbytes: int) -> bool:
+        """Say that a tensor of any size is to lie in it, as long as there is room."""
+        return True
+
     def clear(self) -> None:
         """Begin again at the start."""
         self._used = self._first

@@ -120,8 +120,8 @@ class Processes:
             self._close_files()
 
     def _close_files(self) -> None:
-        self._slots.close()
         os.close(self._stacks)
+        self._slots.close()
 
     def batches(
         self, reader: TurnReader, depth: int, goes_on: Callable[[], bool] = lambda: True

@@ -41,32 +41,39 @@ class RecycledMemory:
     def __reduce__(self) -> tuple[type[RecycledMemory], tuple[int]]:
         return RecycledMemory, (self._min_bytes,)  # another process begins without any
 
-    def tensor(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor | None:
-        """Return an uninitialised tensor; None if it is small."""
-        if (nbytes := shape.numel() * dtype.itemsize) < self._min_bytes:
-            return None
-        return self._lend(self._take(nbytes))[:nbytes].view(dtype).view(shape)
+    def takes(self, nbytes: int) -> bool:
+        """Say whether a tensor of so many bytes is large."""
+        return nbytes >= self._min_bytes
 
-    def _lend(self, memory: torch.Tensor) -> torch.Tensor:
-        free, leases, address = self._free, self._leases, memory.data_ptr()
-        array = memory.numpy()  # keeps the memory, and is kept by the storage of the tensor made of it
+    def tensor(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """Return an uninitialised tensor of one element or more; its storage has no more bytes than that."""
+        count = shape.numel()
+        return torch.frombuffer(self._lend(count * dtype.itemsize), dtype=dtype).view(shape)
+
+    def _lend(self, nbytes: int) -> Any:
+        memory, owner = self._take(nbytes), weakref.ref(self)
+        address = memory.data_ptr()
+        array = memory.numpy()[:nbytes]  # keeps the memory, and is kept by the storage of a tensor made of it
 
         def end(lease: weakref.ref[Any]) -> None:
-            del leases[address]
-            free.append(memory)
+            if (found := owner()) is not None:
+                del found._leases[address]
+                found._free.append(memory)
 
-        leases[address] = weakref.ref(array, end)
-        return torch.from_numpy(array)
+        self._leases[address] = weakref.ref(array, end)
+        return array
 
     def _take(self, nbytes: int) -> torch.Tensor:
-        """Return a free piece that is not much too large, or a new one."""
+        """Return a free piece that is not much too large; or a new one, in place of one that nobody took."""
         for _ in range(len(self._free)):
             with contextlib.suppress(IndexError):  # another thread was faster
                 memory = self._free.popleft()
                 if nbytes <= memory.nbytes <= 2 * nbytes:
                     return memory
                 self._free.append(memory)
-        return torch.empty(nbytes, dtype=torch.uint8)
+        with contextlib.suppress(IndexError):
+            self._free.popleft()
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
 def keep_freed_memory() -> None:

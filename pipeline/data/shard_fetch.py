@@ -110,6 +110,10 @@ class ShardFetcher:
         """Return the number of the batch that can be made without reading another."""
         return self._shards[shard].number if shard in self._shards else 0
 
+    def forget_memory(self) -> None:
+        """Let go of the memory of former batches: somebody else makes the next ones."""
+        self._memory = RecycledMemory()
+
     def plain_state(self) -> list[tuple[str, Any]]:
         """Return the dataset's numbers, texts and flags, and those of the datasets in it."""
         return plain_attributes(self.dataset)

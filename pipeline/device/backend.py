@@ -146,16 +146,21 @@ class StreamBackend:
         if self.device.type != "cuda":
             return False
         with self.on_device():
-            if not int(_cuda_runtime().cudaHostRegister(address, nbytes, 0)):
-                return True
-            with suppress(RuntimeError):  # CUDA remembers the error, for whoever launches next to raise
-                torch.zeros(1, device=self.device).add_(1)
-        return False
+            is_pinned = int(_cuda_runtime().cudaHostRegister(address, nbytes, 0)) == 0
+            if not is_pinned:
+                self._forget_error()
+        return is_pinned
 
     def unpin(self, address: int) -> None:
-        with self.on_device():
+        with self.on_device(), suppress(RuntimeError):  # a kernel's, which has been raised where it was seen
             self._side.synchronize()
-            _cuda_runtime().cudaHostUnregister(address)
+            if int(_cuda_runtime().cudaHostUnregister(address)) != 0:
+                self._forget_error()
+
+    def _forget_error(self) -> None:
+        """Take the error that CUDA remembers, for whoever launches next would raise it."""
+        with suppress(RuntimeError):
+            torch.zeros(1, device=self.device).add_(1)
 
     def record_copies(self) -> Event:
         return self._record(self._side)

@@ -3,9 +3,9 @@
 The life of the memory, which is where such code goes wrong:
 
 1. The **host batch** is the user's or the collate function's. It is copied into a pinned slot at
-   once, on the prefetch thread, and not looked at again: whoever reuses its memory may do so. If it
-   lies in pinned memory, as what worker processes make does, and nobody will write there while it
-   lives, it is not copied but kept alive until the event behind its copy has passed.
+   once, on the prefetch thread, and not looked at again: whoever reuses its memory may do so. What
+   worker processes make lies in pinned memory, where nobody writes while it lives: it is not copied
+   but kept alive until the event behind its copy has passed.
 2. A **pinned slot** is leased for one tensor's copy and comes back when the event behind that copy
    has passed, checked on the host. The user never sees a slot.
 3. The **device tensor** is fresh memory of the caching allocator for each batch. The compute stream
@@ -35,13 +35,14 @@ from pipeline.device.backend import Backend, Event, Streams
 class Transfer(Protocol):
     """Two halves of a copy to the device."""
 
-    def send(self, batch: Batch, *, is_fresh: bool = True) -> Any:
+    def send(self, batch: Batch, *, is_fresh: bool = True, is_leased: bool = False) -> Any:
         """Start the copy; prefetch thread.
 
         Args:
             batch: On the host.
-            is_fresh: Whether nobody will write to its memory again. If not, it is copied at once:
-                whoever makes batches ahead must not see the next one in this one's memory.
+            is_fresh: Whether it has memory of its own. If not, it is copied at once: whoever makes
+                batches ahead must not see the next one in this one's memory.
+            is_leased: Whether nobody writes to its memory as long as it lives, not even the user.
         """
 
     def receive(self, sent: Any) -> Batch:
@@ -73,7 +74,7 @@ class EagerTransfer:
         self._is_host = backend.device.type == "cpu" and backend.streams is None
         self.is_identity = self._is_host and prepare is None
 
-    def send(self, batch: Batch, *, is_fresh: bool = True) -> Batch:
+    def send(self, batch: Batch, *, is_fresh: bool = True, is_leased: bool = False) -> Batch:
         if not is_fresh:
             batch = copy_memory(batch)
         return batch if self._prepare is None else map_tensors(batch, self._prepare)
@@ -117,7 +118,7 @@ class StreamTransfer:
         self._slots = SlotPool(streams)
         self.pinning: Pinning | None = streams
 
-    def send(self, batch: Batch, *, is_fresh: bool = True) -> SentBatch:
+    def send(self, batch: Batch, *, is_fresh: bool = True, is_leased: bool = False) -> SentBatch:
         leased: list[Slot | torch.Tensor] = []
 
         def start_copy(tensor: torch.Tensor) -> torch.Tensor:
@@ -126,7 +127,7 @@ class StreamTransfer:
             host = tensor if self._prepare is None else self._prepare(tensor)
             if host.layout is not torch.strided or type(host) is not torch.Tensor:
                 return self._streams.copy_in(host)  # keeps its kind; from pageable memory, so it waits
-            if is_fresh and self._streams.is_pinned(host):
+            if is_leased and self._streams.is_pinned(host):
                 leased.append(host)
                 return self._streams.copy_in(host.detach())
             slot = self._slots.lease(host)

@@ -170,12 +170,15 @@ class Inbound:
             in_line = read_in_line(reader, self._transfer, lambda: not self.start_processes(*counts))
             return self._counted(in_line)
         assert isinstance(reader, MapReader | ShardedReader)
+        assert isinstance(self._source, MapSource | ShardedSource)
         assert self._processes is not None
+        self._source.fetcher.forget_memory()
         processes = self._processes
         depth = max(self._depth, 2 * place.num_workers * place.num_threads)
         made = ProcessReader(processes, reader, depth, self.chooser.goes_on)
         if self._transfer.runs_ahead:
-            return _closing(made, read_ahead(made, self._transfer, 2, stall_timeout_s=self._stall_timeout_s))
+            ahead = read_ahead(made, self._transfer, 2, is_leased=True, stall_timeout_s=self._stall_timeout_s)
+            return _closing(made, ahead)
         return _closing(made, read_in_line(made, self._transfer))
 
     def _counted(self, batches: Generator[Batch]) -> Generator[Batch]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator
+from functools import partial
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -77,6 +78,7 @@ def read_ahead(
     num_threads: int = 1,
     *,
     is_fresh: bool = True,
+    is_leased: bool = False,
     in_order: bool = True,
     stall_timeout_s: float | None = None,
     goes_on: Callable[[], bool] = always,
@@ -93,6 +95,7 @@ def read_ahead(
         depth: Batches that are made ahead.
         num_threads: That make them; one where they can be made in order only.
         is_fresh: Whether each batch is known to have memory of its own.
+        is_leased: Whether nobody writes to a batch's memory as long as it lives.
         in_order: Otherwise the first is followed by whatever is ready; with random access only.
         stall_timeout_s: How long the loop waits for one batch; None for ever.
         goes_on: Asked after each batch; once not, those that are being made are the last.
@@ -104,11 +107,11 @@ def read_ahead(
     Runs on:
         Loop thread; blocks, with the GIL released, while no batch is there.
     """
-    first = []
+    first, send = [], partial(transfer.send, is_fresh=is_fresh, is_leased=is_leased)
     if not reader.is_known:
         if (batch := reader.first()) is END:
             return
-        first.append(transfer.send(batch, is_fresh=is_fresh))
+        first.append(send(batch))
         if not reader.is_threadable:
             yield transfer.receive(first.pop())
             return
@@ -120,7 +123,7 @@ def read_ahead(
 
         def fill() -> None:
             with transfer.on_device(), times.clock(STAGES) as clock:
-                _fill(channel, reader, enters_mode, transfer, is_fresh, makers, clock)
+                _fill(channel, reader, enters_mode, send, makers, clock)
 
         threads = [
             scope.start(fill, name=f"prefetch/{number}" if number else "prefetch", stop=channel.abandon)
@@ -136,7 +139,7 @@ def read_ahead(
         for position in sorted(channel.left):
             reader.position = position
             if (batch := reader.first()) is not END:  # which finds out what it draws
-                yield transfer.receive(transfer.send(batch, is_fresh=is_fresh))
+                yield transfer.receive(send(batch))
         if reader.is_random_access:  # threads may have made some of those behind it
             reader.position = channel.position + len(channel.left)
 
@@ -145,8 +148,7 @@ def _fill(
     channel: Channel[Any],
     reader: Reader,
     enters_mode: Callable[[Make], Make],
-    transfer: Transfer,
-    is_fresh: bool,
+    send: Callable[[Batch], Any],
     makers: dict[int, threading.Thread],
     clock: LaneClock,
 ) -> None:
@@ -164,7 +166,7 @@ def _fill(
             if (batch := make(position)) is END:
                 return channel.end(position)
             clock.enter(TRANSFER)
-            channel.put(position, _send(transfer, batch, is_fresh, position))
+            channel.put(position, _send(send, batch, position))
             del makers[position]
     except ChannelClosedError:
         return None  # nobody wants more
@@ -192,9 +194,9 @@ def _entering_mode() -> Callable[[Make], Make]:
     return enters_mode
 
 
-def _send(transfer: Transfer, batch: Batch, is_fresh: bool, position: int) -> Any:
+def _send(send: Callable[[Batch], Any], batch: Batch, position: int) -> Any:
     try:
-        return transfer.send(batch, is_fresh=is_fresh)
+        return send(batch)
     except Exception as error:
         add_stage_note(error, "transfer", batch=position)
         raise

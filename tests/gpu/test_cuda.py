@@ -7,11 +7,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
-from pipeline import DeferredReads, Trainer, prefetch
+from pipeline import DeferredReads, Loader, Trainer, prefetch
 from pipeline.concurrency import SlotFile
 from pipeline.device import select_backend
+from pipeline.device.backend import StreamBackend
 from pipeline.testing import InMemoryLogger
 from tests.textbook import assert_same_weights, build_model, weights
+from tests.workers import Augmented
 
 pytestmark = pytest.mark.gpu
 
@@ -94,12 +96,25 @@ def test_the_sync_budget_is_zero_on_cuda(feature, is_planted):
     assert [read.file for read in result.outbound.host_reads] == [__file__] * is_planted
 
 
-def test_batches_of_processes_are_copied_from_where_they_lie():
-    """The memory that workers collate into is pinned while they live; the numbers stay the same."""
-    losses, learned = fit("textbook")
-    found_losses, found = fit("overlap", settings={"placement": "process", "num_workers": 2})
-    assert found_losses == losses
-    assert_same_weights(found, learned)
+def test_batches_of_processes_are_copied_from_where_they_lie(monkeypatch):
+    """Their memory is pinned while workers write to it, so they need no slot on the way."""
+    copied, pinned_like = [], StreamBackend.pinned_like
+    monkeypatch.setattr(
+        StreamBackend, "pinned_like", lambda streams, host: copied.append(1) or pinned_like(streams, host)
+    )
+    expected = [inputs.tolist() for inputs, _ in Loader(Augmented(64), batch_size=4, placement="inline")]
+    with Loader(
+        Augmented(64), batch_size=4, device="cuda", placement="process", num_workers=2, stall_timeout_s=60
+    ) as loader:
+        while not loader._inbound.is_ready():
+            for _ in loader:
+                pass
+        for _ in loader:  # finds out how large a slot must be
+            pass
+        copied.clear()
+        loader.epoch = 0
+        assert [inputs.tolist() for inputs, _ in loader] == expected
+    assert not copied
 
 
 def test_memory_is_pinned_where_it_lies():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from contextlib import closing
 
 import pytest
@@ -56,8 +57,8 @@ def test_what_lies_in_pinned_memory_is_not_copied_on_the_way():
     with closing(SlotFile(device)) as slots:
         transfer = StreamTransfer(device, device, None)
         _, tensor = lent(slots, 1.0)
-        for batch, is_fresh in ((tensor, True), (tensor.clone(), True), (tensor, False)):
-            assert transfer.receive(transfer.send(batch, is_fresh=is_fresh)).tolist() == [1.0] * 16
+        for batch, is_leased in ((tensor, True), (tensor.clone(), True), (tensor, False)):
+            assert transfer.receive(transfer.send(batch, is_leased=is_leased)).tolist() == [1.0] * 16
     assert device.is_direct == [True, False, False]
 
 
@@ -68,9 +69,9 @@ def test_a_slot_is_used_again_once_its_copy_is_over(race):
     with closing(SlotFile(device)) as slots:
         transfer = StreamTransfer(device, device, None)
         slot, tensor = lent(slots, 1.0)
-        first = transfer.send(tensor)
+        first = transfer.send(tensor, is_leased=True)
         del tensor
-        second = transfer.send(lent(slots, 2.0)[1])
+        second = transfer.send(lent(slots, 2.0)[1], is_leased=True)
         again, _ = lent(slots, 3.0)  # as a worker would write the next batch there
         assert (again == slot) is race
         assert (transfer.receive(first)[0] == 1.0) is not race
@@ -92,8 +93,26 @@ def test_memory_is_pinned_once_and_let_go_of_with_the_slots():
         kept = view(slots.lend(large), 0, torch.float32, 16).fill_(3.0)
         lent(slots, 4.0)
         assert len(device.pinned) == 2
+        other = slots.acquire(64)
     assert not device.pinned
     assert kept.tolist() == [3.0] * 16
+    slots.lend(other)  # a batch that was answered before, and is asked for now
+    assert not device.pinned
+
+
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
+def test_a_fork_that_closes_leaves_the_memory_alone():
+    """What lies in a free slot may be somebody's batch by then."""
+    with closing(SlotFile()) as slots:
+        slot, tensor = lent(slots, 1.0)
+        del tensor
+        if (child := os.fork()) == 0:
+            try:
+                slots.close()
+            finally:
+                os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+        assert view(slots.lend(slot), 0, torch.float32, 16).tolist() == [1.0] * 16
 
 
 def test_a_device_that_cannot_pin_is_asked_once():
@@ -102,7 +121,7 @@ def test_a_device_that_cannot_pin_is_asked_once():
     with closing(SlotFile(device)) as slots:
         transfer = StreamTransfer(device, device, None)
         for value in (1.0, 2.0):
-            assert transfer.receive(transfer.send(lent(slots, value)[1]))[0] == value
+            assert transfer.receive(transfer.send(lent(slots, value)[1], is_leased=True))[0] == value
     assert device.num_asked == 1
     assert device.is_direct == [False, False]
 

@@ -6,12 +6,15 @@ import gc
 import os
 import pickle
 import threading
+import weakref
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.utils.data import TensorDataset, default_collate
+from torch.utils.data._utils.collate import default_collate_fn_map
 
 from pipeline.data.collate import collate_samples
 from pipeline.data.fetch import Fetcher
@@ -22,6 +25,7 @@ MB = 1 << 20
 
 def bytes_of(memory, value, nbytes=MB):
     """Return a tensor in the memory, filled with a value."""
+    assert memory.takes(nbytes)
     return memory.tensor(torch.Size((nbytes,)), torch.uint8).fill_(value)
 
 
@@ -36,8 +40,7 @@ def test_memory_is_used_again_once_nobody_views_it():
     del view
     kept = [bytes_of(memory, 3), bytes_of(memory, 4)]
     assert place in [each.data_ptr() for each in kept]
-    assert memory.tensor(torch.Size((MB - 1,)), torch.uint8) is None
-    assert memory.tensor(torch.Size((0,)), torch.uint8) is None
+    assert not memory.takes(MB - 1)
 
 
 def test_memory_comes_back_whenever_garbage_was_collected():
@@ -49,19 +52,24 @@ def test_memory_comes_back_whenever_garbage_was_collected():
     kept = bytes_of(memory, 3)
     assert kept.data_ptr() == place
     gc.collect()
+    assert len(kept.untyped_storage()) == MB  # and no stale bytes behind it, for whoever saves it
+    owner = weakref.ref(memory)
     del memory
-    gc.collect()
+    assert owner() is None, "without a collection"
     assert (first.unique().tolist(), kept.unique().tolist()) == ([1], [3])
 
 
+@pytest.mark.filterwarnings("ignore:.*use of fork:DeprecationWarning")
 def test_a_fork_has_memory_of_its_own():
     """What a forked process writes to a batch is not seen here."""
     memory = RecycledMemory(MB)
     tensor = bytes_of(memory, 1)
     if (child := os.fork()) == 0:
-        tensor.numpy()[:] = 2
-        os._exit(0)
-    os.waitpid(child, 0)
+        try:
+            tensor.numpy()[:] = 2
+        finally:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
     assert tensor.unique().tolist() == [1]
 
 
@@ -118,6 +126,45 @@ def test_a_large_batch_is_that_of_default_collate(layout):
         assert found[0].dtype == expected[0].dtype
         assert found[0].requires_grad == expected[0].requires_grad
         del found
+
+
+SIZES = iter(range(100))
+ODD = {
+    "sparse, far too large to be dense": lambda: torch.sparse_coo_tensor(
+        [[1], [2]], [3.0], (10**6, 10**7), check_invariants=False
+    ),
+    "nested": lambda: torch.nested.nested_tensor([torch.rand(MB), torch.rand(3)]),
+    "complex, conjugated": lambda: torch.rand(MB, dtype=torch.complex64).conj(),
+    "on no device": lambda: torch.empty(10**12, device="meta"),
+    "of different sizes": lambda: torch.rand(MB + next(SIZES)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+@pytest.mark.parametrize("kind", ODD)
+def test_an_odd_batch_is_that_of_default_collate(kind):
+    """Or fails as it does; nothing is allocated for what torch does not make dense."""
+    samples, found = [ODD[kind]() for _ in range(2)], []
+    for collate in (partial(collate_samples, memory=RecycledMemory(MB)), default_collate):
+        try:
+            found.append(repr(collate(samples)))
+        except Exception as error:
+            found.append(repr(error))
+    assert found[0] == found[1]
+
+
+def test_a_default_device_is_not_where_batches_lie():
+    """They are the host's, as the samples are."""
+    samples = [torch.rand(MB) for _ in range(2)]
+    with torch.device("meta"):
+        found = collate_samples(samples, RecycledMemory(MB))
+    assert torch.equal(found, torch.stack(samples))
+
+
+def test_what_a_user_made_of_default_collate_is_called(monkeypatch):
+    """torch lets one put a function for tensors into its map."""
+    monkeypatch.setitem(default_collate_fn_map, torch.Tensor, lambda batch, *, collate_fn_map: len(batch))
+    assert collate_samples([(torch.rand(MB), 1)] * 3, RecycledMemory(MB))[0] == 3
 
 
 def test_mixed_types_are_promoted_as_torch_does():
