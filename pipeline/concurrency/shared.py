@@ -10,6 +10,7 @@ import contextlib
 import ctypes
 import mmap
 import os
+import threading
 import weakref
 from collections import deque
 from dataclasses import dataclass
@@ -47,10 +48,11 @@ class SlotFile:
     keeps stays valid, and a consumer that keeps them all makes the file grow as its own memory would.
 
     Args:
-        pinning: Pins a slot when it is lent for the first time, until it is dropped or the file is closed.
+        pinning: What `pin` uses.
 
     Attributes:
         num_slots: Made so far.
+        can_pin: Whether `pin` does anything.
 
     Runs on:
         One thread acquires; a lease may end on any thread, in the middle of anything: all it does is to take
@@ -58,7 +60,8 @@ class SlotFile:
     """
 
     def __init__(self, pinning: Pinning | None = None) -> None:
-        self._pinning, self._can_pin, self._pinned = pinning, pinning is not None, dict[Slot, int]()
+        self._pinning, self.can_pin, self._pinned = pinning, pinning is not None, dict[Slot, int]()
+        self._pinning_lock = threading.Lock()  # whoever closes it need not be who is lent slots
         self.file, self._owner = os.memfd_create("batches"), os.getpid()
         os.ftruncate(self.file, span_bytes())
         self._memory = map_slots(self.file)
@@ -95,8 +98,6 @@ class SlotFile:
     def lend(self, slot: Slot) -> Any:
         """Return a buffer over the slot; the slot is free when the buffer and all its views are gone."""
         buffer = view_slot(self._memory, slot.offset, slot.nbytes)
-        if self._can_pin and slot not in self._pinned:
-            self._pin(slot, ctypes.addressof(buffer))
         leases, free = self._leases, self._free
 
         def end(lease: weakref.ref[Any]) -> None:
@@ -112,19 +113,34 @@ class SlotFile:
         In a fork of the process that made it, only close the file: the pages are still the other's.
         """
         os.close(self.file)
-        self._can_pin = False
         if os.getpid() != self._owner:
+            self.can_pin = False
             return
+        self.stop_pinning()
         while self._free:
             self._drop(self._free.pop())
-        for slot in list(self._pinned):  # or the device would go on using these pages by their old address
-            self._unpin(slot)
 
-    def _pin(self, slot: Slot, address: int) -> None:
-        assert self._pinning is not None
-        self._can_pin = self._pinning.pin(address, slot.nbytes)  # once it does not, it never will
-        if self._can_pin:
-            self._pinned[slot] = address
+    def pin(self, slot: Slot) -> None:
+        """Pin a slot, until it is dropped or the file closed, unless it is or cannot be."""
+        with self._pinning_lock:
+            if not self.can_pin or slot in self._pinned:
+                return
+            assert self._pinning is not None
+            address = ctypes.addressof(view_slot(self._memory, slot.offset, slot.nbytes))
+            if self._pinning.pin(address, slot.nbytes):
+                self._pinned[slot] = address
+            else:
+                self.can_pin = False  # once it does not, it never will
+
+    def stop_pinning(self) -> None:
+        """Let go of what is pinned, and pin nothing any more.
+
+        Memory that stays pinned when it is unmapped would be read by its old address.
+        """
+        with self._pinning_lock:
+            self.can_pin = False
+            for slot in list(self._pinned):
+                self._unpin(slot)
 
     def _unpin(self, slot: Slot) -> None:
         if (address := self._pinned.pop(slot, None)) is not None:
@@ -132,7 +148,8 @@ class SlotFile:
             self._pinning.unpin(address)
 
     def _drop(self, slot: Slot) -> None:
-        self._unpin(slot)
+        with self._pinning_lock:
+            self._unpin(slot)
         self._memory.madvise(mmap.MADV_REMOVE, slot.offset, slot.nbytes)
 
 

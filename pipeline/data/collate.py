@@ -54,9 +54,11 @@ def select_rows(tensor: torch.Tensor, indices: torch.Tensor, memory: Memory) -> 
         indices: int64 ``[B]``.
         memory: The rows are copied into it, if it gives any.
     """
-    out, shape = None, torch.Size((len(indices), *tensor.shape[1:]))
-    if memory.takes(shape.numel() * tensor.itemsize) and _is_plain(tensor) and tensor.is_contiguous():
-        out = memory.tensor(shape, tensor.dtype)
+    out = None
+    if _is_plain(tensor) and tensor.is_contiguous():
+        shape = torch.Size((len(indices), *tensor.shape[1:]))
+        if memory.takes(shape.numel() * tensor.itemsize):
+            out = memory.tensor(shape, tensor.dtype)
     if out is None:
         return tensor[indices]
     return torch.ops.aten.index(tensor, [indices], out=out)  # type: ignore[no-any-return]

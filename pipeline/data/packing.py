@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 import numpy
 import torch
 
+from pipeline.batch import Batch, map_tensors
 from pipeline.concurrency import view_file
 
 ALIGNMENT_BYTES = 64
@@ -172,26 +173,53 @@ def pack(packed: Any, arena: Arena) -> Packed:
     return Packed(offset, nbytes, _write(overflow), wanted)
 
 
-def unpack(packed: Packed, buffer: Buffer, *, is_private: bool = False) -> Any:
+def unpack(
+    packed: Packed, buffer: Buffer, *, is_private: bool = False, views: list[Any] | None = None
+) -> Any:
     """Return the packed object; its tensors and arrays are views, and keep what they view alive.
 
     Args:
         packed: As `pack` returned it, the descriptor being one of this process.
         buffer: Over the arena's memory.
         is_private: Writing to a view of the overflow is seen by no other process.
+        views: Gets each tensor and array that is a view, wherever in the object it is.
     """
     overflow = None if packed.overflow < 0 else view_file(packed.overflow, is_private=is_private)
     place = buffer if overflow is None else overflow
     skeleton = memoryview(place)[packed.offset : packed.offset + packed.nbytes]
-    return _Unpacker(io.BytesIO(skeleton), buffer, overflow).load()
+    return _Unpacker(io.BytesIO(skeleton), buffer, overflow, views).load()
+
+
+def reaches_all(batch: Batch, views: list[Any]) -> bool:
+    """Say whether the batch goes to the device whole.
+
+    What stays behind, in an object or as an array, the user may copy to the device. From pinned memory that
+    would only be queued, and a worker might write the next batch there before.
+    """
+    reached = set[int]()
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        reached.add(id(tensor))
+        return tensor
+
+    map_tensors(batch, note)
+    return all(id(each) in reached for each in views)
 
 
 class _Unpacker(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, buffer: Buffer, overflow: Buffer | None) -> None:
+    def __init__(
+        self, file: io.BytesIO, buffer: Buffer, overflow: Buffer | None, views: list[Any] | None
+    ) -> None:
         super().__init__(file)
-        self._buffers = buffer, overflow
+        self._buffers, self._views = (buffer, overflow), views
 
     def persistent_load(self, where: Any) -> Any:
+        found = self._load(where)
+        if self._views is not None:
+            self._views.append(found)
+        return found
+
+    def _load(self, where: Any) -> Any:
         kind, is_overflow, offset, dtype, count, shape, stride = where
         buffer = self._buffers[is_overflow]
         if kind == "array":

@@ -17,7 +17,7 @@ from pipeline.batch import Batch
 from pipeline.concurrency import Answer, NurseryDiedError, Pinning, Slot, SlotFile, WorkerPool
 from pipeline.data.death import death_error, death_warning
 from pipeline.data.main_module import packed_for_process
-from pipeline.data.packing import Packed, unpack
+from pipeline.data.packing import Packed, reaches_all, unpack
 from pipeline.data.reader import END, MapSource, TurnReader
 from pipeline.data.shards import ShardedSource
 from pipeline.data.worker import ANSWER, JOB, TorchDefaults
@@ -196,7 +196,16 @@ class Processes:
         if file >= 0:
             # It came by a file of its own, and a copy: make the next slots large enough.
             self._batch_bytes = max(self._batch_bytes, wanted_bytes + wanted_bytes // 8)
-        return unpack(Packed(offset, nbytes, file, 0), self._slots.lend(slot))
+        packed, buffer = Packed(offset, nbytes, file, 0), self._slots.lend(slot)
+        if file >= 0 or not self._slots.can_pin:
+            return unpack(packed, buffer)
+        views: list[Any] = []
+        batch = unpack(packed, buffer, views=views)
+        if reaches_all(batch, views):
+            self._slots.pin(slot)
+        else:
+            self._slots.stop_pinning()
+        return batch
 
     def _drop(self, answer: Answer, slot: Slot) -> None:
         """Take back what nobody wants any more."""
@@ -288,5 +297,4 @@ def _explained() -> Iterator[None]:
 
 
 def _error_in(message: bytes) -> BaseException:
-    error: BaseException = pickle.loads(message)
-    return error
+    return pickle.loads(message)  # type: ignore[no-any-return]

@@ -124,11 +124,12 @@ class StreamTransfer:
         def start_copy(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.device.type != "cpu":
                 return tensor.to(self._device)
+            if is_leased:
+                leased.append(tensor)
             host = tensor if self._prepare is None else self._prepare(tensor)
             if host.layout is not torch.strided or type(host) is not torch.Tensor:
                 return self._streams.copy_in(host)  # keeps its kind; from pageable memory, so it waits
             if is_leased and self._streams.is_pinned(host):
-                leased.append(host)
                 return self._streams.copy_in(host.detach())
             slot = self._slots.lease(host)
             slot.tensor.copy_(host.detach())

@@ -11,6 +11,7 @@ import torch
 
 from pipeline import Loader, SimulatedBackend
 from pipeline.concurrency import SlotFile
+from pipeline.data import Processes, as_source
 from pipeline.data.packing import view
 from pipeline.device.transfer import StreamTransfer
 from tests.workers import Augmented
@@ -48,6 +49,7 @@ class EarlyReuse(Watched):
 def lent(slots, value):
     """Return a slot of 64 bytes, and a tensor in it."""
     slot = slots.acquire(64)
+    slots.pin(slot)
     return slot, view(slots.lend(slot), 0, torch.float32, 16).fill_(value)
 
 
@@ -90,13 +92,14 @@ def test_memory_is_pinned_once_and_let_go_of_with_the_slots():
         assert (device.num_asked, len(device.pinned)) == (1, 1)
         large = slots.acquire(slot.nbytes + 1)  # the small one is dropped
         assert not device.pinned
+        slots.pin(large)
         kept = view(slots.lend(large), 0, torch.float32, 16).fill_(3.0)
         lent(slots, 4.0)
         assert len(device.pinned) == 2
         other = slots.acquire(64)
     assert not device.pinned
     assert kept.tolist() == [3.0] * 16
-    slots.lend(other)  # a batch that was answered before, and is asked for now
+    slots.pin(other)  # of a batch that was answered before, and is asked for now
     assert not device.pinned
 
 
@@ -148,3 +151,50 @@ def test_a_loader_hands_its_batches_to_the_device_from_their_slots():
     gc.collect()
     assert not device.pinned
     assert not device.violations
+
+
+class Held:
+    """A batch of a kind that nobody looks into."""
+
+    def __init__(self, samples):
+        self.inputs = torch.stack([inputs for inputs, _ in samples])
+
+
+def as_object(samples):
+    """Return a batch whose tensor only the user can move."""
+    return Held(samples)
+
+
+def as_array(samples):
+    """Return one of which a part stays on the host."""
+    return torch.stack([inputs for inputs, _ in samples]), torch.stack(
+        [inputs for inputs, _ in samples]
+    ).numpy()
+
+
+def as_sparse(samples):
+    """Return one whose parts lie in the slot, and it does not."""
+    return torch.stack([inputs for inputs, _ in samples]).to_sparse()
+
+
+@pytest.mark.parametrize("collate_fn", [as_object, as_array, as_sparse, None])
+def test_what_the_user_may_copy_does_not_lie_in_pinned_memory(collate_fn):
+    """The copy would only be queued when a worker writes the next batch there."""
+    device = Watched()
+    source = as_source(
+        Augmented(64),
+        name="data",
+        batch_size=4,
+        shuffle=False,
+        drop_last=False,
+        collate_fn=collate_fn,
+        seed=0,
+    )
+    processes = Processes(source, 1, 60, pinning=device)
+    try:
+        assert processes.wait_until_ready()
+        for _ in processes.batches(source.open(0), 4):
+            pass
+        assert bool(device.pinned) is (collate_fn is None)
+    finally:
+        processes.close()
