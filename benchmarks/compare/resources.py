@@ -77,9 +77,7 @@ def measure(variant: str, workload: str) -> dict[str, float]:
     command = [sys.executable, "-m", "benchmarks.compare.resources", "--child", variant, "--only", workload]
     peak_mb, spent_s, num_looks = 0.0, {}, 0
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as child:
-        while not select.select([child.stdout], [], [], LOOK_S)[
-            0
-        ]:  # to end touches memory that it did not use
+        while not has_said(child):  # not until it has ended, which touches further memory
             tree = descendants(child.pid)
             spent_s |= {pid: cpu_s(pid) for pid in tree}
             if num_looks % LOOKS_PER_MEMORY == 0:
@@ -90,6 +88,11 @@ def measure(variant: str, workload: str) -> dict[str, float]:
     samples = found["steps"] * workload_of(workload).batch_size
     spent = sum(spent_s.values()) - found["import_cpu_s"]
     return {"peak_mb": peak_mb, "cpu_ms": spent / samples * 1e3, "first_ms": found["first_ms"]}
+
+
+def has_said(child: subprocess.Popen[str]) -> bool:
+    """Say whether a process has printed something, or ended; wait a moment for it."""
+    return bool(select.select([child.stdout], [], [], LOOK_S)[0])
 
 
 def descendants(pid: int) -> list[int]:
