@@ -137,6 +137,7 @@ class Trainer(Settings):
             stack.enter_context(closing(belts))
             stack.enter_context(setup.deterministic_algorithms(self.deterministic))
             inbound = belts.inbound(source, is_training=True)
+            inbound.checks.trained.append(model)
             opened = open_run_dir(self)
             run_dir, rows = opened.run_dir, wiring.make_rows(opened.run_dir)
             num_batches = setup.at_most(source.num_batches, max_batches)

@@ -1,7 +1,7 @@
 """From a user's data to host batches: sampler, fetch, collate."""
 
 from pipeline.data.generator_mode import UnhookableDrawError
-from pipeline.data.iterable import IterableSource
+from pipeline.data.iterable import IterableReader, IterableSource
 from pipeline.data.main_module import refuse_in_nursery
 from pipeline.data.processes import Processes, ProcessReader
 from pipeline.data.ranks import ranks
@@ -12,6 +12,7 @@ from pipeline.data.source import as_source, is_shared_out, own_generators
 __all__ = [
     "END",
     "EVALUATION_EPOCH",
+    "IterableReader",
     "IterableSource",
     "MapReader",
     "MapSource",

@@ -44,6 +44,19 @@ class IterableSource:
             isinstance(batches, DataLoader)
             and (batches.num_workers > 0 or batches.collate_fn is default_collate)
         )
+        self.is_known_kind, self.is_function_of_index = _is_known_kind(batches), False
+
+    def roots(self) -> list[tuple[str, Any]]:
+        loader: Any = self._batches
+        if not isinstance(loader, DataLoader):
+            return [(self.name, loader)]
+        names = ["sampler", "batch_sampler"]
+        if not loader.num_workers:  # else they are copies in processes of the user's own
+            names += ["dataset", "collate_fn"]
+        return [(f"{self.name}.{each}", getattr(loader, each, None)) for each in names]
+
+    def draw_apart(self) -> None:
+        """Do nothing: no batch is made twice."""
 
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> IterableReader:
         generator = torch.Generator().manual_seed(sample_seed(self._seed, epoch, 0))
@@ -112,6 +125,10 @@ class IterableReader:
         return self.position > self._first
 
     @property
+    def turn(self) -> int:
+        return self.position
+
+    @property
     def is_threadable(self) -> bool:
         return not self._source.unhookable
 
@@ -165,6 +182,16 @@ class IterableReader:
         if (state := self._source.keep_state()) is not None:
             self.states.append((self.position, state))
         return batch
+
+
+_KNOWN_LOADERS = ("torch.utils.data", "torchdata", "spdl", "grain", "webdataset")
+
+
+def _is_known_kind(batches: Any) -> bool:
+    """Say whether batches come from a loader whose code is known, or lie there."""
+    return type(batches) in (list, tuple) or isinstance(batches, DataLoader) or any(
+        type(batches).__module__.startswith(name) for name in _KNOWN_LOADERS
+    )
 
 
 def length_or_none(data: Any) -> int | None:

@@ -8,10 +8,11 @@ import signal
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, Protocol
 
 from pipeline.batch import Batch
 from pipeline.concurrency import Answer, NurseryDiedError, Pinning, Slot, SlotFile, WorkerPool
@@ -124,7 +125,11 @@ class Processes:
         self._slots.close()
 
     def batches(
-        self, reader: TurnReader, depth: int, goes_on: Callable[[], bool] = lambda: True
+        self,
+        reader: TurnReader,
+        depth: int,
+        goes_on: Callable[[], bool] = lambda: True,
+        repeated: Repeated | None = None,
     ) -> Generator[Batch]:
         """Yield the batches of an epoch from the reader's position on, and move it.
 
@@ -132,6 +137,7 @@ class Processes:
             reader: The epoch; its position counts the batches that were handed over.
             depth: Batches that are asked for ahead.
             goes_on: Asked before each further batch is; once not, those asked for are the last.
+            repeated: Batches to ask for first, that are not yielded.
 
         Raises:
             WorkerDiedError: If workers died of a batch, again when it was tried again.
@@ -139,7 +145,14 @@ class Processes:
             Exception: The dataset's own.
         """
         asker, asked, ahead = _Asker(reader), deque[Any](), reader.ahead()
+        again = [] if repeated is None else repeated.turns
         try:
+            for turn in again:
+                self._ask(asker, turn)
+            for turn in again:
+                while turn not in asker.ready:
+                    self._collect(asker)
+                repeated.take(turn, partial(self._open, asker, turn, *asker.ready.pop(turn)))  # type: ignore[union-attr]
             while True:
                 while len(asked) < min(depth, reader.num_left) and goes_on():
                     if (turn := next(ahead, None)) is None:
@@ -247,6 +260,17 @@ class Processes:
         return None
 
 
+class Repeated(Protocol):
+    """Takes batches that were made in the loop before, and are made in a process once more."""
+
+    @property
+    def turns(self) -> Sequence[Any]:
+        """Which batches."""
+
+    def take(self, turn: Any, open_batch: Callable[[], Batch]) -> None:
+        """Look at one; to open it raises what the dataset raised."""
+
+
 class ProcessReader:
     """An epoch, its batches made by worker processes; a `Reader`.
 
@@ -255,15 +279,22 @@ class ProcessReader:
         reader: The epoch, which this moves.
         depth: Batches that are asked for ahead.
         goes_on: Asked before each further batch is; once not, those asked for are the last.
+        repeated: Batches to ask for first, that are not read.
     """
 
     is_random_access, is_threadable, is_known = False, True, True
     max_processes: int | None = None
+    turn: Any = None
 
     def __init__(
-        self, processes: Processes, reader: TurnReader, depth: int, goes_on: Callable[[], bool]
+        self,
+        processes: Processes,
+        reader: TurnReader,
+        depth: int,
+        goes_on: Callable[[], bool],
+        repeated: Repeated | None = None,
     ) -> None:
-        self._reader, self._batches = reader, processes.batches(reader, depth, goes_on)
+        self._reader, self._batches = reader, processes.batches(reader, depth, goes_on, repeated)
         self.position = reader.position
 
     @property

@@ -7,10 +7,12 @@ which draws from torch's global generator, never notices.
 
 How it is kept, cheapest first:
 
+- **Isolated** (loop thread). Generators are seeded for each sample and put back after the batch. This is the
+  definition; the other two give the same numbers. The first samples are made so, with all three generators,
+  which shows which of them the dataset draws from; later those alone are seeded.
 - **Watched** (loop thread). Most datasets draw nothing. The generators are left alone and compared
-  after each batch; if one has moved, it is put back and the batch is made again, isolated.
-- **Isolated** (loop thread). The generators that were seen to move are seeded for each sample and
-  put back after the batch. This is the definition; the other two give the same numbers.
+  after each batch; if one has moved all the same, it is put back and the batch is made again, isolated. Where
+  making a batch moves a state of the dataset's own, all generators are isolated, and nothing is made twice.
 - **Hooked** (prefetch threads; several threads of a worker process, see `isolation.py`). The loop thread
   draws from the same global generators, so they cannot be seeded here. A torch function mode, which is
   thread-local, hands each torch draw a generator of the sample's own. Python's and NumPy's generators have
@@ -33,6 +35,8 @@ import torch
 
 from pipeline.data.generator_mode import GeneratorMode, Seed, UnhookableDrawError
 from pipeline.data.generators import GlobalGenerator, TorchGenerator, Watch, global_generators
+
+_NUM_ISOLATED = 64  # samples that show what a dataset draws from; to seed all three takes 20 µs
 
 Made = TypeVar("Made")
 Make = Callable[[Callable[[Seed], None] | None], Made]
@@ -65,6 +69,40 @@ def _watching_hands() -> Iterator[_TouchedGenerator]:
         functions["default_generator"] = before
 
 
+class _SeedingAll:
+    """Seeds all generators before each of the first samples, and sees which of them the samples draw from.
+
+    Attributes:
+        is_late: Whether one was first drawn from after it was no longer seeded.
+    """
+
+    def __init__(self, generators: list[GlobalGenerator]) -> None:
+        self._generators, self._num_left = generators, _NUM_ISOLATED
+        self._drawn: list[GlobalGenerator] = []
+        self._seen = [each.fingerprint() for each in generators]
+        self.is_late = False
+
+    def seed(self, seed: Seed) -> None:
+        self._look()
+        self._num_left -= 1
+        value = seed() if self._num_left >= 0 or self._drawn else 0
+        for number, generator in enumerate(self._generators):
+            if self._num_left >= 0 or generator in self._drawn:
+                generator.seed(value)
+                self._seen[number] = generator.fingerprint()
+
+    def drawn(self) -> list[GlobalGenerator]:
+        """Return those that were drawn from."""
+        self._look()
+        return self._drawn
+
+    def _look(self) -> None:
+        for generator, seen in zip(self._generators, self._seen, strict=True):
+            if generator not in self._drawn and generator.fingerprint() != seen:
+                self._drawn.append(generator)
+                self.is_late |= self._num_left < 0
+
+
 class SampleRandomness:
     """Makes batches so that their samples draw from seeds of their own; see the module's text.
 
@@ -77,6 +115,7 @@ class SampleRandomness:
 
     def __init__(self) -> None:
         self._drawn: list[GlobalGenerator] = []
+        self._has_begun = False
         self._watch = Watch(global_generators())
         self.suspects: list[ThreadRandomness] = []
         self.cleared: set[Hashable] = set()
@@ -97,6 +136,8 @@ class SampleRandomness:
         Runs on:
             Loop thread, or a thread of a worker process while no other makes a batch.
         """
+        if not self._has_begun:
+            return self._begin(make, batch)
         while True:
             self._watch.start(self._drawn)
             try:
@@ -110,6 +151,29 @@ class SampleRandomness:
                     self._settle(batch)
                 return made
             self._drawn.extend(unknown)  # seeded from now on, for this batch too
+
+    def _begin(self, make: Make[Made], batch: Hashable) -> Made:
+        """Make the first batch: all generators are seeded for its first samples, and watched sample by sample."""
+        generators = global_generators()
+        self._watch.start(generators)
+        seeding = _SeedingAll(generators)
+        try:
+            made = make(seeding.seed)
+        finally:
+            drawn = seeding.drawn()
+            self._watch.restore(generators)
+        self._has_begun = True
+        self._drawn.extend(each for each in drawn if each not in self._drawn)
+        if seeding.is_late:  # a generator that was no longer seeded was drawn from
+            return self.on_loop_thread(make, batch)
+        if self.suspects:
+            self._settle(batch)
+        return made
+
+    def isolate_all(self) -> None:
+        """Seed every generator for each sample from now on, so that no batch has to be made again."""
+        self._has_begun = True
+        self._drawn.extend(each for each in global_generators() if each not in self._drawn)
 
     def probe(self, make: Make[Made], batch: Hashable = None) -> Made:
         """Make a batch hooked on the loop thread, where torch's generator can be watched as well.

@@ -35,11 +35,15 @@ class Reader(Protocol):
         is_random_access: Whether batches may be made in any order, by several threads.
         is_known: Whether all is known that `first` would find out.
         max_processes: That can share in the batches; None for any number.
+        turn: Which batch is made next, as its source counts them; with random access, its position.
     """
 
     position: int
     is_random_access: bool
     max_processes: int | None
+
+    @property
+    def turn(self) -> Any: ...
 
     def first(self) -> Batch:
         """Make the next batch on the loop thread and find out whether a thread can make more.
@@ -112,12 +116,23 @@ class Source(Protocol):
         num_batches: Batches per epoch, or None where nobody knows.
         unhookable: What the data was seen to draw from that a thread cannot isolate.
         makes_fresh_batches: Whether each batch is known to have memory of its own.
+        is_known_kind: Whether nothing but the data decides its batches, and so they may be made ahead. What an
+            iterator or a generator of the user's does between two batches, nobody can see.
+        is_function_of_index: Whether a batch is known to depend on its indices alone.
     """
 
     name: str
     num_batches: int | None
     unhookable: tuple[str, ...]
     makes_fresh_batches: bool
+    is_known_kind: bool
+    is_function_of_index: bool
+
+    def roots(self) -> list[tuple[str, Any]]:
+        """Return the objects of the user's that make a batch, each with a name."""
+
+    def draw_apart(self) -> None:
+        """Have every batch made once, even if it should be seen to draw random numbers."""
 
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> Reader:
         """Begin an epoch; loop thread.
@@ -147,10 +162,18 @@ class MapSource:
         self.randomness = SampleRandomness()
         self.unhookable: tuple[str, ...] = ()
         self.makes_fresh_batches = fetcher.makes_fresh_batches
+        self.is_known_kind, self.is_function_of_index = True, fetcher.is_drawless
+
+    def roots(self) -> list[tuple[str, Any]]:
+        return self.fetcher.roots(self.name)
+
+    def draw_apart(self) -> None:
+        self.randomness.isolate_all()
 
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> MapReader:
         self.randomness.drop_suspicions()
         plan = self._make_plan(epoch)
+        self.num_batches = len(plan)  # a dataset may grow from epoch to epoch
         num_batches = len(plan) if max_batches is None else min(len(plan), max_batches)
         if start:
             plan.indices(min(start, len(plan)) - 1)  # a sampler draws as it goes on
@@ -227,6 +250,28 @@ class MapReader(IsolatedReader):
     @property
     def is_exhausted(self) -> bool:
         return self.position >= self.num_batches
+
+    @property
+    def turn(self) -> int:
+        return self.position
+
+    def remake(self, position: int, *, is_hooked: bool) -> Batch | None:
+        """Make a batch again, as it was made; None if a thread could not make it.
+
+        Args:
+            position: In the epoch.
+            is_hooked: Make it as a thread would.
+
+        Runs on:
+            Loop thread.
+        """
+        if not is_hooked:
+            return self._make(position, self._randomness.on_loop_thread)
+        try:
+            return self._make(position, self._randomness.probe)
+        except UnhookableDrawError as found:
+            self._source.unhookable = found.names
+            return None
 
     @property
     def num_left(self) -> float:

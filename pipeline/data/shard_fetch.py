@@ -114,6 +114,11 @@ class ShardFetcher:
         """Let go of the memory of former batches: somebody else makes the next ones."""
         self._memory = RecycledMemory()
 
+    def roots(self, name: str) -> list[tuple[str, Any]]:
+        """Return what of the user's makes a batch; `name` is what the dataset is called."""
+        collate_fn = None if self.makes_fresh_batches else self._collate_fn
+        return [(name, self.dataset), ("collate_fn", collate_fn)]
+
     def plain_state(self) -> list[tuple[str, Any]]:
         """Return the dataset's numbers, texts and flags, and those of the datasets in it."""
         return plain_attributes(self.dataset)

@@ -50,9 +50,16 @@ class ShardedSource:
         self.randomness = SampleRandomness()
         self.unhookable: tuple[str, ...] = ()
         self.makes_fresh_batches = fetcher.makes_fresh_batches
+        self.is_known_kind, self.is_function_of_index = True, False
         self.has_begun, self.own_changes = False, list[str]()
         self._found: dict[str, Any] | None = None
         self._reader: ShardedReader | None = None
+
+    def roots(self) -> list[tuple[str, Any]]:
+        return self.fetcher.roots(self.name)
+
+    def draw_apart(self) -> None:
+        self.randomness.isolate_all()
 
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> ShardedReader:
         self.randomness.drop_suspicions()
@@ -129,6 +136,10 @@ class ShardedReader(IsolatedReader):
     @property
     def num_left(self) -> float:
         return self._end - self.position
+
+    @property
+    def turn(self) -> Turn | None:
+        return next(self.ahead(), None)
 
     @property
     def is_behind(self) -> bool:

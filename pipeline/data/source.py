@@ -81,7 +81,8 @@ def as_source(
         raise ConfigError(problem)
     make_plan = partial(
         _plan,
-        len(data),
+        data,
+        name,
         batch_size=batch_size,
         shuffle=shuffle,
         drop_last=drop_last,
@@ -110,8 +111,12 @@ def take_apart(loader: DataLoader[Any], seed: int, name: str) -> MapSource:
     return MapSource(Fetcher(loader.dataset, loader.collate_fn, seed), len(batch_sampler), make_plan, name)
 
 
-def _plan(num_samples: int, epoch: int, **settings: Any) -> BatchPlan:
-    return BatchPlan(num_samples, epoch=epoch, **settings)
+def _plan(data: Sized, name: str, epoch: int, **settings: Any) -> BatchPlan:
+    """Return an epoch's plan for a dataset as long as it is now."""
+    batch_size, drop_last, world_size = (settings[each] for each in ("batch_size", "drop_last", "world_size"))
+    if problem := _share_problem(name, len(data), batch_size, drop_last, world_size):
+        raise ConfigError(problem)
+    return BatchPlan(len(data), epoch=epoch, **settings)
 
 
 _PLAIN_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)

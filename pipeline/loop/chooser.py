@@ -16,9 +16,12 @@ from pipeline.concurrency import available_cores
 from pipeline.data import Reader
 from pipeline.errors import PipelineError
 from pipeline.loop.placement import (
+    INLINE,
+    MIN_GAIN,
     TEXTBOOK,
     Job,
     Place,
+    at_best_ms,
     best_place,
     is_doubtful,
     next_trial,
@@ -66,11 +69,22 @@ class Auto:
         self._num_shards = 0 if reader.is_random_access else reader.max_processes or 0
         self._reader, self._is_over = reader, False
         self._let_processes_go()  # not before: the last batches came from them
-        if self._place.name in ("inline", "thread") and not reader.is_threadable:
-            self._tried = {place: ms for place, ms in self._tried.items() if place.name not in _THREADS}
+        if not self._may_be(self._place, reader):
+            self._tried = {place: ms for place, ms in self._tried.items() if self._may_be(place, reader)}
+            self._wanted_processes = None
             self._move(reader)
             self._is_over = False
         return self._place
+
+    def _may_be(self, place: Place, reader: Reader) -> bool:
+        """Say whether batches may be made in a place."""
+        limits = self._workers.limits()
+        if place == TEXTBOOK:
+            return True
+        if place.name == "process":
+            return limits.has_processes
+        is_one_enough = limits.num_threads == 1 and not reader.is_random_access
+        return reader.is_threadable and (limits.num_threads is None or is_one_enough)
 
     def goes_on(self) -> bool:
         """Say whether to stay in the place chosen last."""
@@ -251,7 +265,11 @@ class Auto:
             has_order=reader.is_random_access,
             max_processes=reader.max_processes,
         )
-        return replace(job, has_threads=reader.is_threadable, has_processes=self._has_processes)
+        return replace(
+            job,
+            has_threads=self._may_be(INLINE, reader),
+            has_processes=self._has_processes and self._workers.limits().has_processes,
+        )
 
     def _start_processes(self, place: Place) -> bool | None:
         """Say whether processes are there; None if they never will be."""
@@ -284,8 +302,16 @@ class Auto:
             if place != TEXTBOOK
             else f"a batch takes {self._job.fetch_ms:.3g} ms of {textbook_ms:.3g}: no other place was faster"
         )
+        if limit := self._workers.limits().reason:
+            self._reason = f"{limit}{self._missed(place)}"
         logger.info("%s: batches made in %s", self._name, self.report)
 
+    def _missed(self, place: Place) -> str:
+        """Say what reading ahead would win at best, where the data does not let it be tried."""
+        assert self._job is not None
+        best_ms, now_ms = at_best_ms(replace(self._job, has_threads=True), INLINE), self._tried[place]
+        saved = 1 - best_ms / now_ms
+        return f", which would take {saved:.0%} less time at best" if saved > MIN_GAIN else ""
 
-_THREADS = ("inline", "thread")
+
 _TIMES = ("fetch_ms", "fetch_core_ms", "step_ms")

@@ -6,9 +6,11 @@ import warnings
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
+from functools import partial
 from typing import Any, Protocol
 
 from pipeline.batch import Batch
+from pipeline.checks import Checks, DifferenceError, Doubt, Limits, Trial
 from pipeline.concurrency import short_switch_interval
 from pipeline.data import (
     IterableSource,
@@ -22,11 +24,12 @@ from pipeline.data import (
     Source,
 )
 from pipeline.device import Transfer
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, StageError
 from pipeline.loop.chooser import Auto
+from pipeline.loop.convoy import warn_harmlessly
 from pipeline.loop.pinned import Pinned
-from pipeline.loop.placement import Place
-from pipeline.loop.places import read_ahead, read_in_line
+from pipeline.loop.placement import INLINE, TEXTBOOK, Place
+from pipeline.loop.places import brought, read_ahead, read_checked, read_in_line
 from pipeline.loop.threads import ThreadTimes
 from pipeline.report.placement import PlacementReport
 
@@ -63,9 +66,12 @@ class Inbound:
         stall_timeout_s: Longest wait for a batch; None waits for ever.
         times: Told how the threads that make batches spent theirs.
         in_order: Otherwise batches of a map-style dataset are handed over as they are ready.
+        is_trusted: Whether the user said that what yields batches itself may be read ahead; to name a place
+            says so too.
 
     Attributes:
         chooser: Of the place.
+        checks: What may be chosen.
         is_training: Whether a model is trained on the batches, and not only evaluated.
         is_in_place: Whether batches are made where they are wanted; else processes are still starting.
         num_pauses: Returns how often the loop did something else than train, such as validate.
@@ -84,21 +90,26 @@ class Inbound:
         times: ThreadTimes | None = None,
         *,
         in_order: bool = True,
+        is_trusted: bool = False,
     ) -> None:
         self._times, self.is_training, self._in_order = times, False, in_order
         self.num_pauses: Callable[[], int] = _none
         self._source, self._transfer = source, transfer
-        self.chooser: Chooser = (
-            Auto(self, source.name) if place is None else Pinned(_for(source, place), self)
-        )
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._opened: Reader | None = None
         self._processes: Processes | None = None
         self._has_warned = self.is_in_place = False
         self._num_in_line = 0
+        self._is_pinned = place is not None
+        self.checks = Checks(source, is_trusted=is_trusted or place is not None)
+        self.chooser: Chooser = (
+            Auto(self, source.name) if place is None else Pinned(_for(source, place), self)
+        )
 
     def batches(self, epoch: int, max_batches: int | None, start: int = 0) -> Generator[Batch]:
         """Open an epoch, at once, and return its batches, those before `start` left out."""
+        if self._processes is not None and self.checks.has_changed():
+            self.stop_processes()  # somebody has changed the dataset: give it to them anew
         self._opened = self._source.open(epoch, max_batches, start)
         return self._batches(self._opened)
 
@@ -116,15 +127,85 @@ class Inbound:
         is_known = isinstance(self._opened, MapReader) and position < self._opened.num_batches
         return self._opened.indices(position).tolist() if is_known else None  # type: ignore[union-attr]
 
+    def limits(self) -> Limits:
+        """Return where batches may be made, as far as is known."""
+        return self.checks.survey()
+
     def _batches(self, opened: Reader) -> Generator[Batch]:
+        checks = self.checks
         with closing(opened) as reader:
             while not reader.is_exhausted:
-                place = self.chooser.choose(reader)
-                with (
-                    closing(self._made_in(place, reader)) as made,
-                    closing(self.chooser.watch(made)) as batches,
-                ):
-                    yield from batches
+                place = self._allowed(self.chooser.choose(reader))
+                if checks.is_looked_at(place, reader, is_loop=place == TEXTBOOK):
+                    yield from self._made_and_watched(place, reader)
+                else:
+                    bring = partial(brought, transfer=self._transfer)
+                    yield from checks.looked_at(reader, bring, controls=place != TEXTBOOK)
+
+    def _allowed(self, place: Place) -> Place:
+        """Return a place, or what may be had of it."""
+        limits = self.checks.limits
+        if place == TEXTBOOK or not limits.reason:
+            return place
+        if place.name == "process":
+            allowed = place if limits.has_processes else TEXTBOOK
+        elif limits.num_threads is None:
+            allowed = place
+        else:
+            allowed = INLINE if limits.num_threads else TEXTBOOK
+        if allowed != place and self._is_pinned:
+            self._warn_of_limits(place, allowed, limits)
+        return allowed
+
+    def _made_and_watched(self, place: Place, reader: Reader) -> Generator[Batch]:
+        """Yield batches from a place until it is left, or until there is a doubt about what is made there."""
+        first, count = reader.position, 0
+        try:
+            with (
+                closing(self._made_in(place, reader)) as made,
+                closing(self.chooser.watch(made)) as timed,
+                closing(self._watched(place, reader, timed)) as batches,
+            ):
+                for batch in batches:
+                    count += 1
+                    yield batch
+        except Doubt as doubt:
+            self._retreat(place, reader, first + count, doubt)
+
+    def _watched(self, place: Place, reader: Reader, batches: Generator[Batch]) -> Generator[Batch]:
+        is_ordered = self.checks.limits.num_threads == 1  # what moves is the making itself
+        if place == TEXTBOOK or is_ordered or not self.checks.is_of_use(reader):
+            return batches
+        return self.checks.watched(batches, can_go_back=reader.is_random_access)
+
+    def _retreat(self, place: Place, reader: Reader, position: int, doubt: Doubt) -> None:
+        """Go back to the loop, to the batch that comes next, for good.
+
+        Raises:
+            StageError: If the user named the place, and it makes other batches; none of them was used.
+        """
+        if isinstance(doubt, DifferenceError) and (self._is_pinned or not self._in_order):
+            raise StageError(
+                f"{place} makes other batches of {self._source.name} than the loop does: {doubt}. None of them was "
+                "used. The dataset may depend on a global, on what its module does when it is imported, or on "
+                "the thread that it runs on. Set placement='inline', or see docs/placement.md.",
+                stage="fetch",
+            ) from doubt
+        if reader.is_random_access:
+            reader.position = position
+        self.checks.withdraw(str(doubt))
+        self.stop_processes()
+        if self._is_pinned:
+            self._warn_of_limits(place, TEXTBOOK, self.checks.limits)
+        elif isinstance(doubt, DifferenceError) or "may have" in str(doubt):
+            warn_harmlessly(f"{self._source.name}: {doubt}. Batches are made in the loop from here on.")
+
+    def _warn_of_limits(self, place: Place, allowed: Place, limits: Limits) -> None:
+        if self._has_warned:
+            return
+        self._has_warned = True
+        where = "on one thread" if allowed == INLINE else "in the loop"
+        warn_harmlessly(f"batches are made {where}, and not in {place}, with the same numbers: {limits.reason}.")
 
     def is_ready(self) -> bool:
         """Say whether batches are made where they are to stay: places are tried, processes take a moment."""
@@ -141,28 +222,30 @@ class Inbound:
         self.is_in_place = True
         if place.name != "textbook":
             if reader.is_threadable:
-                ahead = self._made_ahead(reader, max(place.num_workers, 1), goes_on)
+                ahead = self._made_ahead(place, reader, goes_on)
                 return _switching_often(ahead) if place.switches_often else ahead
             self._warn_in_line()
         return read_in_line(reader, self._transfer, goes_on)
 
-    def _made_ahead(self, reader: Reader, num_threads: int, goes_on: Callable[[], bool]) -> Generator[Batch]:
+    def _made_ahead(self, place: Place, reader: Reader, goes_on: Callable[[], bool]) -> Generator[Batch]:
+        num_threads, is_in_order = max(place.num_workers, 1), self._in_order or not reader.is_random_access
+        trial = self.checks.trial(place, reader) if is_in_order else Trial()
+        self.checks.verify(place)  # or there is a doubt before the first new one
         return read_ahead(
             reader,
             self._transfer,
             max(self._depth, 2 * num_threads) if reader.is_random_access else self._depth,
             num_threads if reader.is_random_access else 1,
             is_fresh=self._source.makes_fresh_batches,
-            in_order=self._in_order or not reader.is_random_access,
+            in_order=is_in_order,
             stall_timeout_s=self._stall_timeout_s,
             goes_on=goes_on,
             times=self._times,
+            trial=trial,
         )
 
     def _made_by_processes(self, place: Place, reader: Reader) -> Generator[Batch]:
         counts = place.num_workers, place.num_threads
-        if self._processes is not None and self._processes.is_stale(self._source):  # type: ignore[arg-type]
-            self.stop_processes()  # somebody has changed the dataset: give it to them anew
         self.is_in_place = self.start_processes(*counts)
         if not self.is_in_place and isinstance(reader, ShardedReader) and reader.is_behind:
             self.is_in_place = self._wait_for_processes()  # or the loop thread would read it all again
@@ -175,11 +258,16 @@ class Inbound:
         self._source.fetcher.forget_memory()
         processes = self._processes
         depth = max(self._depth, 2 * place.num_workers * place.num_threads)
-        made = ProcessReader(processes, reader, depth, self.chooser.goes_on)
+        trial = self.checks.trial(place, reader)
+        self.checks.verify(place)  # or there is a doubt before the first new one
+        made = ProcessReader(processes, reader, depth, self.chooser.goes_on, trial)
+        compared = Trial(self.checks, reader if self._in_order else None)
         if self._transfer.runs_ahead:
-            ahead = read_ahead(made, self._transfer, 2, is_leased=True, stall_timeout_s=self._stall_timeout_s)
+            ahead = read_ahead(
+                made, self._transfer, 2, is_leased=True, stall_timeout_s=self._stall_timeout_s, trial=compared
+            )
             return _closing(made, ahead)
-        return _closing(made, read_in_line(made, self._transfer))
+        return _closing(made, read_checked(made, self._transfer, compared, reader.position))
 
     def _counted(self, batches: Generator[Batch]) -> Generator[Batch]:
         with closing(batches):
@@ -190,7 +278,10 @@ class Inbound:
     @property
     def placement(self) -> PlacementReport:
         """Where batches are made, and why; and how many were made elsewhere until processes had started."""
-        report = self.chooser.report
+        checks = self.checks
+        report = replace(
+            self.chooser.report, limit=checks.limits.reason, num_compared=checks.num_compared, checks_s=checks.spent_s
+        )
         if not self._num_in_line:
             return report
         if self.is_in_place:

@@ -108,7 +108,9 @@ class Loader:
                 f"{type(data).__name__} is read by one thread, in its own order. Leave in_order out."
             )
         place = pinned_place(settings)
-        self._inbound = Inbound(self._source, transfer, place, depth, stall_timeout_s, in_order=in_order)
+        self._inbound = Inbound(
+            self._source, transfer, place, depth, stall_timeout_s, in_order=in_order, is_trusted=True
+        )
         weakref.finalize(self, self._inbound.close)
         self.epoch = 0
 

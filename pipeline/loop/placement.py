@@ -136,8 +136,8 @@ def _candidates(job: Job, tried: Mapping[Place, float]) -> dict[Place, float]:
     found: dict[Place, float] = {}
     if job.has_threads:
         more = _more("thread", job, tried) if job.has_order else []
-        threads = {place: _at_best_ms(job, place) for place in more}
-        found[INLINE] = _at_best_ms(job, INLINE)
+        threads = {place: at_best_ms(job, place) for place in more}
+        found[INLINE] = at_best_ms(job, INLINE)
         if _is_latency(job) or (INLINE in tried and not _is_held_up(job, tried[INLINE])):
             found |= threads
         elif INLINE in tried and not job.has_processes:  # which would do away with the waiting for the GIL
@@ -145,7 +145,7 @@ def _candidates(job: Job, tried: Mapping[Place, float]) -> dict[Place, float]:
         elif INLINE not in tried:  # one thread shows whether more would help
             found[INLINE] = min([found[INLINE], *threads.values()])
     if job.has_processes and job.num_cores > 1:
-        found |= {place: _at_best_ms(job, place) for place in _more("process", job, tried)}
+        found |= {place: at_best_ms(job, place) for place in _more("process", job, tried)}
     return found
 
 
@@ -194,7 +194,8 @@ def _is_latency(job: Job) -> bool:
     return job.has_threads and job.fetch_core_ms < LATENCY_RATIO * job.fetch_ms
 
 
-def _at_best_ms(job: Job, place: Place) -> float:
+def at_best_ms(job: Job, place: Place) -> float:
+    """Return the time from batch to batch that a place would take at best, as predicted."""
     cost = StepCost(job.step_ms, job.fetch_ms, job.fetch_core_ms, fetch_held_ms=0.0)
     counts = {"num_workers": max(place.num_workers, 1), "threads_per_worker": place.num_threads}
     ms = predict(cost, place.name, num_cores=job.num_cores, **counts).low_ms

@@ -15,6 +15,7 @@ from typing import Any, Protocol, TypeAlias
 import torch
 
 from pipeline.batch import Batch
+from pipeline.checks import REPEATED, Limits, Noted, Trial
 from pipeline.concurrency import Channel, ChannelClosedError, Scope, UnorderedChannel
 from pipeline.data import END, Reader, UnhookableDrawError
 from pipeline.device import Transfer
@@ -51,6 +52,9 @@ class Workers(Protocol):
     def stop_processes(self) -> None:
         """Let go of them."""
 
+    def limits(self) -> Limits:
+        """Return where batches may be made, as far as is known."""
+
 
 def always() -> bool:
     """Go on."""
@@ -68,7 +72,27 @@ def read_in_line(
         goes_on: Asked before each batch; once not, this ends.
     """
     while goes_on() and (batch := reader.read()) is not END:
-        yield batch if transfer.is_identity else transfer.receive(transfer.send(batch))
+        yield brought(batch, transfer)
+
+
+def brought(batch: Batch, transfer: Transfer) -> Batch:
+    """Return a batch on the device, as a plain loop brings it there."""
+    return batch if transfer.is_identity else transfer.receive(transfer.send(batch))
+
+
+def read_checked(reader: Reader, transfer: Transfer, trial: Trial, position: int) -> Generator[Batch]:
+    """Yield batches that somebody else makes, some of them compared with the loop's first.
+
+    Args:
+        reader: Of those batches, in order.
+        transfer: To the device.
+        trial: Compares.
+        position: Of the first one, in its epoch.
+    """
+    while (batch := reader.read()) is not END:
+        item = trial.hand_on(position, batch, transfer.send)
+        yield transfer.receive(trial.settle(item) if type(item) is Noted else item)
+        position += 1
 
 
 def read_ahead(
@@ -83,6 +107,7 @@ def read_ahead(
     stall_timeout_s: float | None = None,
     goes_on: Callable[[], bool] = always,
     times: ThreadTimes | None = None,
+    trial: Trial | None = None,
 ) -> Generator[Batch]:
     """Yield the same batches, made ahead by threads that end with the generator.
 
@@ -100,15 +125,17 @@ def read_ahead(
         stall_timeout_s: How long the loop waits for one batch; None for ever.
         goes_on: Asked after each batch; once not, those that are being made are the last.
         times: Told how the threads spent theirs.
+        trial: Compares batches with the loop's; with its references the threads begin.
 
     Raises:
         StallError: If no batch came for so long.
+        Doubt: If a batch came out differently.
 
     Runs on:
         Loop thread; blocks, with the GIL released, while no batch is there.
     """
-    first, send = [], partial(transfer.send, is_fresh=is_fresh, is_leased=is_leased)
-    if not reader.is_known:
+    first, send, trial = [], partial(transfer.send, is_fresh=is_fresh, is_leased=is_leased), trial or Trial()
+    if not reader.is_known and not trial.references:  # which were made as a thread would, or else are known
         if (batch := reader.first()) is END:
             return
         first.append(send(batch))
@@ -117,13 +144,15 @@ def read_ahead(
             return
     with Scope(stall_timeout_s) as scope:
         kind: type[Channel[Any]] = Channel if in_order else UnorderedChannel
-        channel = kind(depth, start=reader.position, stall_timeout_s=stall_timeout_s)
+        first_new = reader.position
+        start = min([first_new, *trial.references])  # they lie right before it
+        channel = kind(depth, start=start, stall_timeout_s=stall_timeout_s)
         makers: dict[int, threading.Thread] = {}
         times, enters_mode = times or ThreadTimes(), _entering_mode()
 
         def fill() -> None:
             with transfer.on_device(), times.clock(STAGES) as clock:
-                _fill(channel, reader, enters_mode, send, makers, clock)
+                _fill(channel, reader, enters_mode, send, makers, clock, trial)
 
         threads = [
             scope.start(fill, name=f"prefetch/{number}" if number else "prefetch", stop=channel.abandon)
@@ -132,7 +161,10 @@ def read_ahead(
         if first:
             yield transfer.receive(first.pop())
         with locating(lambda: makers.get(min(list(makers), default=-1), threads[0])):
-            for sent in channel:
+            for item in channel:
+                if item is REPEATED:
+                    continue
+                sent = trial.settle(item) if type(item) is Noted else item
                 yield transfer.receive(sent)
                 if not goes_on():
                     channel.stop()
@@ -141,7 +173,7 @@ def read_ahead(
             if (batch := reader.first()) is not END:  # which finds out what it draws
                 yield transfer.receive(send(batch))
         if reader.is_random_access:  # threads may have made some of those behind it
-            reader.position = channel.position + len(channel.left)
+            reader.position = max(channel.position + len(channel.left), first_new)
 
 
 def _fill(
@@ -151,6 +183,7 @@ def _fill(
     send: Callable[[Batch], Any],
     makers: dict[int, threading.Thread],
     clock: LaneClock,
+    trial: Trial,
 ) -> None:
     """Make batches until they end; prefetch thread."""
     make, thread = enters_mode(reader.thread_maker()), threading.current_thread()
@@ -166,7 +199,7 @@ def _fill(
             if (batch := make(position)) is END:
                 return channel.end(position)
             clock.enter(TRANSFER)
-            channel.put(position, _send(send, batch, position))
+            channel.put(position, trial.hand_on(position, batch, lambda it: _send(send, it, position)))
             del makers[position]
     except ChannelClosedError:
         return None  # nobody wants more
@@ -174,7 +207,7 @@ def _fill(
         del makers[position]
         return channel.give_up(position)
     except BaseException as error:  # travels to the loop behind the batches that come before it
-        return channel.end(position, error)
+        return channel.end(position, trial.blamed(position, error))
 
 
 def _entering_mode() -> Callable[[Make], Make]:

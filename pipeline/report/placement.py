@@ -21,6 +21,9 @@ class PlacementReport:
         obstacle: Why worker processes, which promised most, could not be tried; empty if that is not so.
         num_workers: Threads or processes; 0 where the place says it all.
         threads_per_worker: Of each process.
+        limit: What was found in the data that keeps its batches in the loop; empty if nothing was.
+        num_compared: Batches that were made twice, and compared.
+        checks_s: Seconds that looking and comparing took.
     """
 
     place: str
@@ -32,6 +35,9 @@ class PlacementReport:
     obstacle: str = ""
     num_workers: int = 0
     threads_per_worker: int = 1
+    limit: str = ""
+    num_compared: int = 0
+    checks_s: float = 0.0
 
     @property
     def name(self) -> str:

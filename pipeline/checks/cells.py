@@ -1,0 +1,220 @@
+"""What is looked at to see that something has moved: one `Cell` for each object that can change.
+
+A look must be cheap, since it is taken for every batch: identities, lengths and version counters, and the bytes
+of what is small. Of what is large some elements are looked at, all over its length.
+"""
+
+from __future__ import annotations
+
+import operator
+import random
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy
+import torch
+
+Change = Literal["", "grown", "moved"]
+_SMALL = 64
+_PLAIN = (bool, int, float, str, bytes, type(None))
+
+
+class Cell:
+    """One object that can change.
+
+    Args:
+        path: How it is reached, as a user would write it.
+        found: The object.
+    """
+
+    __slots__ = ("found", "path")
+
+    def __init__(self, path: str, found: Any) -> None:
+        self.path, self.found = path, found
+
+    def look(self) -> Any:
+        """Return what it is now; the values in it are kept alive, so that no other takes their place."""
+        raise NotImplementedError
+
+    def change(self, before: Any, after: Any) -> Change:
+        """Say what lies between two looks."""
+        return "" if before == after else "moved"
+
+    def name(self, before: Any, after: Any) -> str:
+        """Name what has changed."""
+        return self.path
+
+
+class NamesCell(Cell):
+    """Values by name: an object's attributes, a module's globals that are read, the cells of a closure.
+
+    Args:
+        path: How it is reached; a name goes behind it.
+        read: Returns names and values.
+    """
+
+    __slots__ = ("_read",)
+
+    def __init__(self, path: str, read: Callable[[], Mapping[str, Any]]) -> None:
+        super().__init__(path, None)
+        self._read = read
+
+    def look(self) -> tuple[list[str], list[Any]]:
+        values = self._read()
+        return list(values), list(values.values())
+
+    def change(self, before: Any, after: Any) -> Change:
+        if len(before[1]) == len(after[1]) and all(map(operator.is_, before[1], after[1])):
+            return ""
+        return "moved" if self._changed(before, after) else ""
+
+    def name(self, before: Any, after: Any) -> str:
+        return ", ".join(f"{self.path}{name}" for name in self._changed(before, after)[:3])
+
+    def _changed(self, before: Any, after: Any) -> list[str]:
+        old, new = dict(zip(*before, strict=True)), dict(zip(*after, strict=True))
+        names = [*old, *(name for name in new if name not in old)]
+        return [
+            name for name in names if name not in old or name not in new or not is_same(old[name], new[name])
+        ]
+
+
+class SequenceCell(Cell):
+    """A list, a deque, or whatever has a length and elements."""
+
+    def look(self) -> tuple[int, list[Any]]:
+        return len(self.found), sampled(self.found)
+
+    def change(self, before: Any, after: Any) -> Change:
+        is_quiet = before[0] == after[0] and all(map(is_same, before[1], after[1]))
+        return "" if is_quiet else "moved"
+
+
+class DictCell(Cell):
+    """A dict: one that only gets new keys has grown, as a cache does."""
+
+    def look(self) -> tuple[int, list[Any], list[Any]]:
+        if len(self.found) <= _SMALL:
+            return len(self.found), list(self.found), list(self.found.values())
+        keys = [*_first(self.found, _SMALL // 2), next(reversed(self.found))]
+        return len(self.found), keys, [self.found.get(key) for key in keys]
+
+    def change(self, before: Any, after: Any) -> Change:
+        if before[0] == after[0]:
+            same = all(map(operator.is_, before[2], after[2])) and before[1] == after[1]
+            return "" if same or all(map(is_same, before[2], after[2])) else "moved"
+        count = min(before[0], _SMALL // 2)
+        is_kept = before[1][:count] == after[1][:count] and all(map(is_same, before[2][:count], after[2]))
+        return "grown" if after[0] > before[0] and is_kept else "moved"
+
+    def newest(self) -> Any:
+        """Return the value put in last; None if there is none."""
+        return self.found[next(reversed(self.found))] if self.found else None
+
+
+class SetCell(Cell):
+    """A set, by its length: one that only gets more has grown."""
+
+    def look(self) -> int:
+        return len(self.found)
+
+    def change(self, before: Any, after: Any) -> Change:
+        return "" if before == after else "grown" if after > before else "moved"
+
+
+class TensorCell(Cell):
+    """A tensor: how often it was written to, where its memory lies, and some of its bytes on the host.
+
+    A write through `data`, NumPy or another process counts no version.
+    """
+
+    __slots__ = ("_address", "_bytes")
+
+    def __init__(self, path: str, found: torch.Tensor) -> None:
+        super().__init__(path, found)
+        self._address, self._bytes = 0, _no_bytes
+
+    def look(self) -> Hashable:
+        tensor = self.found
+        if tensor.is_inference() or tensor.layout is not torch.strided or tensor.is_nested:
+            return id(tensor)
+        if tensor.device.type != "cpu" or type(tensor) not in (torch.Tensor, torch.nn.Parameter):
+            return tensor._version
+        if tensor.data_ptr() != self._address:
+            self._address, self._bytes = tensor.data_ptr(), _sampled_bytes(tensor)
+        return tensor._version, self._address, self._bytes()
+
+
+class ArrayCell(Cell):
+    """An array that can be written to, by its address, shape and bytes."""
+
+    def look(self) -> Hashable:
+        array = self.found
+        if not array.flags.writeable or array.dtype.hasobject:
+            return array.shape
+        flat = array.reshape(-1) if array.flags.c_contiguous else array.ravel()[: 1 << 16]
+        some = flat if flat.nbytes <= 1024 else flat[:: max(1, flat.size // 32)]
+        return array.shape, array.__array_interface__["data"][0], some.tobytes()
+
+
+class GeneratorCell(Cell):
+    """A generator of random numbers that is the dataset's own."""
+
+    def look(self) -> Any:
+        generator = self.found
+        if isinstance(generator, torch.Generator):
+            return bytes(generator.get_state().numpy())
+        if isinstance(generator, numpy.random.Generator):
+            return repr(generator.bit_generator.state)
+        if isinstance(generator, numpy.random.RandomState):
+            return repr(generator.get_state(legacy=False))
+        return _state_of(generator)
+
+
+class FileCell(Cell):
+    """A file, by where it stands."""
+
+    def look(self) -> Any:
+        try:
+            return self.found.tell()
+        except Exception:  # it cannot tell, or is closed, or cannot say while it is iterated over
+            return object()
+
+
+def _state_of(generator: random.Random) -> Any:
+    try:
+        return generator.getstate()
+    except NotImplementedError:  # SystemRandom
+        return None
+
+
+def is_same(left: Any, right: Any) -> bool:
+    """Say whether two values are one object, or plain and equal."""
+    if left is right:
+        return True
+    return type(left) is type(right) and isinstance(left, _PLAIN) and left == right
+
+
+def sampled(found: Sequence[Any]) -> list[Any]:
+    """Return all elements of what is short, and some of what is long, the last one among them."""
+    length = len(found)
+    if length <= _SMALL:
+        return list(found)
+    return [*(found[index] for index in range(0, length, max(1, length // _SMALL))), found[length - 1]]
+
+
+def _sampled_bytes(tensor: torch.Tensor) -> Callable[[], bytes]:
+    """Return what reads some bytes of a tensor's memory."""
+    try:
+        flat = tensor.detach().as_subclass(torch.Tensor).view(-1).view(torch.uint8).numpy()
+    except (RuntimeError, TypeError):  # it is not contiguous, or of a type that has no bytes of its own
+        return _no_bytes
+    return (flat if flat.size <= 512 else flat[:: max(1, flat.size // 64)]).tobytes
+
+
+def _no_bytes() -> bytes:
+    return b""
+
+
+def _first(found: Any, count: int) -> list[Any]:
+    return [key for key, _ in zip(found, range(count), strict=False)]
