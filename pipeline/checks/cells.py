@@ -1,14 +1,14 @@
 """What is looked at to see that something has moved: one `Cell` for each object that can change.
 
-A look must be cheap, since it is taken for every batch: identities, lengths and version counters, and the bytes
-of what is small. Of what is large some elements are looked at, all over its length.
+A look must be cheap, since it is taken for every batch: identities, lengths and version counters, and the
+bytes of what is small. Of what is large some elements are looked at, all over its length.
 """
 
 from __future__ import annotations
 
 import operator
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy
@@ -134,7 +134,7 @@ class TensorCell(Cell):
         super().__init__(path, found)
         self._address, self._bytes = 0, _no_bytes
 
-    def look(self) -> Hashable:
+    def look(self) -> Any:
         tensor = self.found
         if tensor.is_inference() or tensor.layout is not torch.strided or tensor.is_nested:
             return id(tensor)
@@ -148,7 +148,7 @@ class TensorCell(Cell):
 class ArrayCell(Cell):
     """An array that can be written to, by its address, shape and bytes."""
 
-    def look(self) -> Hashable:
+    def look(self) -> Any:
         array = self.found
         if not array.flags.writeable or array.dtype.hasobject:
             return array.shape

@@ -1,7 +1,7 @@
 """Two makings of one batch, compared bit for bit.
 
-A `Record` is what is kept of a batch: its parts in order, each with its place in the batch. The bytes of a part
-of more than 64 KB are kept as a checksum, so that a batch of 100 MB need not be copied.
+A `Record` is what is kept of a batch: its parts in order, each with its place in the batch. The bytes of a
+part of more than 64 KB are kept as a checksum, so that a batch of 100 MB need not be copied.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import types
 import zlib
 from collections.abc import Hashable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy
@@ -21,6 +22,13 @@ _MAX_DEPTH = 32
 
 class NotComparableError(Exception):
     """A batch holds something of which nobody can say whether two are the same."""
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """The type of a part that has parts itself."""
+
+    found: type
 
 
 class Record:
@@ -65,7 +73,7 @@ def _parts(path: str, found: Any, depth: int, above: list[int]) -> Iterator[tupl
         yield path, (type(found), "what it lies in")
     else:
         above.append(id(found))
-        yield path, type(found)
+        yield path, _Kind(type(found))
         for name, part in _inside(found):
             yield from _parts(f"{path}{name}", part, depth + 1, above)
         above.pop()
@@ -165,8 +173,8 @@ def _digest(data: Any) -> bytes | tuple[int, int]:
 
 def _named(part: Any) -> str:
     """Name a part in few words: its values if they are few, else its type and shape."""
-    if isinstance(part, type):
-        return part.__name__
+    if isinstance(part, _Kind):
+        return part.found.__name__
     kind, *rest = part
     if isinstance(kind, type) and len(rest) == 1:
         return f"{kind.__name__} {rest[0]!r}"[:60]
@@ -184,5 +192,3 @@ def _shown(facts: list[Any]) -> str:
         return f" beginning with {numpy.frombuffer(kept, dtype=name)[:3].tolist()}"
     except (TypeError, ValueError):
         return ""
-
-

@@ -82,7 +82,7 @@ def pickles_itself(found: Any) -> bool:
 
 
 def _is_process_wide(found: Any) -> bool:
-    """Say whether this is one of the objects that every program has, which are watched elsewhere or harmless."""
+    """Say whether every program has this object: it is watched elsewhere, or harmless."""
     return any(found is each for each in _process_wide())
 
 

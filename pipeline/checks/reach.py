@@ -1,8 +1,8 @@
 """What can be reached from a dataset: every object behind it that could change, or be a handle.
 
-Followed are attributes, containers (some elements of long ones), the functions that are called (their closures,
-defaults, and the globals that their code names), classes of the user's own, partials and bound methods. Not
-followed are modules of libraries, and what is further away than `MAX_DEPTH` or than `MAX_OBJECTS` allow.
+Followed are attributes, containers (some elements of long ones), functions (their closures, defaults, and the
+globals that their code names), classes of the user's own, partials and bound methods. Not followed are
+modules of libraries, and what is further away than `MAX_DEPTH` or than `MAX_OBJECTS` allow.
 """
 
 from __future__ import annotations
@@ -164,7 +164,11 @@ def _parts(path: str, found: Any) -> Iterator[_Found]:
         yield path, found.__self__
         yield f"{path}.__func__", found.__func__
     elif isinstance(found, functools.partial):
-        yield from ((f"{path}.func", found.func), (f"{path}.args", found.args), (f"{path}.keywords", found.keywords))
+        yield from (
+            (f"{path}.func", found.func),
+            (f"{path}.args", found.args),
+            (f"{path}.keywords", found.keywords),
+        )
     elif isinstance(found, functools._lru_cache_wrapper):
         yield f"{path}.__wrapped__", found.__wrapped__
     elif isinstance(found, Mapping) and hasattr(found, "values"):

@@ -92,13 +92,6 @@ class Fetcher:
         collate_fn = None if self.makes_fresh_batches else self._collate_fn
         return [(name, self.dataset), ("collate_fn", collate_fn)]
 
-    def plain_state(self) -> list[tuple[str, Any]]:
-        """Return the dataset's numbers, texts and flags, and those of the datasets in it.
-
-        What a callback changes between two epochs, such as an image size, is seen by them to have changed.
-        """
-        return plain_attributes(self.dataset)
-
     def _samples(
         self, indices: Sequence[int], epoch: int, position: int, seed_sample: SeedSample | None
     ) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import sys
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -129,6 +130,10 @@ class IterableReader:
         return self.position
 
     @property
+    def num_left(self) -> float:
+        return math.inf
+
+    @property
     def is_threadable(self) -> bool:
         return not self._source.unhookable
 
@@ -189,8 +194,10 @@ _KNOWN_LOADERS = ("torch.utils.data", "torchdata", "spdl", "grain", "webdataset"
 
 def _is_known_kind(batches: Any) -> bool:
     """Say whether batches come from a loader whose code is known, or lie there."""
-    return type(batches) in (list, tuple) or isinstance(batches, DataLoader) or any(
-        type(batches).__module__.startswith(name) for name in _KNOWN_LOADERS
+    return (
+        type(batches) in (list, tuple)
+        or isinstance(batches, DataLoader)
+        or any(type(batches).__module__.startswith(name) for name in _KNOWN_LOADERS)
     )
 
 

@@ -65,7 +65,6 @@ class Processes:
         pinning: Pinning | None = None,
     ) -> None:
         self._stall_timeout_s, self._batch_bytes = stall_timeout_s, 0
-        self._given = source.fetcher.plain_state()
         self._tickets: dict[int, tuple[Any, Slot, _Asker]] = {}
         self._is_closed, self.in_order = False, True
         payload, prepare = packed_for_process(source.fetcher)
@@ -103,10 +102,6 @@ class Processes:
         """
         with _explained():
             return self._pool.is_ready() and self._pool.resize(num_workers, num_threads)
-
-    def is_stale(self, source: MapSource | ShardedSource) -> bool:
-        """Say whether the dataset is, by its plain attributes, no longer what the workers were given."""
-        return source.fetcher.plain_state() != self._given
 
     def wait_until_ready(self) -> bool:
         """Wait until the workers are there; False after the time-out. Raises as `is_ready` does."""

@@ -153,7 +153,7 @@ class SampleRandomness:
             self._drawn.extend(unknown)  # seeded from now on, for this batch too
 
     def _begin(self, make: Make[Made], batch: Hashable) -> Made:
-        """Make the first batch: all generators are seeded for its first samples, and watched sample by sample."""
+        """Make the first batch: all generators are seeded for its first samples, and watched."""
         generators = global_generators()
         self._watch.start(generators)
         seeding = _SeedingAll(generators)

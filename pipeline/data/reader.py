@@ -116,8 +116,8 @@ class Source(Protocol):
         num_batches: Batches per epoch, or None where nobody knows.
         unhookable: What the data was seen to draw from that a thread cannot isolate.
         makes_fresh_batches: Whether each batch is known to have memory of its own.
-        is_known_kind: Whether nothing but the data decides its batches, and so they may be made ahead. What an
-            iterator or a generator of the user's does between two batches, nobody can see.
+        is_known_kind: Whether nothing but the data decides its batches, and so they may be made ahead. What
+            an iterator of the user's own does between two batches, nobody can see.
         is_function_of_index: Whether a batch is known to depend on its indices alone.
     """
 

@@ -71,7 +71,6 @@ class Auto:
         self._let_processes_go()  # not before: the last batches came from them
         if not self._may_be(self._place, reader):
             self._tried = {place: ms for place, ms in self._tried.items() if self._may_be(place, reader)}
-            self._wanted_processes = None
             self._move(reader)
             self._is_over = False
         return self._place

@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any, Protocol
 
 from pipeline.batch import Batch
-from pipeline.checks import Checks, DifferenceError, Doubt, Limits, Trial
+from pipeline.checks import Checks, DifferenceError, DoubtError, Limits, Trial
 from pipeline.concurrency import short_switch_interval
 from pipeline.data import (
     IterableSource,
@@ -139,8 +139,17 @@ class Inbound:
                 if checks.is_looked_at(place, reader, is_loop=place == TEXTBOOK):
                     yield from self._made_and_watched(place, reader)
                 else:
-                    bring = partial(brought, transfer=self._transfer)
-                    yield from checks.looked_at(reader, bring, controls=place != TEXTBOOK)
+                    yield from self._looked_at(place, reader)
+
+    def _looked_at(self, place: Place, reader: Reader) -> Generator[Batch]:
+        """Return some batches that the loop makes and looks at, before a place is used."""
+        bring = partial(brought, transfer=self._transfer)
+        batches = self.checks.looked_at(reader, bring, controls=place != TEXTBOOK)
+        if place.name != "process":
+            return batches
+        self.is_in_place = False
+        self.start_processes(place.num_workers, place.num_threads)  # nobody waits for them
+        return self._counted(batches)
 
     def _allowed(self, place: Place) -> Place:
         """Return a place, or what may be had of it."""
@@ -169,7 +178,7 @@ class Inbound:
                 for batch in batches:
                     count += 1
                     yield batch
-        except Doubt as doubt:
+        except DoubtError as doubt:
             self._retreat(place, reader, first + count, doubt)
 
     def _watched(self, place: Place, reader: Reader, batches: Generator[Batch]) -> Generator[Batch]:
@@ -178,7 +187,7 @@ class Inbound:
             return batches
         return self.checks.watched(batches, can_go_back=reader.is_random_access)
 
-    def _retreat(self, place: Place, reader: Reader, position: int, doubt: Doubt) -> None:
+    def _retreat(self, place: Place, reader: Reader, position: int, doubt: DoubtError) -> None:
         """Go back to the loop, to the batch that comes next, for good.
 
         Raises:
@@ -186,9 +195,9 @@ class Inbound:
         """
         if isinstance(doubt, DifferenceError) and (self._is_pinned or not self._in_order):
             raise StageError(
-                f"{place} makes other batches of {self._source.name} than the loop does: {doubt}. None of them was "
-                "used. The dataset may depend on a global, on what its module does when it is imported, or on "
-                "the thread that it runs on. Set placement='inline', or see docs/placement.md.",
+                f"{place} makes other batches of {self._source.name} than the loop does: {doubt}. None of "
+                "them was used. The dataset may depend on a global, on what its module does when it is "
+                "imported, or on its thread. Set placement='inline', or see docs/placement.md.",
                 stage="fetch",
             ) from doubt
         if reader.is_random_access:
@@ -205,7 +214,9 @@ class Inbound:
             return
         self._has_warned = True
         where = "on one thread" if allowed == INLINE else "in the loop"
-        warn_harmlessly(f"batches are made {where}, and not in {place}, with the same numbers: {limits.reason}.")
+        warn_harmlessly(
+            f"batches are made {where}, and not in {place}, with the same numbers: {limits.reason}."
+        )
 
     def is_ready(self) -> bool:
         """Say whether batches are made where they are to stay: places are tried, processes take a moment."""
@@ -229,8 +240,7 @@ class Inbound:
 
     def _made_ahead(self, place: Place, reader: Reader, goes_on: Callable[[], bool]) -> Generator[Batch]:
         num_threads, is_in_order = max(place.num_workers, 1), self._in_order or not reader.is_random_access
-        trial = self.checks.trial(place, reader) if is_in_order else Trial()
-        self.checks.verify(place)  # or there is a doubt before the first new one
+        trial = self.checks.trial(place, reader)
         return read_ahead(
             reader,
             self._transfer,
@@ -241,7 +251,7 @@ class Inbound:
             stall_timeout_s=self._stall_timeout_s,
             goes_on=goes_on,
             times=self._times,
-            trial=trial,
+            trial=trial if is_in_order else Trial(),
         )
 
     def _made_by_processes(self, place: Place, reader: Reader) -> Generator[Batch]:
@@ -259,7 +269,6 @@ class Inbound:
         processes = self._processes
         depth = max(self._depth, 2 * place.num_workers * place.num_threads)
         trial = self.checks.trial(place, reader)
-        self.checks.verify(place)  # or there is a doubt before the first new one
         made = ProcessReader(processes, reader, depth, self.chooser.goes_on, trial)
         compared = Trial(self.checks, reader if self._in_order else None)
         if self._transfer.runs_ahead:
@@ -280,7 +289,10 @@ class Inbound:
         """Where batches are made, and why; and how many were made elsewhere until processes had started."""
         checks = self.checks
         report = replace(
-            self.chooser.report, limit=checks.limits.reason, num_compared=checks.num_compared, checks_s=checks.spent_s
+            self.chooser.report,
+            limit=checks.limits.reason,
+            num_compared=checks.num_compared,
+            checks_s=checks.spent_s,
         )
         if not self._num_in_line:
             return report

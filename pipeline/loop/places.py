@@ -129,7 +129,7 @@ def read_ahead(
 
     Raises:
         StallError: If no batch came for so long.
-        Doubt: If a batch came out differently.
+        DoubtError: If a batch came out differently.
 
     Runs on:
         Loop thread; blocks, with the GIL released, while no batch is there.
@@ -199,7 +199,7 @@ def _fill(
             if (batch := make(position)) is END:
                 return channel.end(position)
             clock.enter(TRANSFER)
-            channel.put(position, trial.hand_on(position, batch, lambda it: _send(send, it, position)))
+            channel.put(position, trial.hand_on(position, batch, partial(_send, send, position)))
             del makers[position]
     except ChannelClosedError:
         return None  # nobody wants more
@@ -227,7 +227,7 @@ def _entering_mode() -> Callable[[Make], Make]:
     return enters_mode
 
 
-def _send(send: Callable[[Batch], Any], batch: Batch, position: int) -> Any:
+def _send(send: Callable[[Batch], Any], position: int, batch: Batch) -> Any:
     try:
         return send(batch)
     except Exception as error:

@@ -358,12 +358,13 @@ class Late(Dataset):
 @pytest.mark.filterwarnings("ignore:random numbers were drawn")
 def test_a_draw_whose_batch_is_never_used_acquits_nobody():
     """The loop was left before the batch came; another one says nothing of it."""
-    data = Late(np.random.rand, range(6, 40))
+    data = Late(np.random.rand, range(10, 40))
     promised = data.promised()
     data.has_drawn.clear()
     loader = Loader(data, batch_size=2, placement="inline")
     batches = iter(loader)
-    next(batches)
+    for _ in range(4):  # the last one is a thread's
+        next(batches)
     assert data.has_drawn.wait(10)
     batches.close()
     loader.epoch = 0

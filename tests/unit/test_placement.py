@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipeline.checks import Limits
 from pipeline.errors import ConfigError
 from pipeline.loop.chooser import Auto
 from pipeline.loop.pinned import Pinned
@@ -33,6 +34,7 @@ class Machine:
         self.pauses, self.validates_every = 0, None
         self.reading = None
         self.late_ms = lambda: 0
+        self.limited = Limits()
 
     def start_processes(self, num_workers, num_threads):
         """Be ready after so many questions."""
@@ -41,6 +43,10 @@ class Machine:
         self.wanted.append(num_workers)
         self.starts_after -= 1
         return self.starts_after < 0
+
+    def limits(self):
+        """Have nothing that keeps batches in the loop."""
+        return self.limited
 
     def stop_processes(self):
         """Count; while they make the loop's batches they must not be stopped."""
