@@ -1,4 +1,4 @@
-"""Datasets that are no plain functions of their index, each in a way of its own; worker processes can import them."""
+"""Datasets that are no plain functions of their index; worker processes can import them."""
 
 from __future__ import annotations
 

@@ -141,7 +141,8 @@ class Checks:
             self._num_looked_at += 1
         self._restrict(limits_of(self._watch.reached, self.trained, self._source.name))
         self._looked_at = id(reader), reader.position
-        if controls and reader.is_random_access and self.limits.num_threads != 1:
+        is_enough = self._num_looked_at >= NUM_LOOKED_AT
+        if controls and is_enough and reader.is_random_access and self.limits.num_threads != 1:
             self._control(reader)
 
     def _num_to_look_at(self, reader: Any) -> int:

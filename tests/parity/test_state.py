@@ -1,20 +1,21 @@
-"""Datasets with state: in every place the batches of the plain loop, or a refusal before a wrong one is used."""
+"""Datasets with state: in every place a plain loop's batches, or a refusal before a wrong one is used."""
 
 from __future__ import annotations
 
 import random
 import warnings
-from contextlib import closing
+from contextlib import closing, contextmanager
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import Callback, Loader, PipelineError, StageError, Trainer
+from pipeline import Callback, Loader, PipelineError, Trainer
+from pipeline.loop.placement import INLINE, TEXTBOOK, Place
+from pipeline.report.placement import PlacementReport
 from tests import stateful
-from tests.stateful import COUNTS, FUNCTIONS_OF_INDEX, IN_ORDER, CountingInClass, Drawing, Tabled, Tuned
+from tests.stateful import COUNTS, FUNCTIONS_OF_INDEX, IN_ORDER, CountingInClass, Plain, Tabled, Tuned
 
 PLACES = ["auto", "inline", "thread", "process"]
 
@@ -47,7 +48,12 @@ def batches_of(data, placement, epochs=1, **arguments):
         return model(batch).square().mean() * 1e-6
 
     trainer = Trainer(
-        max_epochs=epochs, run_dir=None, enable_progress_bar=False, device="cpu", placement=placement, **arguments
+        max_epochs=epochs,
+        run_dir=None,
+        enable_progress_bar=False,
+        device="cpu",
+        placement=placement,
+        **arguments,
     )
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -95,3 +101,198 @@ def test_state_in_processes_is_that_of_a_plain_loop_or_refused(kind):
         assert refusal or any("with the same numbers" in str(each.message) for each in caught)
     else:
         assert not refusal or kind is Tabled
+
+
+class Wandering:
+    """Goes from place to place, a few batches in each, as ``auto`` may."""
+
+    is_settled = True
+
+    def __init__(self, places, rng, most=9):
+        self.places, self.rng, self.most, self.left = places, rng, most, 0
+        self.place, self.visited = TEXTBOOK, []
+
+    def choose(self, reader):
+        if self.left <= 0:
+            self.place, self.left = self.rng.choice(self.places), self.rng.randrange(1, self.most)
+        self.visited.append(self.place)
+        return self.place
+
+    def goes_on(self):
+        return self.left > 0
+
+    def watch(self, batches):
+        for batch in batches:
+            self.left -= 1
+            yield batch
+
+    @property
+    def report(self):
+        return PlacementReport(str(self.place), "wandering", num_workers=self.place.num_workers)
+
+
+@contextmanager
+def wandering(*places, seed=0):
+    """Have ``auto`` wander between places."""
+    with pytest.MonkeyPatch.context() as patch:
+        made = []
+
+        def make(*_):
+            made.append(Wandering([TEXTBOOK, *places], random.Random(seed)))
+            return made[-1]
+
+        patch.setattr("pipeline.loop.inbound.Auto", make)
+        yield made
+
+
+THREADS = INLINE, Place("thread", 2), Place("thread", 4)
+
+
+@settings(max_examples=40)
+@given(
+    kind=st.sampled_from([*FUNCTIONS_OF_INDEX, *IN_ORDER]),
+    seed=st.integers(0, 1000),
+    size=st.integers(5, 90),
+    epochs=st.integers(1, 3),
+)
+def test_state_is_in_order_wherever_auto_goes(kind, seed, size, epochs):
+    """From place to place and back, the batches are those of a plain loop."""
+    reset()
+    with closing(kind(size)) as data:
+        expected = promised(data, epochs=epochs)
+    reset()
+    with closing(kind(size)) as data, wandering(*THREADS, seed=seed):
+        found, _, _ = batches_of(data, "auto", epochs=epochs)
+    assert same(found, expected)
+
+
+class Change(Callback):
+    """Changes something after some steps."""
+
+    def __init__(self, at, change):
+        self.at, self.change = at, change
+
+    def on_step_finished(self, event):
+        if event.state.step == self.at:
+            self.change(event.state.step)
+
+
+def tuned_loop(at, change_of, size=64, epochs=2):
+    """Return what a plain loop gets if its dataset is changed after a step."""
+    data, seen, step = Tuned(size), [], 0
+    for _ in range(epochs):
+        for start in range(0, size, 4):
+            seen.append(torch.stack([data[index] for index in range(start, min(start + 4, size))]))
+            step += 1
+            if step == at:
+                change_of(data)
+    return seen
+
+
+def set_level(data):
+    """Change an attribute."""
+    data.level = 2.5
+
+
+@settings(max_examples=25)
+@given(at=st.integers(1, 32), seed=st.integers(0, 100))
+def test_a_change_by_a_callback_is_seen_in_the_next_batch(at, seed):
+    """An attribute that a step changes decides the batch that follows, in an epoch and at its end."""
+    data = Tuned()
+    seen, model = [], torch.nn.Linear(2, 1)
+
+    def step(model, batch):
+        seen.append(batch.clone())
+        return model(batch).square().mean() * 1e-6
+
+    with wandering(*THREADS, seed=seed), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = Trainer(max_epochs=2, run_dir=None, enable_progress_bar=False, device="cpu")
+        callbacks = [Change(at, lambda _: set_level(data))]
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+        trainer.fit(model, optimizer, data, step=step, batch_size=4, callbacks=callbacks)
+    is_late = any("may have been made of what was before" in str(each.message) for each in caught)
+    assert same(seen, tuned_loop(at, set_level)) or is_late
+
+
+def test_a_pinned_place_sees_changes_between_epochs():
+    """New lists, arrays and shared tensors are those of the next epoch's batches, without a warning."""
+    data = Tuned()
+    with Loader(data, batch_size=4, placement="thread", num_workers=2) as loader, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for level in (1.0, 2.0, 3.0):
+            data.level = level
+            assert torch.cat(list(loader))[:, 1].tolist() == [index * level for index in range(64)]
+
+
+class Acting(Plain):
+    """Makes its samples with a model."""
+
+    def __init__(self, model, size=64):
+        super().__init__(size)
+        self.model = model
+
+    def value(self, index):
+        with torch.no_grad():
+            return float(self.model(torch.full((1, 2), float(index))).sum())
+
+
+def trained_by_hand(make_data, size=64):
+    """Return the batches of a plain loop whose data uses the model that is trained."""
+    torch.manual_seed(0)
+    model, seen = torch.nn.Linear(2, 1), []
+    data, optimizer = make_data(model), torch.optim.SGD(model.parameters(), lr=1e-4)
+    for start in range(0, size, 4):
+        batch = torch.stack([data[index] for index in range(start, start + 4)])
+        seen.append(batch)
+        model(batch).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
+
+
+@pytest.mark.parametrize("make_data", [Acting, lambda model: Acting(lambda each: model(each))])
+@pytest.mark.parametrize("placement", ["auto", "inline", "thread"])
+def test_a_dataset_that_uses_the_model_is_asked_in_its_turn(make_data, placement):
+    """Samples that the model helps to make are made after the last update; so is what a closure hides."""
+    torch.manual_seed(0)
+    model, seen = torch.nn.Linear(2, 1), []
+
+    def step(model, batch):
+        seen.append(batch.clone())
+        return model(batch).square().mean()
+
+    trainer = Trainer(run_dir=None, enable_progress_bar=False, device="cpu", placement=placement)
+    with wandering(*THREADS), warnings.catch_warnings(record=True):
+        optimizer = torch.optim.SGD(model.parameters(), lr=1e-4)
+        trainer.fit(model, optimizer, make_data(model), step=step, batch_size=4)
+    assert same(seen, trained_by_hand(make_data))
+
+
+@pytest.mark.parametrize("kind", ["generator", "iterator", "object"])
+def test_what_yields_batches_itself_is_read_in_its_turn(kind):
+    """A generator's batch is made after the step before it, unless a placement is named."""
+    steps = [0]
+
+    class Batches:
+        def __iter__(self):
+            for _ in range(40):
+                yield torch.full((2, 2), float(steps[0]))
+
+    ages, model = [], torch.nn.Linear(2, 1)
+
+    def made(_):
+        return torch.full((2, 2), float(steps[0]))
+
+    data = {"object": Batches(), "generator": iter(Batches()), "iterator": map(made, range(40))}[kind]
+
+    def step(model, batch):
+        ages.append(steps[0] - int(batch[0, 0]))
+        steps[0] += 1
+        return model(batch).square().mean() * 1e-6
+
+    with wandering(*THREADS):
+        trainer = Trainer(max_steps=40, run_dir=None, enable_progress_bar=False, device="cpu")
+        result = trainer.fit(model, torch.optim.SGD(model.parameters(), lr=1e-6), data, step=step)
+    assert ages == [0] * 40
+    assert "placement='inline'" in result.placement.limit
