@@ -258,6 +258,8 @@ class Checks:
             budget_s = COMPARE_RATIO * (now_s - self._began_s)
             self._wants_one = budget_s > self._compare_s + self._cost_s
             yield batch
+        if count > 1 and not self._watch.is_quiet():
+            raise DoubtError(self._change(count if can_go_back else 0))
 
     def _change(self, num_unseen: int) -> str:
         """Say what has moved, and which batches did not have it yet; 0 for all that were made ahead."""
