@@ -15,6 +15,8 @@ sample (`add_stage_note`); a StageError stands in only where there is no such ex
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 
@@ -203,3 +205,11 @@ def _add_note(error: BaseException, note: str) -> None:
     # An exception that does not take notes (a frozen dataclass) must still travel as itself.
     with suppress(Exception):
         error.add_note(note)
+
+
+def warn_harmlessly(message: str) -> None:
+    """Warn, but where warnings are errors only print: what is no more than said ends no training."""
+    try:
+        warnings.warn(message, stacklevel=3)
+    except UserWarning:
+        print(f"warning: {message}", file=sys.stderr)

@@ -1,17 +1,4 @@
-"""Which placements a source's batches may have, found by looking and comparing, for the length of a run.
-
-1. **Searched.** What is reachable from the dataset is searched for handles, iterators, generators of random
-   numbers, and the model that is trained (`reach`).
-2. **Looked at.** Before batches are made in a new place, the loop makes some more of them itself. What moves
-   while a batch is made, and what moves between two of them, keeps the batches in the loop (`watch`).
-3. **Made twice.** The loop makes the last of these again, as a thread would. If it comes out differently, it
-   is no function of its indices, and stays in the loop. What moves is never made twice.
-4. **Compared.** The new place begins with the last of these batches. They are compared bit for bit with those
-   that were trained on, and thrown away.
-5. **Watched.** As long as batches are made ahead, what is reachable is looked at before each one is handed
-   over, and now and then the loop makes one again, to be compared before it is used. Both together take less
-   than a hundredth of the run's time.
-"""
+"""Which placements a source's batches may have; see the package's text."""
 
 from __future__ import annotations
 
@@ -29,6 +16,7 @@ from pipeline.checks.limits import Limits, in_the_loop, in_turn, joined, limits_
 from pipeline.checks.trial import DifferenceError, DoubtError, Noted, Trial
 from pipeline.checks.watch import StateWatch
 from pipeline.data import END, IterableReader, Reader, Source
+from pipeline.errors import warn_harmlessly
 
 NUM_LOOKED_AT, NUM_REFERENCES = 3, 2  # batches; the first may set up what the others use
 LOOK_RATIO, COMPARE_RATIO = 0.004, 0.005  # of the run's time
@@ -46,6 +34,7 @@ class Checks:
         limits: As far as is known.
         trained: The models that are trained on the batches, if that is known.
         num_compared: Batches that were made twice and compared.
+        is_leaving: Whether what is being made ahead is to be the last, where it cannot be made again.
         spent_s: On all of this.
 
     Runs on:
@@ -68,7 +57,7 @@ class Checks:
         self._verified: set[Any] = set()
         self._num_looked_at = 0
         self._looked_at: tuple[int, int] | None = None  # the reader, and where it stood then
-        self._is_controlled = self._has_differed = self._wants_one = False
+        self._is_controlled = self._has_differed = self._wants_one = self.is_leaving = False
         self._began_s, self._compare_s, self._cost_s = clock(), 0.0, 0.0
 
     # ---- searched
@@ -83,7 +72,16 @@ class Checks:
 
     def has_changed(self) -> bool:
         """Say whether the dataset is no longer what it was at the last look; asked between two epochs."""
-        return self._watch is not None and not self._watch.is_quiet()
+        if self._watch is None or self._watch.is_quiet():
+            return False
+        self._watch.search()
+        self._verified.clear()
+        return True
+
+    def look_again(self) -> None:
+        """Have batches made in the loop and looked at before any place is used again."""
+        self._verified.clear()
+        self._looked_at, self._num_looked_at = None, 0
 
     def withdraw(self, reason: str) -> None:
         """Have batches made in the loop from here on, for good."""
@@ -135,7 +133,8 @@ class Checks:
             if batch is END:
                 return
             self._look_at_making(reader)
-            self._keep(turn, batch)
+            if controls:
+                self._keep(turn, batch)
             yield brought(batch)
             self._look_at_step()
             self._num_looked_at += 1
@@ -238,35 +237,45 @@ class Checks:
 
         Args:
             batches: Made ahead.
-            can_go_back: Whether one that was made can be made again.
+            can_go_back: Whether one that was made can be made again; else `is_leaving` says so.
 
         Raises:
             DoubtError: Before a batch that may have been made of what was no longer as before.
         """
         assert self._watch is not None
         every_n, count, last_s = 1, 1, self._clock()
+        self.is_leaving = False
         for batch in batches:
             now_s = self._clock()
-            if count >= every_n:
+            if count >= every_n and not self.is_leaving:
                 is_quiet = self._watch.is_quiet()
                 self.spent_s += (cost_s := self._clock() - now_s)
                 if not is_quiet:
-                    raise DoubtError(self._change(count if can_go_back else 0))
+                    self._leave(count, can_go_back)
                 every_n = math.ceil(cost_s * count / (LOOK_RATIO * max(now_s - last_s, 1e-6)))
                 last_s, count = now_s, 0
             count += 1
             budget_s = COMPARE_RATIO * (now_s - self._began_s)
             self._wants_one = budget_s > self._compare_s + self._cost_s
             yield batch
-        if count > 1 and not self._watch.is_quiet():
-            raise DoubtError(self._change(count if can_go_back else 0))
+        if count > 1 and not self.is_leaving and not self._watch.is_quiet():
+            self._leave(count, can_go_back)
 
-    def _change(self, num_unseen: int) -> str:
-        """Say what has moved, and which batches did not have it yet; 0 for all that were made ahead."""
+    def _leave(self, num_unseen: int, can_go_back: bool) -> None:
+        """Leave the place: at once, or after what was made ahead, which cannot be made again.
+
+        Args:
+            num_unseen: Batches since the last look, the one at hand among them.
+            can_go_back: Whether that one can be made again.
+        """
         text = f"{self._moved() or 'its state'} changed while batches were made ahead"
-        if num_unseen > 1:
-            return f"{text}; the last {num_unseen - 1} before this one may have been made of what was before"
-        return text if num_unseen else f"{text}; some may have been made of what was before"
+        if can_go_back and num_unseen == 1:
+            raise DoubtError(text)
+        if can_go_back:
+            raise DoubtError(f"{text}, and {num_unseen - 1} of them may have been used without that change")
+        self.is_leaving = True
+        self.withdraw(text)
+        warn_harmlessly(f"{self._source.name}: {text}; those are used up first, and may lack that change.")
 
     def wants(self) -> bool:
         """Say whether the batch at hand is to be compared; any thread."""

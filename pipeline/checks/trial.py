@@ -6,7 +6,8 @@ from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
 from pipeline.batch import Batch
-from pipeline.checks.compare import Record
+from pipeline.checks.compare import NotComparableError, Record
+from pipeline.errors import StallError, WorkerDiedError
 
 
 class DoubtError(Exception):
@@ -92,7 +93,10 @@ class Trial:
             return REPEATED
         if self._checks is None or not self._checks.wants():
             return send(batch)
-        return Noted(turn, Record(batch), send(batch))
+        try:
+            return Noted(turn, Record(batch), send(batch))
+        except NotComparableError:  # others could be compared
+            return send(batch)
 
     def settle(self, noted: Noted) -> Any:
         """Compare a batch that was noted with the loop's, made now, and return it; loop thread.
@@ -106,7 +110,8 @@ class Trial:
 
     def blamed(self, turn: Any, error: BaseException) -> BaseException:
         """Return the error that ends a place: its own, if the loop had made that batch without one."""
-        if turn not in self.references or isinstance(error, DoubtError) or not isinstance(error, Exception):
+        is_other = isinstance(error, (DoubtError, WorkerDiedError, StallError))
+        if turn not in self.references or is_other or not isinstance(error, Exception):
             return error
         found = DifferenceError(f"batch {turn} could not be made there: {type(error).__name__}: {error}")
         found.__cause__ = error

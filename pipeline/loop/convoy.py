@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import sys
 import threading
-import warnings
 from collections import defaultdict
 from contextlib import ExitStack
 
-from pipeline.errors import GilAccountError
+from pipeline.errors import GilAccountError, warn_harmlessly
 from pipeline.gil import GilAccount, GilReport, gil_account
 from pipeline.gil.signals import Handoffs
 from pipeline.loop.clock import COMPUTE_STAGES, STAGES, StepClock
@@ -74,14 +73,6 @@ def describe_convoy(report: GilReport, thread: str, num_steps: int) -> str | Non
         f"{cost_ms:.1f} ms a step, most of it in '{stage}', while {holder!r} holds it. "
         f"{ADVICE.get(holder.partition('/')[0], OTHER_ADVICE)}"
     )
-
-
-def warn_harmlessly(message: str) -> None:
-    """Warn, but where warnings are errors only print: what is no more than said ends no training."""
-    try:
-        warnings.warn(message, stacklevel=3)
-    except UserWarning:
-        print(f"warning: {message}", file=sys.stderr)
 
 
 class ConvoyWatch:

@@ -11,13 +11,13 @@ from types import TracebackType
 from typing import Any
 
 from pipeline.batch import Row
-from pipeline.errors import GilAccountError
+from pipeline.errors import GilAccountError, warn_harmlessly
 from pipeline.gil import GilAccount, GilReport, gil_account, to_json
 from pipeline.gil.interpreter import handoff_counter
 from pipeline.gil.signals import Handoffs
 from pipeline.gil.trace import write_trace
 from pipeline.loop.clock import STAGES, StepClock
-from pipeline.loop.convoy import ConvoyWatch, describe_convoy, warn_harmlessly
+from pipeline.loop.convoy import ConvoyWatch, describe_convoy
 from pipeline.settings import GilMode
 
 LOG_NS = 10_000_000_000

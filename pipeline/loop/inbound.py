@@ -10,26 +10,23 @@ from functools import partial
 from typing import Any, Protocol
 
 from pipeline.batch import Batch
-from pipeline.checks import Checks, DifferenceError, DoubtError, Limits, Trial
+from pipeline.checks import Checks, DoubtError, Limits, Trial
 from pipeline.concurrency import short_switch_interval
 from pipeline.data import (
     IterableSource,
     MapReader,
-    MapSource,
     Processes,
-    ProcessReader,
     Reader,
-    ShardedReader,
     ShardedSource,
     Source,
 )
 from pipeline.device import Transfer
-from pipeline.errors import ConfigError, StageError
 from pipeline.loop.chooser import Auto
-from pipeline.loop.convoy import warn_harmlessly
 from pipeline.loop.pinned import Pinned
-from pipeline.loop.placement import INLINE, TEXTBOOK, Place
-from pipeline.loop.places import brought, read_ahead, read_checked, read_in_line
+from pipeline.loop.placement import TEXTBOOK, Place
+from pipeline.loop.places import brought, read_ahead, read_in_line
+from pipeline.loop.process_place import ProcessPlace
+from pipeline.loop.retreat import Retreat
 from pipeline.loop.threads import ThreadTimes
 from pipeline.report.placement import PlacementReport
 
@@ -97,18 +94,18 @@ class Inbound:
         self._source, self._transfer = source, transfer
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._opened: Reader | None = None
-        self._processes: Processes | None = None
+        self._place = ProcessPlace(source, transfer, depth, stall_timeout_s, in_order=in_order)
         self._has_warned = self.is_in_place = False
         self._num_in_line = 0
-        self._is_pinned = place is not None
         self.checks = Checks(source, is_trusted=is_trusted or place is not None)
+        self._retreat = Retreat(self.checks, source.name, is_pinned=place is not None)
         self.chooser: Chooser = (
             Auto(self, source.name) if place is None else Pinned(_for(source, place), self)
         )
 
     def batches(self, epoch: int, max_batches: int | None, start: int = 0) -> Generator[Batch]:
         """Open an epoch, at once, and return its batches, those before `start` left out."""
-        if self._processes is not None and self.checks.has_changed():
+        if self._place.processes is not None and self.checks.has_changed():
             self.stop_processes()  # somebody has changed the dataset: give it to them anew
         self._opened = self._source.open(epoch, max_batches, start)
         return self._batches(self._opened)
@@ -135,7 +132,7 @@ class Inbound:
         checks = self.checks
         with closing(opened) as reader:
             while not reader.is_exhausted:
-                place = self._allowed(self.chooser.choose(reader))
+                place = self._retreat.allowed(self.chooser.choose(reader))
                 if checks.is_looked_at(place, reader, is_loop=place == TEXTBOOK):
                     yield from self._made_and_watched(place, reader)
                 else:
@@ -151,20 +148,9 @@ class Inbound:
         self.start_processes(place.num_workers, place.num_threads)  # nobody waits for them
         return self._counted(batches)
 
-    def _allowed(self, place: Place) -> Place:
-        """Return a place, or what may be had of it."""
-        limits = self.checks.limits
-        if place == TEXTBOOK or not limits.reason:
-            return place
-        if place.name == "process":
-            allowed = place if limits.has_processes else TEXTBOOK
-        elif limits.num_threads is None:
-            allowed = place
-        else:
-            allowed = INLINE if limits.num_threads else TEXTBOOK
-        if allowed != place and self._is_pinned:
-            self._warn_of_limits(place, allowed, limits)
-        return allowed
+    @property
+    def _processes(self) -> Processes | None:
+        return self._place.processes
 
     def _made_and_watched(self, place: Place, reader: Reader) -> Generator[Batch]:
         """Yield batches from a place until it is left, or until there is a doubt about what is made there."""
@@ -179,44 +165,16 @@ class Inbound:
                     count += 1
                     yield batch
         except DoubtError as doubt:
-            self._retreat(place, reader, first + count, doubt)
+            if reader.is_random_access:
+                reader.position = first + count
+            self.stop_processes()  # what they were given is no longer what is wanted
+            self._retreat.after(doubt, place)
 
     def _watched(self, place: Place, reader: Reader, batches: Generator[Batch]) -> Generator[Batch]:
         is_ordered = self.checks.limits.num_threads == 1  # what moves is the making itself
         if place == TEXTBOOK or is_ordered or not self.checks.is_of_use(reader):
             return batches
-        return self.checks.watched(batches, can_go_back=reader.is_random_access)
-
-    def _retreat(self, place: Place, reader: Reader, position: int, doubt: DoubtError) -> None:
-        """Go back to the loop, to the batch that comes next, for good.
-
-        Raises:
-            StageError: If the user named the place, and it makes other batches; none of them was used.
-        """
-        if isinstance(doubt, DifferenceError) and (self._is_pinned or not self._in_order):
-            raise StageError(
-                f"{place} makes other batches of {self._source.name} than the loop does: {doubt}. None of "
-                "them was used. The dataset may depend on a global, on what its module does when it is "
-                "imported, or on its thread. Set placement='inline', or see docs/placement.md.",
-                stage="fetch",
-            ) from doubt
-        if reader.is_random_access:
-            reader.position = position
-        self.checks.withdraw(str(doubt))
-        self.stop_processes()
-        if self._is_pinned:
-            self._warn_of_limits(place, TEXTBOOK, self.checks.limits)
-        elif isinstance(doubt, DifferenceError) or "may have" in str(doubt):
-            warn_harmlessly(f"{self._source.name}: {doubt}. Batches are made in the loop from here on.")
-
-    def _warn_of_limits(self, place: Place, allowed: Place, limits: Limits) -> None:
-        if self._has_warned:
-            return
-        self._has_warned = True
-        where = "on one thread" if allowed == INLINE else "in the loop"
-        warn_harmlessly(
-            f"batches are made {where}, and not in {place}, with the same numbers: {limits.reason}."
-        )
+        return self.checks.watched(batches, can_go_back=reader.is_random_access and self._in_order)
 
     def is_ready(self) -> bool:
         """Say whether batches are made where they are to stay: places are tried, processes take a moment."""
@@ -227,18 +185,21 @@ class Inbound:
         self.stop_processes()
 
     def _made_in(self, place: Place, reader: Reader) -> Generator[Batch]:
-        goes_on = self.chooser.goes_on
         if place.name == "process":
             return self._made_by_processes(place, reader)
         self.is_in_place = True
         if place.name != "textbook":
             if reader.is_threadable:
-                ahead = self._made_ahead(place, reader, goes_on)
+                ahead = self._made_ahead(place, reader)
                 return _switching_often(ahead) if place.switches_often else ahead
             self._warn_in_line()
-        return read_in_line(reader, self._transfer, goes_on)
+        return read_in_line(reader, self._transfer, self._goes_on)
 
-    def _made_ahead(self, place: Place, reader: Reader, goes_on: Callable[[], bool]) -> Generator[Batch]:
+    def _goes_on(self) -> bool:
+        """Say whether to stay in the place; asked once a batch."""
+        return self.chooser.goes_on() and not self.checks.is_leaving
+
+    def _made_ahead(self, place: Place, reader: Reader) -> Generator[Batch]:
         num_threads, is_in_order = max(place.num_workers, 1), self._in_order or not reader.is_random_access
         trial = self.checks.trial(place, reader)
         return read_ahead(
@@ -249,34 +210,19 @@ class Inbound:
             is_fresh=self._source.makes_fresh_batches,
             in_order=is_in_order,
             stall_timeout_s=self._stall_timeout_s,
-            goes_on=goes_on,
+            goes_on=self._goes_on,
             times=self._times,
             trial=trial if is_in_order else Trial(),
         )
 
     def _made_by_processes(self, place: Place, reader: Reader) -> Generator[Batch]:
-        counts = place.num_workers, place.num_threads
-        self.is_in_place = self.start_processes(*counts)
-        if not self.is_in_place and isinstance(reader, ShardedReader) and reader.is_behind:
-            self.is_in_place = self._wait_for_processes()  # or the loop thread would read it all again
+        self.is_in_place = self._place.is_there(place, reader)
         if not self.is_in_place:  # nobody waits for them to start
-            in_line = read_in_line(reader, self._transfer, lambda: not self.start_processes(*counts))
+            in_line = read_in_line(reader, self._transfer, lambda: not self._place.is_there(place, reader))
             return self._counted(in_line)
-        assert isinstance(reader, MapReader | ShardedReader)
-        assert isinstance(self._source, MapSource | ShardedSource)
-        assert self._processes is not None
-        self._source.fetcher.forget_memory()
-        processes = self._processes
-        depth = max(self._depth, 2 * place.num_workers * place.num_threads)
         trial = self.checks.trial(place, reader)
-        made = ProcessReader(processes, reader, depth, self.chooser.goes_on, trial)
         compared = Trial(self.checks, reader if self._in_order else None)
-        if self._transfer.runs_ahead:
-            ahead = read_ahead(
-                made, self._transfer, 2, is_leased=True, stall_timeout_s=self._stall_timeout_s, trial=compared
-            )
-            return _closing(made, ahead)
-        return _closing(made, read_checked(made, self._transfer, compared, reader.position))
+        return self._place.batches(place, reader, self._goes_on, trial, compared)
 
     def _counted(self, batches: Generator[Batch]) -> Generator[Batch]:
         with closing(batches):
@@ -302,44 +248,13 @@ class Inbound:
         missed = f"all {self._num_in_line} made by the loop thread: its processes were not ready in time"
         return replace(report, place="textbook", reason=f"and not {report.place}, {report.reason}; {missed}")
 
-    def _wait_for_processes(self) -> bool:
-        assert self._processes is not None
-        return self._processes.wait_until_ready()
-
     def start_processes(self, num_workers: int, num_threads: int = 1) -> bool:
-        """See that worker processes are there or on their way; say whether they are there.
-
-        Args:
-            num_workers: How many.
-            num_threads: Of each.
-
-        Raises:
-            ConfigError: If the data cannot be taken to a process; it says why.
-        """
-        source = self._source
-        if not isinstance(source, MapSource | ShardedSource):
-            raise ConfigError(
-                "placement=process needs samples to share out: pass a dataset with batch_size, or a "
-                "DataLoader of a map-style one with num_workers=0. Batches of an iterable are made inline."
-            )
-        if isinstance(source, ShardedSource):
-            num_workers, num_threads = min(num_workers, len(source.shards)), 1
-        if self._processes is None:
-            self._processes = Processes(
-                source, num_workers, self._stall_timeout_s, num_threads, self._transfer.pinning
-            )
-            self._processes.in_order = self._in_order
-        is_ready = self._processes.is_ready(num_workers, num_threads)
-        if isinstance(source, ShardedSource):
-            source.check_processes()
-            return is_ready and source.has_begun  # what data does to itself is seen in this process first
-        return is_ready
+        """See that worker processes are there or on their way; see `ProcessPlace`."""
+        return self._place.start(num_workers, num_threads)
 
     def stop_processes(self) -> None:
         """End the worker processes, if there are any; they are started again if they are wanted."""
-        if self._processes is not None:
-            self._processes.close()
-            self._processes = None
+        self._place.stop()
 
     def _warn_in_line(self) -> None:
         if self._has_warned:
@@ -370,9 +285,4 @@ def _none() -> int:
 
 def _switching_often(batches: Generator[Batch]) -> Generator[Batch]:
     with short_switch_interval(), closing(batches):
-        yield from batches
-
-
-def _closing(reader: Any, batches: Generator[Batch]) -> Generator[Batch]:
-    with closing(reader), closing(batches):
         yield from batches

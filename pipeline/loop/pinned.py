@@ -8,7 +8,7 @@ from typing import Protocol
 
 from pipeline.batch import Batch
 from pipeline.data import Reader
-from pipeline.loop.convoy import warn_harmlessly
+from pipeline.errors import warn_harmlessly
 from pipeline.loop.placement import Place
 from pipeline.report.placement import PlacementReport
 

@@ -15,7 +15,7 @@ import torch
 
 from pipeline.concurrency import available_cores
 from pipeline.device import StepLimiter
-from pipeline.loop.convoy import warn_harmlessly
+from pipeline.errors import warn_harmlessly
 from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
 from pipeline.loop.setup import is_rank_zero

@@ -16,6 +16,7 @@ import pytest
 
 import pipeline
 from pipeline import GilAccountError, gil_account, stage
+from pipeline.errors import warn_harmlessly
 from pipeline.gil import calibrate, sampler, stage_cell, stage_id
 from pipeline.gil.account import stage_shares
 from pipeline.gil.child.priority import PROBE_WINDOWS, WINDOW, Priority
@@ -25,7 +26,6 @@ from pipeline.gil.command import main
 from pipeline.gil.interpreter import switch_interval
 from pipeline.gil.selftest import release_gil
 from pipeline.loop.clock import FORWARD, StepClock
-from pipeline.loop.convoy import warn_harmlessly
 from tests.gil.test_account import NAMES, STAGES, answer
 from tests.gil.test_commands import own_environment, run_script
 

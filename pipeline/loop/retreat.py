@@ -1,0 +1,74 @@
+"""What follows from the checks: which placement is used, and the way back to the loop."""
+
+from __future__ import annotations
+
+from pipeline.checks import Checks, DifferenceError, DoubtError, Limits
+from pipeline.errors import StageError, warn_harmlessly
+from pipeline.loop.placement import INLINE, TEXTBOOK, Place
+
+MAX_CHANGES = 3  # by a step, in a run; then batches stay in the loop
+
+
+class Retreat:
+    """Takes a place back, or some of it, because of what the checks have found.
+
+    Args:
+        checks: Of the source.
+        name: What the source is called.
+        is_pinned: Whether the user named the place.
+
+    Runs on:
+        Loop thread.
+    """
+
+    def __init__(self, checks: Checks, name: str, *, is_pinned: bool) -> None:
+        self._checks, self._name, self._is_pinned = checks, name, is_pinned
+        self._num_changes, self._has_warned = 0, False
+
+    def allowed(self, place: Place) -> Place:
+        """Return a place, or what may be had of it; a user who named it is told."""
+        allowed = _allowed(place, self._checks.limits)
+        if allowed != place and self._is_pinned:
+            where = "on one thread" if allowed == INLINE else "in the loop"
+            reason = self._checks.limits.reason
+            self._warn(f"batches are made {where}, and not in {place}, with the same numbers: {reason}.")
+        return allowed
+
+    def after(self, doubt: DoubtError, place: Place) -> None:
+        """Go back to the loop: for good, or to look again, where only a step has changed something.
+
+        Raises:
+            StageError: If the user named the place, and it makes other batches; none of them was used.
+        """
+        if not isinstance(doubt, DifferenceError):
+            self._num_changes += 1
+            if self._num_changes > MAX_CHANGES:
+                self._checks.withdraw(f"{doubt}, for the {self._num_changes}th time")
+            else:
+                self._checks.look_again()
+            self._warn(f"{self._name}: {doubt}. The batches made ahead were dropped, and are made again.")
+            return
+        if self._is_pinned:
+            raise StageError(
+                f"{place} makes other batches of {self._name} than the loop does: {doubt}. None of them was "
+                "used. The dataset may depend on a global, on what its module does when it is imported, or "
+                "on its thread. Set placement='inline', or see docs/placement.md.",
+                stage="fetch",
+            ) from doubt
+        self._checks.withdraw(str(doubt))
+        self._warn(f"{self._name}: {doubt}. None was used; batches are made in the loop from here on.")
+
+    def _warn(self, message: str) -> None:
+        if not self._has_warned:
+            self._has_warned = True
+            warn_harmlessly(message)
+
+
+def _allowed(place: Place, limits: Limits) -> Place:
+    if place == TEXTBOOK or not limits.reason:
+        return place
+    if place.name == "process":
+        return place if limits.has_processes else TEXTBOOK
+    if limits.num_threads is None:
+        return place
+    return INLINE if limits.num_threads else TEXTBOOK
