@@ -24,10 +24,10 @@ from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
 from pipeline.loop.fit import fit
 from pipeline.loop.gil import GilWatch
 from pipeline.loop.objective import Objective
-from pipeline.loop.resume import open_run_dir
+from pipeline.loop.resume import open_run_dir, seed_to_go_on_with
 from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
-from pipeline.loop.share import check_ranks
+from pipeline.loop.share import agreed_seed, check_ranks, shares_order
 from pipeline.loop.signals import handling_signals
 from pipeline.loop.summary import make_result
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
@@ -117,16 +117,17 @@ class Trainer(Settings):
         metrics, train_metrics = metrics or {}, train_metrics or {}
         check_listeners(callbacks, loggers, (metrics, train_metrics), val_data)
         check_targets(self.monitor, loss_fn, val_data, metrics, scheduler_interval)
-        make_source = partial(as_source, seed=self.seed, ranks=ranks())
         batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn, num_shards)
+        seed = agreed_seed(self.seed, is_shared=shares_order(train_data, batching["batch_size"]))
+        make_source = partial(as_source, seed=seed, ranks=ranks())
         source = make_source(train_data, name="train_data", shuffle=shuffle, drop_last=drop_last, **batching)
         max_batches = resolve_limit("limit_train_batches", self.limit_train_batches, source.num_batches)
-        evaluation, belts = None, self._belts()
+        evaluation, belts, sources = None, self.with_seed(seed)._belts(), [source]
         if val_data is not None:
-            val_source = make_source(val_data, name="val_data", **val_batching)
+            sources.append(val_source := make_source(val_data, name="val_data", **val_batching))
             evaluation = self._evaluation(belts, objective, val_source, metrics, merges_ranks=True)
         data = {"train_data": (train_data, batching), "val_data": (val_data, val_batching)}
-        order = {"seed": self.seed, "shuffle": shuffle, "drop_last": drop_last}
+        order = {"shuffle": shuffle, "drop_last": drop_last}
         check_ranks(order, metrics, belts.device, **data)
         setup.place(self, belts.device, model, loss_fn, *metrics.values(), *train_metrics.values())
         if not model.training:
@@ -138,11 +139,15 @@ class Trainer(Settings):
             stack.enter_context(setup.deterministic_algorithms(self.deterministic))
             inbound = belts.inbound(source, is_training=True)
             opened = open_run_dir(self)
+            settings = self.with_seed(seed_to_go_on_with(self.seed, seed, opened.checkpoint))
+            for each in sources:
+                each.seed = settings.seed
             run_dir, rows = opened.run_dir, wiring.make_rows(opened.run_dir)
             num_batches = setup.at_most(source.num_batches, max_batches)
             group = wiring.make_logger_group(
-                self, loggers, run_dir, num_batches, hparams or {}, belts.schedule, rows, opened.resumed_step
-            )
+                settings, loggers, run_dir, num_batches, hparams or {}, belts.schedule, rows,
+                opened.resumed_step,
+            )  # fmt: skip
             stack.enter_context(group.closing())
             stack.callback((clock := StepClock()).leave)
             told = CallbackList(callbacks)
@@ -159,7 +164,7 @@ class Trainer(Settings):
             inbound.num_pauses = lambda: clock.num_pauses
             watch = stack.enter_context(GilWatch(self.gil, clock, outbound.put_row, run_dir))
             run = Run(
-                settings=self,
+                settings=settings,
                 state=state,
                 step=train_step,
                 inbound=wiring.watch_batches(inbound.batches, detector),

@@ -18,6 +18,7 @@ from pipeline.data.generator_mode import UnhookableDrawError
 from pipeline.data.generators import TorchGenerator
 from pipeline.data.randomness import SampleRandomness, ThreadRandomness
 from pipeline.data.sampler import Plan
+from pipeline.seeding import Epoch
 
 END: Any = object()
 """What a reader returns after the last batch of its epoch."""
@@ -82,7 +83,7 @@ class TurnReader(Reader, Protocol):
         epoch: That is read.
     """
 
-    epoch: int
+    epoch: Epoch
 
     @property
     def num_left(self) -> float:
@@ -112,9 +113,11 @@ class Source(Protocol):
         num_batches: Batches per epoch, or None where nobody knows.
         unhookable: What the data was seen to draw from that a thread cannot isolate.
         makes_fresh_batches: Whether each batch is known to have memory of its own.
+        seed: Of all epochs; None takes torch's, as it is when an epoch begins.
     """
 
     name: str
+    seed: int | None
     num_batches: int | None
     unhookable: tuple[str, ...]
     makes_fresh_batches: bool
@@ -137,12 +140,18 @@ class MapSource:
         num_batches: Of an epoch.
         make_plan: Returns the sample indices of an epoch's batches; loop thread.
         name: What the user's argument is called.
+        seed: Of all epochs; None takes torch's, as it is when an epoch begins.
     """
 
     def __init__(
-        self, fetcher: Fetcher, num_batches: int, make_plan: Callable[[int], Plan], name: str
+        self,
+        fetcher: Fetcher,
+        num_batches: int,
+        make_plan: Callable[[Epoch], Plan],
+        name: str,
+        seed: int | None,
     ) -> None:
-        self.fetcher, self._make_plan, self.name = fetcher, make_plan, name
+        self.fetcher, self._make_plan, self.name, self.seed = fetcher, make_plan, name, seed
         self.num_batches: int | None = num_batches
         self.randomness = SampleRandomness()
         self.unhookable: tuple[str, ...] = ()
@@ -150,11 +159,12 @@ class MapSource:
 
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> MapReader:
         self.randomness.drop_suspicions()
-        plan = self._make_plan(epoch)
+        begun = Epoch.begun(epoch, self.seed)
+        plan = self._make_plan(begun)
         num_batches = len(plan) if max_batches is None else min(len(plan), max_batches)
         if start:
             plan.indices(min(start, len(plan)) - 1)  # a sampler draws as it goes on
-        return MapReader(self, plan, epoch, num_batches, start)
+        return MapReader(self, plan, begun, num_batches, start)
 
 
 class IsolatedReader:
@@ -218,7 +228,7 @@ class MapReader(IsolatedReader):
     is_random_access = True
     max_processes: int | None = None
 
-    def __init__(self, source: MapSource, plan: Plan, epoch: int, num_batches: int, start: int) -> None:
+    def __init__(self, source: MapSource, plan: Plan, epoch: Epoch, num_batches: int, start: int) -> None:
         super().__init__(source, source.randomness)
         self._plan, self.epoch = plan, epoch
         self.num_batches = num_batches

@@ -55,7 +55,7 @@ class prefetch:  # noqa: N801  (it is called like a function, as `enumerate` is)
             shuffle=False,
             drop_last=False,
             collate_fn=None,
-            seed=0,
+            seed=None,
         )
         transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)
         self._inbound = Inbound(self._source, transfer, INLINE, depth, None)

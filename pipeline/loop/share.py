@@ -12,6 +12,52 @@ from torch.utils.data import DataLoader, IterableDataset
 from pipeline.data import is_shared_out, ranks
 from pipeline.errors import ConfigError
 from pipeline.protocols import Metrics, StatefulMetric
+from pipeline.seeding import users_seed
+
+
+def agreed_seed(given: int | None, *, is_shared: bool) -> int:
+    """Return the seed of a run: the one that was given, or what torch was seeded with on rank zero.
+
+    Args:
+        given: By the user; None for none.
+        is_shared: Whether ranks have shares of one order, which must be the same on all of them.
+
+    Raises:
+        ConfigError: If ranks that share an order were given different ones.
+
+    Runs on:
+        Loop thread, of every rank; waits for all of them.
+    """
+    own = users_seed() if given is None else given
+    if ranks()[1] == 1:
+        return own
+    found: list[Any] = [None] * ranks()[1]
+    torch.distributed.all_gather_object(found, (given, own))
+    seeds = {each for each, _ in found}
+    if is_shared and len(seeds) > 1:
+        named = sorted(each for each in seeds if each is not None)
+        missing = "" if None not in seeds else ", and not given on some"
+        raise ConfigError(
+            f"seed must be the same on all ranks, got {named[0]} to {named[-1]}{missing}. Give each rank the "
+            "same, or none: without seed= all ranks take what torch was seeded with on rank zero."
+        )
+    return int(found[0][1]) if given is None else given
+
+
+def shares_order(data: Any, batch_size: int | None) -> bool:
+    """Say whether ranks have shares of one order of the samples, and not iterables of their own."""
+    return batch_size is not None and not isinstance(data, IterableDataset)
+
+
+def warn_of_all_samples(data: Any, name: str, stacklevel: int) -> None:
+    """Say it if a DataLoader gives each of several ranks all of its samples."""
+    if ranks()[1] > 1 and isinstance(data, DataLoader) and not is_shared_out(data):
+        warnings.warn(
+            f"{name} is a DataLoader that gives each of the {ranks()[1]} ranks all samples, unless its "
+            "dataset is a rank's share already. Pass the dataset itself with batch_size=, which shares it "
+            "out, or a DataLoader with sampler=DistributedSampler(dataset).",
+            stacklevel=stacklevel + 1,
+        )
 
 
 def check_ranks(
@@ -26,7 +72,7 @@ def check_ranks(
         data: Training and validation data by their names, each with its batch size and collate function.
 
     Raises:
-        ConfigError: If ranks were given different data or seeds: each would have its share of another epoch.
+        ConfigError: If ranks were given different data: each would have its share of another epoch.
 
     Runs on:
         Loop thread, of every rank; waits for all of them.
@@ -36,20 +82,15 @@ def check_ranks(
     found: dict[str, int] = {}
     for name, (samples, batching) in data.items():
         size = batching["batch_size"] if samples is not None else None
-        is_shared = size is not None and not isinstance(samples, IterableDataset)
-        found |= {f"len({name})": len(samples) if is_shared else 0, f"batch_size of {name}": size or 0}
+        found |= {
+            f"len({name})": len(samples) if shares_order(samples, size) else 0,
+            f"batch_size of {name}": size or 0,
+        }
         found[f"num_shards of {name}"] = batching.get("num_shards", 1)
     # A hash is the number itself, if it fits torch's integers. All ranks compare as many numbers.
     is_ordered = bool(found["len(train_data)"])
     _check_same(found | {name: hash(each) * is_ordered for name, each in settings.items()}, device)
-    train_data = data["train_data"][0]
-    if isinstance(train_data, DataLoader) and not is_shared_out(train_data):
-        warnings.warn(
-            f"train_data is a DataLoader that gives each of the {ranks()[1]} ranks all samples, unless its "
-            "dataset is a rank's share already. Pass the dataset itself with batch_size=, which shares it "
-            "out, or a DataLoader with sampler=DistributedSampler(dataset).",
-            stacklevel=3,
-        )
+    warn_of_all_samples(data["train_data"][0], "train_data", stacklevel=3)
     lonely = [
         name for name, each in metrics.items() if isinstance(each, StatefulMetric) and not _merges(each)
     ]
