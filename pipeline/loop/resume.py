@@ -92,7 +92,7 @@ def seed_to_go_on_with(given: int | None, seed: int, checkpoint: dict[str, Any] 
     if seed != before and is_typed(seed):
         warnings.warn(
             f"torch was seeded with {seed}, but the run goes on with the seed of its checkpoint, {before}, "
-            f"as if it had not been stopped. Pass seed={seed} if the data is to have another order from here on.",
+            f"as if it had not been stopped. Pass seed={seed} to have another order from here on.",
             stacklevel=3,
         )
     return int(before)
