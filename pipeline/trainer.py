@@ -24,10 +24,10 @@ from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
 from pipeline.loop.fit import fit
 from pipeline.loop.gil import GilWatch
 from pipeline.loop.objective import Objective
-from pipeline.loop.resume import open_run_dir, seed_to_go_on_with
+from pipeline.loop.resume import open_run_dir, resumed_seed
 from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
-from pipeline.loop.share import agreed_seed, check_ranks, shares_order
+from pipeline.loop.share import check_ranks, seed_of_run
 from pipeline.loop.signals import handling_signals
 from pipeline.loop.summary import make_result
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
@@ -114,11 +114,11 @@ class Trainer(Settings):
         refuse_in_nursery()
         objective = setup.make_objective(loss_fn, step)
         check_model(model, optimizer, scheduler, val_data)
-        metrics, train_metrics = metrics or {}, train_metrics or {}
+        metrics, train_metrics, hparams = metrics or {}, train_metrics or {}, hparams or {}
         check_listeners(callbacks, loggers, (metrics, train_metrics), val_data)
         check_targets(self.monitor, loss_fn, val_data, metrics, scheduler_interval)
         batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn, num_shards)
-        seed = agreed_seed(self.seed, is_shared=shares_order(train_data, batching["batch_size"]))
+        seed = seed_of_run(self, train_data, batching["batch_size"])
         make_source = partial(as_source, seed=seed, ranks=ranks())
         source = make_source(train_data, name="train_data", shuffle=shuffle, drop_last=drop_last, **batching)
         max_batches = resolve_limit("limit_train_batches", self.limit_train_batches, source.num_batches)
@@ -127,8 +127,7 @@ class Trainer(Settings):
             sources.append(val_source := make_source(val_data, name="val_data", **val_batching))
             evaluation = self._evaluation(belts, objective, val_source, metrics, merges_ranks=True)
         data = {"train_data": (train_data, batching), "val_data": (val_data, val_batching)}
-        order = {"shuffle": shuffle, "drop_last": drop_last}
-        check_ranks(order, metrics, belts.device, **data)
+        check_ranks({"shuffle": shuffle, "drop_last": drop_last}, metrics, belts.device, **data)
         setup.place(self, belts.device, model, loss_fn, *metrics.values(), *train_metrics.values())
         if not model.training:
             model.train()  # a model that was evaluated; single modules put in eval mode stay so
@@ -139,15 +138,12 @@ class Trainer(Settings):
             stack.enter_context(setup.deterministic_algorithms(self.deterministic))
             inbound = belts.inbound(source, is_training=True)
             opened = open_run_dir(self)
-            settings = self.with_seed(seed_to_go_on_with(self.seed, seed, opened.checkpoint))
-            for each in sources:
-                each.seed = settings.seed
+            settings = self.with_seed(resumed_seed(self.seed, seed, opened.checkpoint, sources))
             run_dir, rows = opened.run_dir, wiring.make_rows(opened.run_dir)
             num_batches = setup.at_most(source.num_batches, max_batches)
             group = wiring.make_logger_group(
-                settings, loggers, run_dir, num_batches, hparams or {}, belts.schedule, rows,
-                opened.resumed_step,
-            )  # fmt: skip
+                settings, loggers, run_dir, num_batches, hparams, belts.schedule, rows, opened.resumed_step
+            )
             stack.enter_context(group.closing())
             stack.callback((clock := StepClock()).leave)
             told = CallbackList(callbacks)

@@ -57,7 +57,8 @@ class IterableSource:
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> IterableReader:
         begun = Epoch.begun(epoch, self.seed)
         draws = torch.Generator().manual_seed(sample_seed(begun.seed, epoch, self._rank))
-        is_plain = type(self._batches) in (list, tuple)  # nothing that could draw
+        # Nothing that could draw, or a loader of ours, which sets its draws apart itself.
+        is_plain = type(self._batches) in (list, tuple) or getattr(self._batches, "sets_draws_apart", False)
         position, limit = self._go_to(start), max_batches
         iterator = self._begin(draws)
         batches = itertools.islice(iterator, None if limit is None else limit - position)

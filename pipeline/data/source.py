@@ -156,8 +156,10 @@ def own_generators(*data: Any) -> list[torch.Generator]:
 
 def is_shared_out(loader: DataLoader[Any]) -> bool:
     """Say whether a DataLoader may give each rank samples of its own; torch's plain samplers do not."""
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    return isinstance(loader.dataset, IterableDataset) or type(sampler) not in _PLAIN_SAMPLERS
+    batches: Any = loader.batch_sampler
+    if isinstance(loader.dataset, IterableDataset) or type(batches) not in (BatchSampler, type(None)):
+        return True
+    return type(loader.sampler if batches is None else batches.sampler) not in _PLAIN_SAMPLERS
 
 
 def _batches_problem(data: Any, name: str, has_sample_settings: bool) -> str | None:

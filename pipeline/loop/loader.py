@@ -58,6 +58,7 @@ class Loader:
 
     Attributes:
         epoch: Of the next iteration; set it to go on where an earlier run was.
+        sets_draws_apart: No draw of the data's comes from a generator that others use.
 
     Raises:
         ConfigError: If the settings do not fit each other, the data or the ranks.
@@ -68,6 +69,8 @@ class Loader:
         The caller's thread; threads end with each iteration, worker processes with the `with`, or when
         nobody has the loader any more.
     """
+
+    sets_draws_apart = True
 
     def __init__(
         self,
@@ -107,9 +110,11 @@ class Loader:
             seed=seed,
             num_shards=num_shards,
         )
+        backend = select_backend(device)
+        self._device = backend.device
         self._make_inbound = partial(
             Inbound,
-            transfer=make_transfer(select_backend(device), overlaps=True, prepare=None),
+            transfer=make_transfer(backend, overlaps=True, prepare=None),
             place=pinned_place(settings),
             depth=depth,
             stall_timeout_s=stall_timeout_s,
@@ -176,7 +181,7 @@ class Loader:
         if not self._is_agreed:
             warn_of_all_samples(self._data, "data", stacklevel=3)
         if self._is_shared and (self._seed is None or not self._is_agreed):
-            self._source.seed = agreed_seed(self._seed, is_shared=True)
+            self._source.seed = agreed_seed(self._seed, self._device, is_shared=True)
         self._is_agreed = True
 
     def _keep(self, batches: Generator[Batch]) -> Iterator[Batch]:

@@ -39,6 +39,8 @@ class prefetch:  # noqa: N801  (it is called like a function, as `enumerate` is)
         soon as the iterator is closed or goes out of scope.
     """
 
+    sets_draws_apart = True  # from those of the model
+
     def __init__(
         self,
         batches: Iterable[Batch],

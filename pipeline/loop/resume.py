@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 from array import array
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.batch import Batch, Row
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
-from pipeline.data import ranks
+from pipeline.data import Source, ranks
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.loop.run import Run
 from pipeline.loop.save import plain_settings, restore_counters
@@ -78,13 +78,16 @@ def open_run_dir(settings: Settings) -> Opened:
     return _open_newest(settings, Path(settings.run_dir))
 
 
-def seed_to_go_on_with(given: int | None, seed: int, checkpoint: dict[str, Any] | None) -> int:
+def resumed_seed(
+    given: int | None, seed: int, checkpoint: dict[str, Any] | None, sources: Sequence[Source]
+) -> int:
     """Return the seed of a run: that of the checkpoint it goes on from, unless the user gives another one.
 
     Args:
         given: By the user; None for none.
-        seed: Of the run if it is a new one.
+        seed: Of the run if it is a new one; the sources have it.
         checkpoint: None for a new run.
+        sources: Given the seed that is returned.
     """
     before = None if checkpoint is None else checkpoint["settings"].get("seed")
     if given is not None or before is None:
@@ -95,6 +98,8 @@ def seed_to_go_on_with(given: int | None, seed: int, checkpoint: dict[str, Any] 
             f"as if it had not been stopped. Pass seed={seed} to have another order from here on.",
             stacklevel=3,
         )
+    for source in sources:
+        source.seed = int(before)
     return int(before)
 
 

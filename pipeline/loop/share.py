@@ -10,16 +10,25 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline.data import is_shared_out, ranks
+from pipeline.device import select_backend
 from pipeline.errors import ConfigError
 from pipeline.protocols import Metrics, StatefulMetric
 from pipeline.seeding import users_seed
+from pipeline.settings import Settings
 
 
-def agreed_seed(given: int | None, *, is_shared: bool) -> int:
+def seed_of_run(settings: Settings, data: Any, batch_size: int | None) -> int:
+    """Return the seed of a run over some training data; see `agreed_seed`."""
+    device = select_backend(settings.device).device
+    return agreed_seed(settings.seed, device, is_shared=shares_order(data, batch_size))
+
+
+def agreed_seed(given: int | None, device: torch.device, *, is_shared: bool) -> int:
     """Return the seed of a run: the one that was given, or what torch was seeded with on rank zero.
 
     Args:
         given: By the user; None for none.
+        device: On which the ranks can tell each other numbers, if they cannot on the host.
         is_shared: Whether ranks have shares of one order, which must be the same on all of them.
 
     Raises:
@@ -31,17 +40,34 @@ def agreed_seed(given: int | None, *, is_shared: bool) -> int:
     own = users_seed() if given is None else given
     if ranks()[1] == 1:
         return own
-    found: list[Any] = [None] * ranks()[1]
-    torch.distributed.all_gather_object(found, (given, own))
-    seeds = {each for each, _ in found}
-    if is_shared and len(seeds) > 1:
-        named = sorted(each for each in seeds if each is not None)
-        missing = "" if None not in seeds else ", and not given on some"
+    found = [
+        (bool(is_given), high << 32 | low) for is_given, high, low in _told(given is not None, own, device)
+    ]
+    seeds = [seed for is_given, seed in found if is_given]
+    if is_shared and seeds and (len(set(seeds)) > 1 or len(seeds) < len(found)):
+        missing = "" if len(seeds) == len(found) else ", and none on some of them"
         raise ConfigError(
-            f"seed must be the same on all ranks, got {named[0]} to {named[-1]}{missing}. Give each rank the "
-            "same, or none: without seed= all ranks take what torch was seeded with on rank zero."
+            f"seed must be the same on all ranks, got {min(seeds)} to {max(seeds)}{missing}. Give each rank "
+            "the same, or none: without seed= all ranks take what torch was seeded with on rank zero."
         )
-    return int(found[0][1]) if given is None else given
+    return found[0][1] if given is None else given
+
+
+def _told(is_given: bool, seed: int, device: torch.device) -> list[list[int]]:
+    """Return what each rank has: whether its seed was given, and the two halves of that."""
+    halves = divmod(seed & ((1 << 64) - 1), 1 << 32)
+    own = torch.tensor([is_given, *halves], dtype=torch.int64, device=_meeting_place(device))
+    found = [torch.empty_like(own) for _ in range(ranks()[1])]
+    torch.distributed.all_gather(found, own)
+    return [each.tolist() for each in found]
+
+
+def _meeting_place(device: torch.device) -> torch.device:
+    """Return where the ranks' tensors must lie to be told: the host's with gloo, a device's with NCCL."""
+    backend = torch.distributed.get_backend()
+    if backend == "gloo":
+        return torch.device("cpu")
+    return torch.device("cuda") if backend == "nccl" and device.type == "cpu" else device
 
 
 def shares_order(data: Any, batch_size: int | None) -> bool:
@@ -108,8 +134,7 @@ def _merges(metric: Any) -> bool:
 
 
 def _check_same(numbers: Mapping[str, int], device: torch.device) -> None:
-    is_on_host = torch.distributed.get_backend() == "gloo"
-    own = torch.tensor(list(numbers.values()), device="cpu" if is_on_host else device)
+    own = torch.tensor(list(numbers.values()), device=_meeting_place(device))
     ends = torch.cat([own, -own])
     torch.distributed.all_reduce(ends, torch.distributed.ReduceOp.MAX)
     most, least = ends.tolist()[: len(own)], [-each for each in ends.tolist()[len(own) :]]
