@@ -27,7 +27,7 @@ from pipeline.loop.objective import Objective
 from pipeline.loop.resume import open_run_dir, resumed_seed
 from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
-from pipeline.loop.share import check_ranks, seed_of_run
+from pipeline.loop.share import check_ranks, seed_of_run, watch_ranks
 from pipeline.loop.signals import handling_signals
 from pipeline.loop.summary import make_result
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
@@ -163,7 +163,7 @@ class Trainer(Settings):
                 settings=settings,
                 state=state,
                 step=train_step,
-                inbound=wiring.watch_batches(inbound.batches, detector),
+                inbound=wiring.watch_batches(watch_ranks(inbound.batches, source, belts.device), detector),
                 outbound=outbound,
                 journal=journal,
                 limiter=belts.limiter(self.max_steps_in_flight),

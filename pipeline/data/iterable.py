@@ -54,6 +54,11 @@ class IterableSource:
             and (batches.num_workers > 0 or batches.collate_fn is default_collate)
         )
 
+    @property
+    def data(self) -> Iterable[Batch]:
+        """What yields the batches."""
+        return self._batches
+
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> IterableReader:
         begun = Epoch.begun(epoch, self.seed)
         draws = torch.Generator().manual_seed(sample_seed(begun.seed, epoch, self._rank))

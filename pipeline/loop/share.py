@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from typing import Any
+import zlib
+from collections.abc import Callable, Generator, Mapping
+from contextlib import closing
+from typing import Any, TypeAlias
 
 import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from pipeline.data import is_shared_out, ranks
+from pipeline.batch import Batch, map_tensors
+from pipeline.data import IterableSource, Source, is_shared_out, ranks
 from pipeline.device import select_backend
 from pipeline.errors import ConfigError
 from pipeline.protocols import Metrics, StatefulMetric
 from pipeline.seeding import users_seed
 from pipeline.settings import Settings
+
+OpenEpoch: TypeAlias = Callable[[int, int | None, int], Generator[Batch]]
 
 
 def seed_of_run(settings: Settings, data: Any, batch_size: int | None) -> int:
@@ -127,6 +132,62 @@ def check_ranks(
             "val_data as a DataLoader, of which each rank sees all.",
             stacklevel=3,
         )
+
+
+def watch_ranks(inbound: OpenEpoch, source: Source, device: torch.device) -> OpenEpoch:
+    """Return the inbound belt of training data, which warns if it gives each rank the same batches.
+
+    That is looked for in what yields batches itself, where nobody can know it before, by the first one.
+
+    Args:
+        inbound: The belt.
+        source: Of its batches.
+        device: On which the ranks can tell each other numbers, if they cannot on the host.
+
+    Runs on:
+        Loop thread, of every rank; waits for all of them once. Reads one batch from the device.
+    """
+    if ranks()[1] == 1 or not isinstance(source, IterableSource):
+        return inbound
+    data = source.data
+    if isinstance(data, DataLoader) and not is_shared_out(data):
+        return inbound  # which is warned of already
+    is_first = iter([True])
+
+    def compared(batches: Generator[Batch]) -> Generator[Batch]:
+        with closing(batches):
+            for batch in batches:
+                if next(is_first, False):
+                    _warn_of_same(batch, data, device)
+                yield batch
+
+    return lambda epoch, limit, start: compared(inbound(epoch, limit, start))
+
+
+def _warn_of_same(batch: Batch, data: Any, device: torch.device) -> None:
+    checksums = _checksums(batch)
+    found = _told(bool(checksums), hash(tuple(checksums)), device)
+    if checksums and all(each == found[0] for each in found):
+        warnings.warn(
+            f"train_data ({type(data).__name__}) gives each of the {ranks()[1]} ranks the same first batch. "
+            "It yields batches itself, so it is not shared out: have it yield a part of its own on each rank "
+            "(torch.distributed.get_rank()), or pass a dataset with batch_size=, which is shared out.",
+            stacklevel=2,
+        )
+
+
+def _checksums(batch: Batch) -> list[int]:
+    """Return a number for each plain tensor of a batch."""
+    found: list[int] = []
+
+    def take(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.layout is torch.strided and not tensor.is_nested and not tensor.is_quantized:
+            flat = tensor.detach().cpu().contiguous().reshape(-1)
+            found.append(zlib.crc32(flat.view(torch.uint8).numpy().tobytes()))
+        return tensor
+
+    map_tensors(batch, take)
+    return found
 
 
 def _merges(metric: Any) -> bool:

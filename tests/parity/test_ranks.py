@@ -160,6 +160,8 @@ def seeded_by_rank(data, **arguments):
 
 said["by_rank"] = seeded_by_rank(Numbered(12))
 said["noise"] = seeded_by_rank(noise(), **none)
+said["same"] = problem([(torch.ones(3, 6), torch.tensor([0, 1, 2]))] * 3, **none)
+said["own"] = problem(noise(), **none)
 said["mixed"] = problem(data, {"seed": rank} if rank else {})
 torch.manual_seed(50 + rank)
 early.epoch = 0
@@ -277,6 +279,14 @@ def test_ranks_that_read_the_same_generator_draw_batches_of_their_own(two_ranks)
     first, second = (each["noise"][1] for each in two_ranks[0])
     assert len(first) == len(second) == 4
     assert not set(itertools.chain(*first)) & set(itertools.chain(*second))
+
+
+def test_batches_that_are_the_same_on_all_ranks_are_warned_of(two_ranks):
+    """Of what yields them itself, when the first one is there; not where each rank has its own."""
+    for said in two_ranks[0]:
+        assert len(said["same"]) == 1
+        assert "train_data (list) gives each of the 2 ranks the same first batch" in said["same"][0]
+        assert said["own"] == []
 
 
 def test_seeds_that_were_given_must_be_given_to_all(two_ranks):
