@@ -64,7 +64,7 @@ class IterableSource:
         draws = torch.Generator().manual_seed(sample_seed(begun.seed, epoch, self._rank))
         # Nothing that could draw, or a loader of ours, which sets its draws apart itself.
         is_plain = type(self._batches) in (list, tuple) or getattr(self._batches, "sets_draws_apart", False)
-        position, limit = self._go_to(start), max_batches
+        position, limit = self._go_to(start, draws), max_batches
         iterator = self._begin(draws)
         batches = itertools.islice(iterator, None if limit is None else limit - position)
         # The first batch: all its draws, or those of a DataLoader's dataset, whose order is drawn meanwhile.
@@ -91,7 +91,7 @@ class IterableSource:
             if self._reader is None
             else [each for each in list(self._reader.states) if each[0] <= position]
         )
-        return {"position": kept[-1][0], "state": kept[-1][1]} if kept else None
+        return dict(zip(("position", "state", "draws"), kept[-1], strict=True)) if kept else None
 
     def load_state(self, found: dict[str, Any] | None) -> None:
         """Have the next epoch opened from a state, if it is opened behind it."""
@@ -108,12 +108,14 @@ class IterableSource:
         with drawing_from(draws):
             return iter(self._batches)
 
-    def _go_to(self, start: int) -> int:
-        """Load the state found, and return its position; 0 if there is none before `start`."""
+    def _go_to(self, start: int, draws: torch.Generator) -> int:
+        """Load the state found, its draws too, and return its position; 0 if there is none before `start`."""
         found, self._found = self._found, None
         if not self._has_state or found is None or not 0 < found["position"] <= start:
             return 0
         self._batches.load_state_dict(found["state"])  # type: ignore[attr-defined]
+        if found.get("draws") is not None:
+            draws.set_state(found["draws"])
         return int(found["position"])
 
 
@@ -147,7 +149,7 @@ class IterableReader:
         self.position, self.is_exhausted = position, False
         self._first = position
         # Batches are made ahead of the loop, which may be saved at any of these; older than all it never is.
-        self.states: deque[tuple[int, Any]] = deque(maxlen=_KEPT_STATES)
+        self.states: deque[tuple[int, Any, torch.Tensor | None]] = deque(maxlen=_KEPT_STATES)
 
     @property
     def is_known(self) -> bool:
@@ -166,22 +168,19 @@ class IterableReader:
             batch = self._next()
         found = (*listener.unhookable, *(each.name for each in watch.moved()))
         self._source.unhookable = self._source.unhookable or found
-        return batch
+        return self._keep_state_of(batch)
 
     def read(self) -> Batch:
         if self._draws is None:
-            return self._next()
+            return self._keep_state_of(self._next())
         if not self.is_known:
             return self.first()
-        if self._source.unhookable:
-            with drawing_from(self._draws):
-                return self._next()
-        with self._mode:
+        with drawing_from(self._draws) if self._source.unhookable else self._mode:
             batch = self._next()
         if self._mode.unhookable:
             # Too late for this batch, which cannot be made again; not for the next one.
             self._source.unhookable = tuple(self._mode.unhookable)
-        return batch
+        return self._keep_state_of(batch)
 
     def skip(self, count: int) -> None:
         """Make batches and drop them, drawing what they draw; loop thread."""
@@ -206,8 +205,12 @@ class IterableReader:
             add_stage_note(error, "fetch", batch=self.position, epoch=self._epoch)
             raise
         self.position += 1
-        if (state := self._source.keep_state()) is not None:
-            self.states.append((self.position, state))
+        return batch
+
+    def _keep_state_of(self, batch: Batch) -> Batch:
+        if batch is not END and (state := self._source.keep_state()) is not None:
+            draws = None if self._draws is None else self._draws.get_state()
+            self.states.append((self.position, state, draws))
         return batch
 
 

@@ -254,6 +254,37 @@ def test_a_resumed_run_warns_only_of_what_the_user_has_seeded(tmp_path, settings
     assert ["seed was 3, is 4" in str(each.message) for each in caught] == [True] * said
 
 
+class Stateful:
+    """Yields drawn batches, and knows how many it has yielded."""
+
+    def __init__(self):
+        self.count = 0
+
+    def __iter__(self):
+        while self.count < 6:
+            self.count += 1
+            yield torch.rand(4, 6), torch.randint(3, (4,))
+        self.count = 0
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state):
+        self.count = state["count"]
+
+
+@pytest.mark.parametrize("place", ["textbook", "inline"])
+def test_a_stateful_iterable_goes_on_drawing_where_it_was(tmp_path, place):
+    """It is given its state, and not read again; the stream that it draws from stands where it stood, too."""
+    torch.manual_seed(3)
+    whole = fit(Stateful(), {}, max_epochs=2)[1]
+    torch.manual_seed(3)
+    part = fit(Stateful(), {}, max_epochs=2, max_time=1e-9, run_dir=tmp_path, **PLACES[place])[1]
+    rest = fit(Stateful(), {}, max_epochs=2, run_dir=tmp_path, resume="auto", **PLACES[place])[1]
+    assert len(part) == 1
+    assert all(map(torch.equal, [*part, *rest], whole))
+
+
 def test_a_seed_reaches_the_loggers():
     """In the settings that describe the run."""
     found = []
