@@ -18,7 +18,7 @@ import torch
 
 _MASK = (1 << 64) - 1
 _SHUFFLE = -1  # takes the place of a sample's index; no sample has a negative one
-_OWN_BITS = 32
+_TYPED_BITS = 32
 _seeds_set_aside: list[int] = []
 
 
@@ -52,7 +52,7 @@ def users_seed() -> int:
 
 def is_typed(seed: int) -> bool:
     """Say whether a person may have set this seed: those that torch draws for itself have 64 bits."""
-    return seed >> _OWN_BITS == 0
+    return seed >> _TYPED_BITS == 0
 
 
 @contextmanager
