@@ -27,6 +27,7 @@ class FitResult:
         num_steps: Optimizer steps made.
         num_epochs: Epochs begun.
         schedule: The schedule that ran: ``overlap`` or ``textbook``.
+        seed: What decided the order of the samples and the random numbers of each.
         samples_per_s: Training samples per second; validation and checkpoints not counted.
         train_s: Seconds spent training, without validation and checkpoints.
         stop_reason: ``max_epochs``, ``max_steps``, ``early_stopping``, or what a callback said; of a run
@@ -51,6 +52,7 @@ class FitResult:
     num_steps: int
     num_epochs: int
     schedule: Literal["overlap", "textbook"]
+    seed: int
     samples_per_s: float
     train_s: float
     stop_reason: str

@@ -1,21 +1,79 @@
 """Random numbers of the data: `(seed, epoch, index)` to a seed, and nothing else.
 
-Neither a worker's state nor the generator that the model's dropout draws from takes part, so the
-batches of a run do not depend on where, when and by whom they are made.
+Neither a worker's state nor where the generator that the model's dropout draws from stands takes part, so the
+batches of a run do not depend on where, when and by whom they are made. What that generator was seeded with
+is the seed, unless the user named one.
 """
 
 from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 _MASK = (1 << 64) - 1
 _SHUFFLE = -1  # takes the place of a sample's index; no sample has a negative one
+_TYPED_BITS = 32
+_seeds_set_aside: list[int] = []
+
+
+class Epoch(NamedTuple):
+    """An epoch, and the seed that decides its order and its random numbers.
+
+    Args:
+        number: Counted from 0; negative where nothing is trained.
+        seed: Of 64 bits.
+    """
+
+    number: int
+    seed: int
+
+    def __str__(self) -> str:
+        return str(self.number)
+
+    @classmethod
+    def begun(cls, number: int, seed: int | None) -> Epoch:
+        """Return an epoch that begins now; without a seed it takes what torch was seeded with."""
+        return cls(number, (users_seed() if seed is None else seed) & _MASK)
+
+
+def users_seed() -> int:
+    """Return what torch's global generator was seeded with last: by the user, or by torch itself.
+
+    A state that was put into it (`set_rng_state`, `fork_rng`) brings its seed along.
+    """
+    return _seeds_set_aside[0] if _seeds_set_aside else torch.initial_seed()
+
+
+def is_typed(seed: int) -> bool:
+    """Say whether a person may have set this seed: those that torch draws for itself have 64 bits."""
+    return seed >> _TYPED_BITS == 0
+
+
+@contextmanager
+def drawing_from(generator: torch.Generator) -> Iterator[None]:
+    """Have torch's global generator be another one inside the block.
+
+    All that draws on the CPU draws from it, and `torch.manual_seed` seeds it. Where the block has left it, it
+    goes on the next time. Takes 10 µs.
+
+    Runs on:
+        Loop thread: torch has one global generator for all threads.
+    """
+    state = torch.get_rng_state()
+    _seeds_set_aside.append(torch.initial_seed())
+    try:
+        torch.set_rng_state(generator.get_state())
+        yield
+    finally:
+        generator.set_state(torch.get_rng_state())
+        torch.set_rng_state(state)
+        _seeds_set_aside.pop()
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:

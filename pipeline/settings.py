@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import difflib
 import functools
@@ -9,7 +10,7 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 import torch
 
@@ -134,8 +135,11 @@ class Settings:
             ``account`` measures for the whole run who holds the GIL and who waits for it, by thread
             and stage: `FitResult.gil`, and ``gil.json`` and ``gil_trace.json`` in the run folder.
             ``off`` does neither.
-        seed: Decides the order of the samples and the random numbers of each. The model's own
-            (initial weights, dropout) come from torch's global generator, which is yours to seed.
+        seed: Decides the order of the samples and the random numbers of each. None takes what torch was
+            seeded with (`torch.initial_seed`) when `fit` begins, so that ``torch.manual_seed(n)`` decides
+            them as it does the model's own (initial weights, dropout); rank zero's on all ranks, the
+            checkpoint's in a run that is resumed. `FitResult.seed` says which it was. Two fits without a new
+            seed in between see the same order.
         device: ``auto``, or a torch device.
         run_dir: Where files go: ``auto`` is ``runs/<time>``, None writes nothing.
 
@@ -187,7 +191,7 @@ class Settings:
     max_steps_in_flight: int = 4
     stall_timeout_s: float | None = 600.0
     gil: GilMode = "signals"
-    seed: int = 0
+    seed: int | None = None
     device: str | torch.device | Backend = "auto"
     run_dir: str | Path | None = AUTO_RUN_DIR
 
@@ -200,6 +204,12 @@ class Settings:
         if self.fast_dev_run:
             for name, value in _DEV_RUN.items():
                 object.__setattr__(self, name, value)
+
+    def with_seed(self, seed: int) -> Self:
+        """Return the same settings with the seed that is used."""
+        found = copy.copy(self)
+        object.__setattr__(found, "seed", seed)
+        return found
 
     @property
     def epoch_limit(self) -> int | None:

@@ -24,10 +24,10 @@ from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
 from pipeline.loop.fit import fit
 from pipeline.loop.gil import GilWatch
 from pipeline.loop.objective import Objective
-from pipeline.loop.resume import open_run_dir
+from pipeline.loop.resume import open_run_dir, resumed_seed
 from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
-from pipeline.loop.share import check_ranks
+from pipeline.loop.share import check_ranks, seed_of_run, watch_ranks
 from pipeline.loop.signals import handling_signals
 from pipeline.loop.summary import make_result
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
@@ -114,20 +114,20 @@ class Trainer(Settings):
         refuse_in_nursery()
         objective = setup.make_objective(loss_fn, step)
         check_model(model, optimizer, scheduler, val_data)
-        metrics, train_metrics = metrics or {}, train_metrics or {}
+        metrics, train_metrics, hparams = metrics or {}, train_metrics or {}, hparams or {}
         check_listeners(callbacks, loggers, (metrics, train_metrics), val_data)
         check_targets(self.monitor, loss_fn, val_data, metrics, scheduler_interval)
-        make_source = partial(as_source, seed=self.seed, ranks=ranks())
         batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn, num_shards)
+        seed = seed_of_run(self, train_data, batching["batch_size"])
+        make_source = partial(as_source, seed=seed, ranks=ranks())
         source = make_source(train_data, name="train_data", shuffle=shuffle, drop_last=drop_last, **batching)
         max_batches = resolve_limit("limit_train_batches", self.limit_train_batches, source.num_batches)
-        evaluation, belts = None, self._belts()
+        evaluation, belts, sources = None, self.with_seed(seed)._belts(), [source]
         if val_data is not None:
-            val_source = make_source(val_data, name="val_data", **val_batching)
+            sources.append(val_source := make_source(val_data, name="val_data", **val_batching))
             evaluation = self._evaluation(belts, objective, val_source, metrics, merges_ranks=True)
         data = {"train_data": (train_data, batching), "val_data": (val_data, val_batching)}
-        order = {"seed": self.seed, "shuffle": shuffle, "drop_last": drop_last}
-        check_ranks(order, metrics, belts.device, **data)
+        check_ranks({"shuffle": shuffle, "drop_last": drop_last}, metrics, belts.device, **data)
         setup.place(self, belts.device, model, loss_fn, *metrics.values(), *train_metrics.values())
         if not model.training:
             model.train()  # a model that was evaluated; single modules put in eval mode stay so
@@ -139,10 +139,11 @@ class Trainer(Settings):
             inbound = belts.inbound(source, is_training=True)
             inbound.checks.trained.append(model)
             opened = open_run_dir(self)
+            settings = self.with_seed(resumed_seed(self.seed, seed, opened.checkpoint, sources))
             run_dir, rows = opened.run_dir, wiring.make_rows(opened.run_dir)
             num_batches = setup.at_most(source.num_batches, max_batches)
             group = wiring.make_logger_group(
-                self, loggers, run_dir, num_batches, hparams or {}, belts.schedule, rows, opened.resumed_step
+                settings, loggers, run_dir, num_batches, hparams, belts.schedule, rows, opened.resumed_step
             )
             stack.enter_context(group.closing())
             stack.callback((clock := StepClock()).leave)
@@ -160,10 +161,10 @@ class Trainer(Settings):
             inbound.num_pauses = lambda: clock.num_pauses
             watch = stack.enter_context(GilWatch(self.gil, clock, outbound.put_row, run_dir))
             run = Run(
-                settings=self,
+                settings=settings,
                 state=state,
                 step=train_step,
-                inbound=wiring.watch_batches(inbound.batches, detector),
+                inbound=wiring.watch_batches(watch_ranks(inbound.batches, source, belts.device), detector),
                 outbound=outbound,
                 journal=journal,
                 limiter=belts.limiter(self.max_steps_in_flight),

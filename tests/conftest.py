@@ -41,6 +41,12 @@ def one_intra_op_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def one_seed() -> None:
+    """Begin each test with torch seeded with 0, and so the data, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def warm_fork_server() -> Iterator[None]:
     """Share one fork server, which `auto` may start in any test: it imports torch for seconds."""

@@ -34,8 +34,12 @@ def textbook(model, optimizer, epochs_of_batches, *, loss_fn=F.cross_entropy, ac
     return losses
 
 
-def seeded_batches(dataset, *, epochs, batch_size, shuffle=False, drop_last=False, seed=0):
-    """Yield each epoch's batches as they are promised: every sample made after seeding torch's generator."""
+def seeded_batches(dataset, *, epochs, batch_size, shuffle=False, drop_last=False, seed=None):
+    """Yield each epoch's batches as they are promised: every sample made after seeding torch's generator.
+
+    Without a seed it is what torch was seeded with.
+    """
+    seed = torch.initial_seed() if seed is None else seed
     for epoch in range(epochs):
         order = list(range(len(dataset)))
         if shuffle:

@@ -32,7 +32,7 @@ _LEAVES: tuple[Any, ...] = (
 _LEAF_MODULES = (
     "_thread", "abc", "asyncio", "concurrent", "datetime", "decimal", "enum", "fractions", "importlib",
     "logging", "multiprocessing.synchronize", "multiprocessing.context", "pathlib", "pyarrow", "re", "tqdm",
-    "typing", "uuid", "warnings", "zoneinfo", "pandas", "polars",
+    "pipeline.testing", "typing", "uuid", "warnings", "zoneinfo", "pandas", "polars",
 )  # fmt: skip
 GENERATORS = (numpy.random.Generator, numpy.random.RandomState, random.Random, torch.Generator)
 _FILES = (io.IOBase, socket.socket)

@@ -15,7 +15,7 @@ from pipeline.data.recycling import RecycledMemory
 from pipeline.data.sampler import Indices
 from pipeline.errors import StageError, add_stage_note
 from pipeline.gil import stage
-from pipeline.seeding import epoch_key, seed_in_epoch
+from pipeline.seeding import Epoch, epoch_key, seed_in_epoch
 
 CollateFn: TypeAlias = Callable[[list[Any]], Batch]
 SeedSample: TypeAlias = Callable[[Callable[[], int]], None]
@@ -30,15 +30,14 @@ class Fetcher:
     Args:
         dataset: Has ``__getitem__`` for ``0 … len - 1``, or ``__getitems__`` for a list of them.
         collate_fn: Samples to batch; torch's `default_collate` unless told.
-        seed: The run's seed.
 
     Attributes:
         is_drawless: Whether it is known, not only observed, that no random number is drawn.
         makes_fresh_batches: Whether each batch is known to have memory of its own.
     """
 
-    def __init__(self, dataset: Any, collate_fn: CollateFn | None, seed: int) -> None:
-        self.dataset, self._seed = dataset, seed
+    def __init__(self, dataset: Any, collate_fn: CollateFn | None) -> None:
+        self.dataset = dataset
         self._collate_fn = collate_fn or default_collate
         self._memory, self._has_getitems = RecycledMemory(), _has_getitems(dataset)
         # The plain case, many times faster than sample by sample, and equal to it bit for bit.
@@ -48,7 +47,7 @@ class Fetcher:
     def fetch(
         self,
         indices: Indices,
-        epoch: int,
+        epoch: Epoch,
         position: int,
         seed_sample: SeedSample | None,
         memory: Memory | None = None,
@@ -57,7 +56,7 @@ class Fetcher:
 
         Args:
             indices: Of the samples.
-            epoch: Counted from 0.
+            epoch: With the seed of its random numbers.
             position: The batch's place in its epoch, for the note on an error.
             seed_sample: Told before each sample is made; None where nothing is seeded.
             memory: Where its tensors are to lie; unless told, that of former batches if they are large.
@@ -80,7 +79,7 @@ class Fetcher:
                     return collate_samples(samples, memory or self._memory)
                 return self._collate_fn(samples)
         except Exception as error:
-            add_stage_note(error, "collate", batch=position, epoch=epoch)
+            add_stage_note(error, "collate", batch=position, epoch=epoch.number)
             raise
 
     def forget_memory(self) -> None:
@@ -93,10 +92,10 @@ class Fetcher:
         return [(name, self.dataset), ("collate_fn", collate_fn)]
 
     def _samples(
-        self, indices: Sequence[int], epoch: int, position: int, seed_sample: SeedSample | None
+        self, indices: Sequence[int], epoch: Epoch, position: int, seed_sample: SeedSample | None
     ) -> list[Any]:
         index: int | None = None
-        key = 0 if seed_sample is None else epoch_key(self._seed, epoch)
+        key = 0 if seed_sample is None else epoch_key(epoch.seed, epoch.number)
         try:
             if self._has_getitems:
                 if seed_sample is not None:
@@ -109,7 +108,7 @@ class Fetcher:
                 samples.append(dataset[index])
             return samples
         except Exception as error:
-            add_stage_note(error, "fetch", index=index, batch=position, epoch=epoch)
+            add_stage_note(error, "fetch", index=index, batch=position, epoch=epoch.number)
             if isinstance(error, StopIteration):  # it would end the generators that it passes through
                 message = "the dataset raised StopIteration, which ends a loop silently. Raise IndexError."
                 raise StageError(message, stage="fetch", index=index) from error

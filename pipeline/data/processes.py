@@ -173,7 +173,7 @@ class Processes:
         position, indices = asker.reader.job(turn)
         slot = self._slots.acquire(indices.nbytes + self._batch_bytes)
         self._slots.write(slot, indices.numpy().tobytes())
-        job = JOB.pack(asker.reader.epoch, position, len(indices), slot.offset, slot.nbytes)
+        job = JOB.pack(*asker.reader.epoch, position, len(indices), slot.offset, slot.nbytes)
         ticket = self._pool.submit(job, asker.reader.worker(turn))
         self._tickets[ticket] = turn, slot, asker
 

@@ -18,6 +18,7 @@ from pipeline.data.generator_mode import UnhookableDrawError
 from pipeline.data.generators import TorchGenerator
 from pipeline.data.randomness import SampleRandomness, ThreadRandomness
 from pipeline.data.sampler import Plan
+from pipeline.seeding import Epoch
 
 END: Any = object()
 """What a reader returns after the last batch of its epoch."""
@@ -86,7 +87,7 @@ class TurnReader(Reader, Protocol):
         epoch: That is read.
     """
 
-    epoch: int
+    epoch: Epoch
 
     @property
     def num_left(self) -> float:
@@ -119,9 +120,11 @@ class Source(Protocol):
         is_known_kind: Whether nothing but the data decides its batches, and so they may be made ahead. What
             an iterator of the user's own does between two batches, nobody can see.
         is_function_of_index: Whether a batch is known to depend on its indices alone.
+        seed: Of all epochs; None takes torch's, as it is when an epoch begins.
     """
 
     name: str
+    seed: int | None
     num_batches: int | None
     unhookable: tuple[str, ...]
     makes_fresh_batches: bool
@@ -152,12 +155,18 @@ class MapSource:
         num_batches: Of an epoch.
         make_plan: Returns the sample indices of an epoch's batches; loop thread.
         name: What the user's argument is called.
+        seed: Of all epochs; None takes torch's, as it is when an epoch begins.
     """
 
     def __init__(
-        self, fetcher: Fetcher, num_batches: int, make_plan: Callable[[int], Plan], name: str
+        self,
+        fetcher: Fetcher,
+        num_batches: int,
+        make_plan: Callable[[Epoch], Plan],
+        name: str,
+        seed: int | None,
     ) -> None:
-        self.fetcher, self._make_plan, self.name = fetcher, make_plan, name
+        self.fetcher, self._make_plan, self.name, self.seed = fetcher, make_plan, name, seed
         self.num_batches: int | None = num_batches
         self.randomness = SampleRandomness()
         self.unhookable: tuple[str, ...] = ()
@@ -172,12 +181,13 @@ class MapSource:
 
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> MapReader:
         self.randomness.drop_suspicions()
-        plan = self._make_plan(epoch)
+        begun = Epoch.begun(epoch, self.seed)
+        plan = self._make_plan(begun)
         self.num_batches = len(plan)  # a dataset may grow from epoch to epoch
         num_batches = len(plan) if max_batches is None else min(len(plan), max_batches)
         if start:
             plan.indices(min(start, len(plan)) - 1)  # a sampler draws as it goes on
-        return MapReader(self, plan, epoch, num_batches, start)
+        return MapReader(self, plan, begun, num_batches, start)
 
 
 class IsolatedReader:
@@ -241,7 +251,7 @@ class MapReader(IsolatedReader):
     is_random_access = True
     max_processes: int | None = None
 
-    def __init__(self, source: MapSource, plan: Plan, epoch: int, num_batches: int, start: int) -> None:
+    def __init__(self, source: MapSource, plan: Plan, epoch: Epoch, num_batches: int, start: int) -> None:
         super().__init__(source, source.randomness)
         self._plan, self.epoch = plan, epoch
         self.num_batches = num_batches

@@ -29,7 +29,7 @@ from pipeline.data.reader import END
 from pipeline.data.recycling import RecycledMemory
 from pipeline.data.worker_info import told, worker_info
 from pipeline.errors import ConfigError, add_stage_note
-from pipeline.seeding import sample_seed
+from pipeline.seeding import Epoch, sample_seed
 
 logger = logging.getLogger("pipeline")
 
@@ -51,7 +51,7 @@ class _Shard:
         next: The least number that may be asked for; beyond `number` if the shard was found to have ended.
     """
 
-    epoch: int
+    epoch: Epoch
     dataset: Any
     number: int = 0
     next: int = 0
@@ -69,7 +69,6 @@ class ShardFetcher:
         drop_last: Leave out a shard's last batch if it is not full.
         collate_fn: Samples to batch; torch's `default_collate` unless told.
         num_shards: Into which the dataset splits itself, asking `torch.utils.data.get_worker_info`.
-        seed: The run's seed.
 
     Attributes:
         is_drawless: Whether it is known that no random number is drawn.
@@ -85,16 +84,15 @@ class ShardFetcher:
         drop_last: bool,
         collate_fn: CollateFn | None,
         num_shards: int,
-        seed: int,
     ) -> None:
-        self.dataset, self.num_shards, self._seed = dataset, num_shards, seed
+        self.dataset, self.num_shards = dataset, num_shards
         self._batch_size, self._drop_last = batch_size, drop_last
         self._collate_fn = collate_fn or default_collate
         self.makes_fresh_batches = self._collate_fn is default_collate
         self._memory = RecycledMemory()
         self._shards: dict[int, _Shard] = {}
         self._copies: _Copies | None = None
-        self._before: tuple[int, dict[str, Any]] | None = None
+        self._before: tuple[Epoch, dict[str, Any]] | None = None
 
     def opened(self) -> ShardFetcher:
         """Return one that has read nothing yet, over the dataset as it is now."""
@@ -126,7 +124,7 @@ class ShardFetcher:
     def fetch(
         self,
         indices: torch.Tensor,
-        epoch: int,
+        epoch: Epoch,
         position: int,
         seed_batch: SeedSample | None,
         memory: Memory | None = None,
@@ -135,7 +133,7 @@ class ShardFetcher:
 
         Args:
             indices: The shard: int64 ``[1]``.
-            epoch: Counted from 0.
+            epoch: With the seed of its random numbers.
             position: The batch's number in its shard.
             seed_batch: Told before each batch is read; None where nothing is seeded.
             memory: Where its tensors are to lie; unless told, that of former batches if they are large.
@@ -157,14 +155,14 @@ class ShardFetcher:
                 samples = self._read_to(shard, number, position, seed_batch)
             except Exception as error:
                 if not isinstance(error, ConfigError):
-                    add_stage_note(error, "fetch", shard=self._name(number), batch=position, epoch=epoch)
+                    self._note(error, "fetch", number, position, epoch)
                 raise
             shard.next = position + 1
         try:
             with COLLATING:
                 batch = END if samples is None else self._collate(samples, memory or self._memory)
         except Exception as error:
-            add_stage_note(error, "collate", shard=self._name(number), batch=position, epoch=epoch)
+            self._note(error, "collate", number, position, epoch)
             raise
         self._shards[number] = shard
         return batch
@@ -172,10 +170,11 @@ class ShardFetcher:
     def _collate(self, samples: list[Any], memory: Memory) -> Batch:
         return collate_samples(samples, memory) if self.makes_fresh_batches else self._collate_fn(samples)
 
-    def _name(self, shard: int) -> int | None:
-        return shard if self.num_shards > 1 else None
+    def _note(self, error: Exception, stage: str, shard: int, position: int, epoch: Epoch) -> None:
+        named = shard if self.num_shards > 1 else None
+        add_stage_note(error, stage, shard=named, batch=position, epoch=epoch.number)
 
-    def _take(self, number: int, epoch: int, position: int) -> _Shard:
+    def _take(self, number: int, epoch: Epoch, position: int) -> _Shard:
         """Return a shard that stands before a batch; it is put back when nothing was raised."""
         shard = self._shards.pop(number, None)
         if shard is not None and shard.epoch == epoch and shard.next <= position:
@@ -183,7 +182,7 @@ class ShardFetcher:
         del shard  # a generator may have a last word, which must come before the next one's first
         return self._begin(epoch)
 
-    def _begin(self, epoch: int) -> _Shard:
+    def _begin(self, epoch: Epoch) -> _Shard:
         if self.num_shards > 1:
             self._copies = self._copies or _Copies(self.dataset)
             return _Shard(epoch, self._copies.make())
@@ -199,7 +198,7 @@ class ShardFetcher:
         self, shard: _Shard, number: int, position: int, seed_batch: SeedSample | None
     ) -> list[Any] | None:
         """Read a shard up to the end of a batch; return its samples, or None if it has ended before."""
-        shard_seed = sample_seed(self._seed, shard.epoch, number)
+        shard_seed = sample_seed(shard.epoch.seed, shard.epoch.number, number)
         is_split = self.num_shards > 1
         info = worker_info(number, self.num_shards, shard_seed, shard.dataset) if is_split else None
         if position > shard.number:

@@ -20,6 +20,7 @@ from pipeline.data.randomness import SampleRandomness
 from pipeline.data.reader import END, IsolatedReader
 from pipeline.data.shard_fetch import ShardFetcher
 from pipeline.errors import ConfigError
+from pipeline.seeding import Epoch
 
 
 class Turn(NamedTuple):
@@ -37,6 +38,7 @@ class ShardedSource:
         shards: That are read here.
         num_batches: Of an epoch, if that is known.
         name: What the user's argument is called.
+        seed: Of all epochs; None takes torch's, as it is when an epoch begins.
 
     Attributes:
         has_begun: Whether a batch has been made in this process, which shows what kind of data it is.
@@ -44,8 +46,14 @@ class ShardedSource:
     """
 
     def __init__(
-        self, fetcher: ShardFetcher, shards: Sequence[int], num_batches: int | None, name: str
+        self,
+        fetcher: ShardFetcher,
+        shards: Sequence[int],
+        num_batches: int | None,
+        name: str,
+        seed: int | None,
     ) -> None:
+        self.seed = seed
         self.fetcher, self.shards, self.num_batches, self.name = fetcher, shards, num_batches, name
         self.randomness = SampleRandomness()
         self.unhookable: tuple[str, ...] = ()
@@ -63,7 +71,7 @@ class ShardedSource:
 
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> ShardedReader:
         self.randomness.drop_suspicions()
-        self._reader = reader = ShardedReader(self, epoch, max_batches)
+        self._reader = reader = ShardedReader(self, Epoch.begun(epoch, self.seed), max_batches)
         found, self._found = self._found, None
         if start:
             kind = type(self.fetcher.dataset).__name__
@@ -119,7 +127,7 @@ class ShardedReader(IsolatedReader):
 
     is_random_access = False
 
-    def __init__(self, source: ShardedSource, epoch: int, max_batches: int | None) -> None:
+    def __init__(self, source: ShardedSource, epoch: Epoch, max_batches: int | None) -> None:
         super().__init__(source, source.randomness)
         self.epoch, self.position = epoch, 0
         self._end = math.inf if max_batches is None else max_batches

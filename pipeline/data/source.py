@@ -27,6 +27,7 @@ from pipeline.data.sampler import BatchPlan, SamplerPlan, num_batches
 from pipeline.data.shard_fetch import ShardFetcher
 from pipeline.data.shards import ShardedSource
 from pipeline.errors import ConfigError
+from pipeline.seeding import Epoch
 
 
 def as_source(
@@ -37,7 +38,7 @@ def as_source(
     shuffle: bool = False,
     drop_last: bool = False,
     collate_fn: CollateFn | None,
-    seed: int,
+    seed: int | None,
     ranks: tuple[int, int] = (0, 1),
     num_shards: int = 1,
 ) -> Source:
@@ -50,9 +51,9 @@ def as_source(
         shuffle: Draw a new order for each epoch; datasets only.
         drop_last: Leave out a last batch that is not full; datasets only.
         collate_fn: Samples to batch; datasets only.
-        seed: The run's seed.
-        ranks: This process's rank and the number of ranks that share a dataset's samples; what yields batches
-            itself is left as it is.
+        seed: Of all epochs; None takes torch's, as it is when an epoch begins.
+        ranks: This process's rank and the number of ranks that share a dataset's samples. What yields batches
+            itself is left as it is, but draws numbers of the rank's own.
         num_shards: Into which an iterable dataset splits itself.
 
     Raises:
@@ -66,15 +67,15 @@ def as_source(
         if problem:
             raise ConfigError(problem)
         is_safe = _is_safe_to_take_apart(data)
-        return take_apart(data, seed, name) if is_safe else IterableSource(data, seed, name)
+        return take_apart(data, seed, name) if is_safe else IterableSource(data, seed, name, rank)
     if isinstance(data, IterableDataset):
         problem = _iterable_problem(data, name, batch_size, shuffle)
         if problem:
             raise ConfigError(problem)
-        fetcher = ShardFetcher(data, batch_size, drop_last, collate_fn, num_shards, seed)
+        fetcher = ShardFetcher(data, batch_size, drop_last, collate_fn, num_shards)
         count = length_or_none(data) if num_shards == 1 else None  # how it splits, nobody knows
         total = None if count is None else num_batches(count, batch_size, drop_last)
-        return ShardedSource(fetcher, range(rank, num_shards, world_size), total, name)
+        return ShardedSource(fetcher, range(rank, num_shards, world_size), total, name, seed)
     problem = _samples_problem(data, name, batch_size)
     problem = problem or _share_problem(name, len(data), batch_size, drop_last, ranks[1])
     if problem:
@@ -86,15 +87,14 @@ def as_source(
         batch_size=batch_size,
         shuffle=shuffle,
         drop_last=drop_last,
-        seed=seed,
         rank=ranks[0],
         world_size=ranks[1],
     )
     count = num_batches(len(data) // ranks[1], batch_size, drop_last)
-    return MapSource(Fetcher(data, collate_fn, seed), count, make_plan, name)
+    return MapSource(Fetcher(data, collate_fn), count, make_plan, name, seed)
 
 
-def take_apart(loader: DataLoader[Any], seed: int, name: str) -> MapSource:
+def take_apart(loader: DataLoader[Any], seed: int | None, name: str) -> MapSource:
     """Return the parts of a DataLoader as a source whose batches may be made anywhere.
 
     The order is the loader's own, drawn from the global generator as a plain loop over it draws; random
@@ -102,21 +102,22 @@ def take_apart(loader: DataLoader[Any], seed: int, name: str) -> MapSource:
     """
     batch_sampler: Any = loader.batch_sampler
 
-    def make_plan(epoch: int) -> SamplerPlan:
+    def make_plan(epoch: Epoch) -> SamplerPlan:
         # The seed that a DataLoader draws for its workers, though it has none: what the model draws next
         # must not depend on who runs the loader.
         torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
         return SamplerPlan(batch_sampler, len(batch_sampler))
 
-    return MapSource(Fetcher(loader.dataset, loader.collate_fn, seed), len(batch_sampler), make_plan, name)
+    fetcher = Fetcher(loader.dataset, loader.collate_fn)
+    return MapSource(fetcher, len(batch_sampler), make_plan, name, seed)
 
 
-def _plan(data: Sized, name: str, epoch: int, **settings: Any) -> BatchPlan:
+def _plan(data: Sized, name: str, epoch: Epoch, **settings: Any) -> BatchPlan:
     """Return an epoch's plan for a dataset as long as it is now."""
     batch_size, drop_last, world_size = (settings[each] for each in ("batch_size", "drop_last", "world_size"))
     if problem := _share_problem(name, len(data), batch_size, drop_last, world_size):
         raise ConfigError(problem)
-    return BatchPlan(len(data), epoch=epoch, **settings)
+    return BatchPlan(len(data), epoch=epoch.number, seed=epoch.seed, **settings)
 
 
 _PLAIN_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -160,8 +161,10 @@ def own_generators(*data: Any) -> list[torch.Generator]:
 
 def is_shared_out(loader: DataLoader[Any]) -> bool:
     """Say whether a DataLoader may give each rank samples of its own; torch's plain samplers do not."""
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    return isinstance(loader.dataset, IterableDataset) or type(sampler) not in _PLAIN_SAMPLERS
+    batches: Any = loader.batch_sampler
+    if isinstance(loader.dataset, IterableDataset) or type(batches) not in (BatchSampler, type(None)):
+        return True
+    return type(loader.sampler if batches is None else batches.sampler) not in _PLAIN_SAMPLERS
 
 
 def _batches_problem(data: Any, name: str, has_sample_settings: bool) -> str | None:

@@ -24,9 +24,10 @@ from pipeline.data.packing import Arena, Packed, pack, unpack, view
 from pipeline.data.reader import END
 from pipeline.data.recycling import keep_freed_memory
 from pipeline.data.shard_fetch import ShardFetcher
+from pipeline.seeding import Epoch
 
-JOB = struct.Struct("=qqqqq")
-"""Epoch, position, samples in the batch, offset of the slot, its bytes."""
+JOB = struct.Struct("=qQqqqq")
+"""Epoch, its seed, position, samples in the batch, offset of the slot, its bytes."""
 ANSWER = struct.Struct("=?qqq")
 """Whether it is a batch; the skeleton's offset and bytes; the bytes that a slot should have had. Without
 a batch an error follows, or nothing if the shard has ended."""
@@ -107,12 +108,12 @@ class Worker:
     def answer(self, job: bytes) -> tuple[bytes, list[int]]:
         """Return the answer to a job, and the descriptor of what did not fit its slot, if there is any."""
         try:
-            epoch, position, count, offset, nbytes = JOB.unpack(job)
+            number, seed, position, count, offset, nbytes = JOB.unpack(job)
             slot = view_slot(self._memory, offset, nbytes)
             # The indices come first in the slot and stay: another worker may have to do it again.
             indices = view(slot, 0, torch.int64, count)
             arena = Arena(slot, start=indices.nbytes)
-            if (batch := self._make(arena, indices, epoch, position)) is END:
+            if (batch := self._make(arena, indices, Epoch(number, seed), position)) is END:
                 return ANSWER.pack(False, 0, 0, 0), []
             packed = pack(batch, arena)
             files = [packed.overflow] if packed.overflow >= 0 else []
@@ -120,7 +121,7 @@ class Worker:
         except BaseException as error:
             return ANSWER.pack(False, 0, 0, 0) + pickled_error(error), []
 
-    def _make(self, arena: Arena, indices: torch.Tensor, epoch: int, position: int) -> Any:
+    def _make(self, arena: Arena, indices: torch.Tensor, epoch: Epoch, position: int) -> Any:
         fetcher = self._fetcher
         if fetcher.is_drawless:
             return fetcher.fetch(indices, epoch, position, None, arena)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +17,7 @@ from pipeline.device import Backend, make_transfer, select_backend
 from pipeline.errors import ConfigError
 from pipeline.loop.inbound import Inbound
 from pipeline.loop.schedule import pinned_place
+from pipeline.loop.share import agreed_seed, shares_order, warn_of_all_samples
 from pipeline.report.placement import PlacementReport
 from pipeline.settings import Placement, Settings
 
@@ -30,7 +32,8 @@ class Loader:
 
     Each iteration is an epoch: its order and each sample's random numbers come from ``(seed, epoch)``, and
     so are the same wherever batches are made. A batch that you keep stays valid. In a process group each rank
-    has its share of a dataset, in as many batches as the others.
+    has its share of a dataset, in as many batches as the others; which rank this is counts when an iteration
+    begins, so that a loader may be made before the group.
 
     Args:
         data: A map-style or iterable dataset (with `batch_size`), a DataLoader, or any iterable of batches.
@@ -39,7 +42,9 @@ class Loader:
         drop_last: Leave out a last batch that is not full.
         collate_fn: Makes a batch of a list of samples; torch's `default_collate` unless told.
         num_shards: Into which an iterable dataset splits itself, as for as many workers of a DataLoader.
-        seed: Decides the order and the random numbers of each sample.
+        seed: Decides the order and the random numbers of each sample. None takes what torch was seeded with
+            (`torch.initial_seed`) when an iteration begins. Of ranks that share a dataset it is rank zero's,
+            so all of them must begin together.
         placement: As for the Trainer; ``auto`` measures the loop that asks for the batches.
         num_workers: Threads or processes; 0 is as many as there are cores for this process.
         threads_per_worker: Threads of each worker process, with ``placement="process"``.
@@ -53,9 +58,10 @@ class Loader:
 
     Attributes:
         epoch: Of the next iteration; set it to go on where an earlier run was.
+        sets_draws_apart: No draw of the data's comes from a generator that others use.
 
     Raises:
-        ConfigError: If the settings do not fit each other or the data.
+        ConfigError: If the settings do not fit each other, the data or the ranks.
         StallError: While iterating, if no batch came for too long.
         Exception: While iterating, the dataset's own, when its batch's turn comes.
 
@@ -63,6 +69,8 @@ class Loader:
         The caller's thread; threads end with each iteration, worker processes with the `with`, or when
         nobody has the loader any more.
     """
+
+    sets_draws_apart = True
 
     def __init__(
         self,
@@ -73,7 +81,7 @@ class Loader:
         drop_last: bool = False,
         collate_fn: Callable[[list[Any]], Batch] | None = None,
         num_shards: int = 1,
-        seed: int = 0,
+        seed: int | None = None,
         placement: Placement = "auto",
         num_workers: int = 0,
         threads_per_worker: int = 1,
@@ -90,7 +98,9 @@ class Loader:
             seed=seed,
             stall_timeout_s=stall_timeout_s,
         )
-        self._source = as_source(
+        self._data, self._seed, self._is_shared = data, seed, shares_order(data, batch_size)
+        self._make_source = partial(
+            as_source,
             data,
             name="data",
             batch_size=batch_size,
@@ -98,27 +108,34 @@ class Loader:
             drop_last=drop_last,
             collate_fn=collate_fn,
             seed=seed,
-            ranks=ranks(),
             num_shards=num_shards,
         )
-        transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)
+        backend = select_backend(device)
+        self._device = backend.device
+        self._make_inbound = partial(
+            Inbound,
+            transfer=make_transfer(backend, overlaps=True, prepare=None),
+            place=pinned_place(settings),
+            depth=depth,
+            stall_timeout_s=stall_timeout_s,
+            in_order=in_order,
+            is_trusted=True,
+        )
+        self._open()
         if not in_order and not isinstance(self._source, MapSource):
             raise ConfigError(
                 "in_order=False needs a map-style dataset, whose batches can be made in any order, but "
                 f"{type(data).__name__} is read by one thread, in its own order. Leave in_order out."
             )
-        place = pinned_place(settings)
-        self._inbound = Inbound(
-            self._source, transfer, place, depth, stall_timeout_s, in_order=in_order, is_trusted=True
-        )
-        weakref.finalize(self, self._inbound.close)
         self.epoch = 0
 
     def __iter__(self) -> Iterator[Batch]:
+        self._settle()
         self.epoch += 1
         return self._keep(self._inbound.batches(self.epoch - 1, None))
 
     def __len__(self) -> int:
+        self._follow_ranks()
         if self._source.num_batches is None:
             raise TypeError("the data does not say how many batches it has")
         return self._source.num_batches
@@ -142,6 +159,31 @@ class Loader:
     def close(self) -> None:
         """End the worker processes, if there are any; a further iteration starts them again."""
         self._inbound.close()
+
+    def _open(self) -> None:
+        """Make the belt for this process as one of the ranks that there are now."""
+        self._ranks, self._is_agreed = ranks(), False
+        self._source = self._make_source(ranks=self._ranks)
+        self._inbound = self._make_inbound(self._source)
+        weakref.finalize(self, self._inbound.close)
+
+    def _follow_ranks(self) -> None:
+        if ranks() != self._ranks:
+            self._inbound.close()
+            self._open()
+
+    def _settle(self) -> None:
+        """See which rank this is and, where ranks share an order, by which seed; an epoch begins.
+
+        Ranks that were given a seed tell each other once, the others at each epoch: torch may be seeded
+        between two.
+        """
+        self._follow_ranks()
+        if not self._is_agreed:
+            warn_of_all_samples(self._data, "data", stacklevel=3)
+        if self._is_shared and (self._seed is None or not self._is_agreed):
+            self._source.seed = agreed_seed(self._seed, self._device, is_shared=True)
+        self._is_agreed = True
 
     def _keep(self, batches: Generator[Batch]) -> Iterator[Batch]:
         """Hold this loader while somebody iterates: ``for batch in Loader(…)`` has no other name for it."""

@@ -39,6 +39,8 @@ class prefetch:  # noqa: N801  (it is called like a function, as `enumerate` is)
         soon as the iterator is closed or goes out of scope.
     """
 
+    sets_draws_apart = True  # from those of the model
+
     def __init__(
         self,
         batches: Iterable[Batch],
@@ -55,7 +57,7 @@ class prefetch:  # noqa: N801  (it is called like a function, as `enumerate` is)
             shuffle=False,
             drop_last=False,
             collate_fn=None,
-            seed=0,
+            seed=None,
         )
         transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)
         self._inbound = Inbound(self._source, transfer, INLINE, depth, None)

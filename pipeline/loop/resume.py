@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import warnings
 from array import array
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.batch import Batch, Row
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
-from pipeline.data import ranks
+from pipeline.data import Source, ranks
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.loop.run import Run
 from pipeline.loop.save import plain_settings, restore_counters
 from pipeline.loop.setup import is_rank_zero, make_run_dir
-from pipeline.seeding import generator_states, restore_generators
+from pipeline.seeding import generator_states, is_typed, restore_generators
 from pipeline.settings import AUTO_RUN_DIR, Settings
 
 # What changes the numbers of a run; the rest may be others after a resume.
@@ -76,6 +76,31 @@ def open_run_dir(settings: Settings) -> Opened:
             "name a checkpoint: resume='runs/…/checkpoints/step-….safetensors'."
         )
     return _open_newest(settings, Path(settings.run_dir))
+
+
+def resumed_seed(
+    given: int | None, seed: int, checkpoint: dict[str, Any] | None, sources: Sequence[Source]
+) -> int:
+    """Return the seed of a run: that of the checkpoint it goes on from, unless the user gives another one.
+
+    Args:
+        given: By the user; None for none.
+        seed: Of the run if it is a new one; the sources have it.
+        checkpoint: None for a new run.
+        sources: Given the seed that is returned.
+    """
+    before = None if checkpoint is None else checkpoint["settings"].get("seed")
+    if given is not None or before is None:
+        return seed  # `resume` warns if the two differ
+    if seed != before and is_typed(seed):
+        warnings.warn(
+            f"torch was seeded with {seed}, but the run goes on with the seed of its checkpoint, {before}, "
+            f"as if it had not been stopped. Pass seed={seed} to have another order from here on.",
+            stacklevel=3,
+        )
+    for source in sources:
+        source.seed = int(before)
+    return int(before)
 
 
 def cut_rows(path: Path, num_bytes: int, step: int) -> None:

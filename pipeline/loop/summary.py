@@ -20,7 +20,8 @@ def make_result(
     resumed_from: Path | None,
 ) -> FitResult:
     """Sum up a run that has ended, and publish its report."""
-    saver, outbound = run.saver, _outbound_report(run)
+    saver, outbound, seed = run.saver, _outbound_report(run), run.settings.seed
+    assert seed is not None
     report = make_report(run, belts, outbound, train_data)
     publish(report, run.settings, run_dir)
     return FitResult(
@@ -30,6 +31,7 @@ def make_result(
         num_steps=run.state.step,
         num_epochs=run.state.epoch,
         schedule=belts.schedule,
+        seed=seed,
         samples_per_s=report.samples_per_s,
         train_s=run.clock.train_s,
         stop_reason=run.interrupted_by or run.stop_reason,

@@ -18,7 +18,9 @@ def to_html(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
     Args:
         runs: Each run's name and its report as plain values, see `pipeline.report.record.to_dict`.
     """
-    data = json.dumps([{"name": name, "report": report} for name, report in runs], allow_nan=False)
+    data = json.dumps(
+        [{"name": name, "report": _for_browsers(report)} for name, report in runs], allow_nan=False
+    )
     title = runs[0][0] if len(runs) == 1 else f"{len(runs)} runs"
     return (
         _part("page.html")
@@ -27,6 +29,15 @@ def to_html(runs: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
         .replace("{script}", "\n".join(map(_part, _SCRIPTS)))
         .replace("{runs}", data.replace("</", "<\\/"))  # last: nothing in it is taken for a part
     )
+
+
+def _for_browsers(report: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a report whose settings a browser can show: its numbers have 53 bits, and a seed may have 64."""
+    settings = {
+        name: str(value) if isinstance(value, int) and abs(value) >> 53 else value
+        for name, value in report["settings"].items()
+    }
+    return {**report, "settings": settings}
 
 
 def _part(name: str) -> str:

@@ -29,9 +29,10 @@ def to_text(report: RunReport) -> str:
 
 def _headline(report: RunReport) -> str:
     facts = report.facts
+    seed = f", seed {facts['seed']}" if "seed" in facts else ""  # older reports have none
     return (
         f"{facts['num_steps']} steps in {facts['train_s']:.1f} s on {facts['device']}: "
-        f"{report.step_ms:.2f} ms a step, {report.samples_per_s:,.0f} samples/s"
+        f"{report.step_ms:.2f} ms a step, {report.samples_per_s:,.0f} samples/s{seed}"
     )
 
 

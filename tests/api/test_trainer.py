@@ -465,7 +465,7 @@ def test_an_unknown_setting_is_refused_with_the_one_that_was_meant():
         Trainer(max_epoch=1, seed="a", colour=2)
     assert caught.value.problems[:2] == (
         "max_epoch is not a setting. Did you mean max_epochs?",
-        "seed must be an integer, got 'a'.",
+        "seed must be an integer or null (None), got 'a'.",
     )
     assert caught.value.problems[2].startswith("colour is not a setting. There are: ")
     assert list(inspect.signature(Trainer).parameters) == setting_names()

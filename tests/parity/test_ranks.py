@@ -28,18 +28,21 @@ import json, sys, warnings, torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
-from pipeline import ConfigError, Trainer
+from pipeline import ConfigError, Loader, Trainer
 from pipeline.seeding import shuffle_generator
 from tests.textbook import make_batch
 from tests.workers import Augmented, Stream
 
 rank, store, folder = int(sys.argv[1]), *sys.argv[2:]
 torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 
 class Numbered(Augmented):
     def __getitem__(self, index):
         return super().__getitem__(index)[0], index
+
+early = Loader(Numbered(10), batch_size=2, shuffle=True)
+lengths = [len(early), len(list(early))]
+torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
 
 class Sum:
     def update(self, outputs, target): pass
@@ -70,13 +73,13 @@ def fit(data, model, optimizer, trainer=None, **arguments):
 def by_hand(data, model, optimizer, epochs):
     losses, indices = [], []
     for epoch in range(epochs):
-        order = torch.randperm(len(data), generator=shuffle_generator(0, epoch)).tolist()
+        order = torch.randperm(len(data), generator=shuffle_generator(7, epoch)).tolist()
         steps = [order[start : start + 6] for start in range(0, len(order), 6)]
         if len(steps[-1]) < 2:
             *steps, step, rest = steps
             steps.append(step + rest)
         for step in steps:
-            inputs, target = make_batch(data, step[rank::2], 0, epoch)
+            inputs, target = make_batch(data, step[rank::2], 7, epoch)
             loss = F.cross_entropy(model(inputs), target % 3)
             loss.backward(); optimizer.step(); optimizer.zero_grad()
             losses.append(loss.item()); indices.append(target.tolist())
@@ -93,7 +96,7 @@ for count, placement in ((23, "inline"), (19, "thread")):
     other, other_optimizer = fresh()
     losses, indices = by_hand(Numbered(count), other, other_optimizer, 2)
     with torch.no_grad():
-        inputs, target = make_batch(Numbered(7), range(7), 0, -1)
+        inputs, target = make_batch(Numbered(7), range(7), 7, -1)
         outputs = model.eval()(inputs)
     weights = [value.tolist() for value in model.state_dict().values()]
     said[count] = {
@@ -104,14 +107,17 @@ for count, placement in ((23, "inline"), (19, "thread")):
         "expected_right": right(outputs, target).mean().item(),
     }
 
-def problem(data, trainer=None, **arguments):
+def said_by(call):
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         try:
-            fit(data, *fresh(), {"max_epochs": 1, **(trainer or {})}, **arguments)
+            call()
         except ConfigError as error:
             return str(error)
     return [str(each.message) for each in found if "rank" in str(each.message)]
+
+def problem(data, trainer=None, **arguments):
+    return said_by(lambda: fit(data, *fresh(), {"max_epochs": 1, **(trainer or {})}, **arguments))
 
 none = {"batch_size": None, "shuffle": False}
 data = Numbered(8)
@@ -140,6 +146,33 @@ plain = torch.nn.Linear(6, 3)
 optimizer = torch.optim.SGD(plain.parameters(), 0.1)
 fit(Numbered(19), plain, optimizer, {"max_steps": 4, "run_dir": folder + "/open"})
 fit(Numbered(19), plain, optimizer, {"max_epochs": 1, "run_dir": folder + "/closed"})
+
+def noise():
+    for _ in range(4):
+        yield torch.rand(3, 6), torch.randint(10**6, (3,))
+
+def seeded_by_rank(data, **arguments):
+    model = fresh()
+    torch.manual_seed(30 + rank)
+    seen[True].clear()
+    result = fit(data, *model, {"max_epochs": 1}, **arguments)
+    return [result.seed, [*seen[True]]]
+
+said["by_rank"] = seeded_by_rank(Numbered(12))
+said["noise"] = seeded_by_rank(noise(), **none)
+said["same"] = problem([(torch.ones(3, 6), torch.tensor([0, 1, 2]))] * 3, **none)
+said["own"] = problem(noise(), **none)
+said["mixed"] = problem(data, {"seed": rank} if rank else {})
+torch.manual_seed(50 + rank)
+early.epoch = 0
+said["early"] = [[target.tolist() for _, target in early] for _ in range(2)]
+said["lengths"] = [*lengths, len(early)]
+other = Loader(data, batch_size=2, seed=rank)
+said["loader_seeds"] = said_by(lambda: list(other))
+plain = Loader(DataLoader(data, 4))
+said["plain"] = said_by(lambda: [list(plain), list(plain)])
+alone = Loader(DataLoader(data, 4, sampler=sampler))
+said["shared"] = said_by(lambda: list(alone) if rank == 0 else None)
 print(json.dumps(said))
 torch.distributed.destroy_process_group()
 """
@@ -229,8 +262,61 @@ def test_the_shards_of_an_iterable_dataset_are_dealt_out(two_ranks):
         assert "num_shards of train_data must be the same on all ranks, got 2 to 4" in said["others"]
 
 
+def test_ranks_that_were_seeded_differently_share_one_order(two_ranks):
+    """By torch alone it is rank zero's seed: `fit` says so, and no sample is on both."""
+    for (seed, batches), said in ((each["by_rank"], each) for each in two_ranks[0]):
+        assert seed == 30
+        assert said["noise"][0] == 30
+        assert len(batches) == 2
+    first, second = (each["by_rank"][1] for each in two_ranks[0])
+    assert sorted(itertools.chain(*first, *second)) == list(range(12))
+    order = torch.randperm(12, generator=shuffle_generator(30, 0)).tolist()
+    assert list(itertools.chain(*first)) == order[::2]
+
+
+def test_ranks_that_read_the_same_generator_draw_batches_of_their_own(two_ranks):
+    """Each of them, the first one and the others: none is the other rank's."""
+    first, second = (each["noise"][1] for each in two_ranks[0])
+    assert len(first) == len(second) == 4
+    assert not set(itertools.chain(*first)) & set(itertools.chain(*second))
+
+
+def test_batches_that_are_the_same_on_all_ranks_are_warned_of(two_ranks):
+    """Of what yields them itself, when the first one is there; not where each rank has its own."""
+    for said in two_ranks[0]:
+        assert len(said["same"]) == 1
+        assert "train_data (list) gives each of the 2 ranks the same first batch" in said["same"][0]
+        assert said["own"] == []
+
+
+def test_seeds_that_were_given_must_be_given_to_all(two_ranks):
+    """One rank's own beside none is refused, by `fit`; another one's by a `Loader` too."""
+    for said in two_ranks[0]:
+        assert "seed must be the same on all ranks, got 1 to 1, and none on some of them" in said["mixed"]
+        assert "seed must be the same on all ranks, got 0 to 1." in said["loader_seeds"]
+
+
+def test_a_loader_made_before_the_group_is_a_ranks_when_it_is_read(two_ranks):
+    """Its length and its samples are those of the share, in the order of rank zero's seed, epoch by epoch."""
+    first, second = two_ranks[0]
+    assert first["lengths"] == second["lengths"] == [5, 5, 3]
+    for epoch in range(2):
+        order = torch.randperm(10, generator=shuffle_generator(50, epoch)).tolist()
+        for rank, said in enumerate((first, second)):
+            assert list(itertools.chain(*said["early"][epoch])) == order[rank::2]
+
+
+def test_a_loader_says_once_what_it_does_not_share_out(two_ranks):
+    """A DataLoader of all samples; not one with a sampler for it, which a rank may read alone."""
+    for said in two_ranks[0]:
+        assert len(said["plain"]) == 1
+        assert "data is a DataLoader that gives each of the 2 ranks all samples" in said["plain"][0]
+        assert said["shared"] == []
+
+
 def resume(path, run_dir):
     """Go on with a run of two ranks on one."""
+    torch.manual_seed(7)
     model = torch.nn.Linear(6, 3)
     trainer = Trainer(max_epochs=3, device="cpu", run_dir=run_dir, resume=path, enable_progress_bar=False)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)

@@ -178,7 +178,7 @@ def test_rows_of_a_tensor_dataset_are_those_of_indexing(order):
     """Whatever the order, and however the tensors lie."""
     count = MIN_BYTES // 8
     tensors = torch.rand(4, count), torch.rand(count, 4).t(), torch.arange(4)
-    fetcher, indices = Fetcher(TensorDataset(*tensors), None, 0), torch.tensor(order, dtype=torch.int64)
+    fetcher, indices = Fetcher(TensorDataset(*tensors), None), torch.tensor(order, dtype=torch.int64)
     for _ in range(2):
         batch = fetcher.fetch(indices, 0, 0, None)
         for found, tensor in zip(batch, tensors, strict=True):
@@ -189,7 +189,7 @@ def test_rows_of_a_tensor_dataset_are_those_of_indexing(order):
 
 def test_what_has_memory_can_be_taken_to_a_process():
     """The memory stays where it is."""
-    fetcher = Fetcher(TensorDataset(torch.rand(4, MIN_BYTES // 16)), None, 0)
+    fetcher = Fetcher(TensorDataset(torch.rand(4, MIN_BYTES // 16)), None)
     kept = fetcher.fetch(torch.arange(4), 0, 0, None)
     again = pickle.loads(pickle.dumps(fetcher)).fetch(torch.arange(4), 0, 0, None)
     assert torch.equal(again[0], kept[0])
