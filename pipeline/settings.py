@@ -123,6 +123,8 @@ class Settings:
             ``auto`` tries on the run which is fastest, the loop thread included (with ``schedule=overlap``
             it is ``inline``). The batches are the same.
         num_workers: Threads or processes; 0 is as many as there are cores for this process.
+        check_data: Look at the data and compare batches before they are made ahead, and go on doing so; see
+            docs/checks.md. If False, they are made wherever that is fastest, or where `placement` says.
         threads_per_worker: Threads of each worker process, with ``placement=process``: for work that both
             waits, such as for storage, and holds the GIL. The dataset must bear several threads then.
         prefetch_depth: Batches that may wait for the loop.
@@ -187,6 +189,7 @@ class Settings:
     placement: Placement = "auto"
     num_workers: int = 0
     threads_per_worker: int = 1
+    check_data: bool = True
     prefetch_depth: int = 8
     max_steps_in_flight: int = 4
     stall_timeout_s: float | None = 600.0

@@ -28,6 +28,7 @@ class Checks:
     Args:
         source: Of the batches.
         is_trusted: Whether the user said that what yields batches itself may be read ahead.
+        is_off: Whether the user knows better: then nothing is looked at.
         clock: Of the wall, in seconds.
 
     Attributes:
@@ -42,9 +43,14 @@ class Checks:
     """
 
     def __init__(
-        self, source: Source, *, is_trusted: bool, clock: Callable[[], float] = time.perf_counter
+        self,
+        source: Source,
+        *,
+        is_trusted: bool,
+        is_off: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._source, self._is_trusted, self._clock = source, is_trusted, clock
+        self._source, self._is_trusted, self._is_off, self._clock = source, is_trusted, is_off, clock
         self.limits, self.trained = Limits(), list[torch.nn.Module]()
         if not is_trusted and not source.is_known_kind:
             self.limits = in_the_loop(
@@ -60,11 +66,9 @@ class Checks:
         self._is_controlled = self._has_differed = self._wants_one = self.is_leaving = False
         self._began_s, self._compare_s, self._cost_s = clock(), 0.0, 0.0
 
-    # ---- searched
-
     def survey(self) -> Limits:
         """Return the limits, having searched the dataset if that was not done yet."""
-        if self._watch is None:
+        if self._watch is None and not self._is_off:
             with self._timed():
                 self._watch = StateWatch(self._source.roots)
                 self._restrict(limits_of(self._watch.reached, self.trained, self._source.name))
@@ -98,11 +102,10 @@ class Checks:
         yield
         self.spent_s += self._clock() - began_s
 
-    # ---- looked at, in the loop
-
     def is_of_use(self, reader: Reader) -> bool:
         """Say whether there is anything to look at: not where it is settled how an iterable is read."""
-        return reader.is_random_access or (self._source.is_known_kind and not self._is_trusted)
+        is_open = reader.is_random_access or (self._source.is_known_kind and not self._is_trusted)
+        return is_open and not self._is_off
 
     def is_looked_at(self, place: Any, reader: Reader, *, is_loop: bool) -> bool:
         """Say whether batches may be made in a place now: after a look at some that the loop makes.
@@ -206,8 +209,6 @@ class Checks:
                 "it depends on more than its indices"
             )
 
-    # ---- compared, in a new place
-
     def trial(self, place: Any, reader: Reader) -> Trial:
         """Return what compares a place's batches, which begins with the last ones that the loop has made."""
         is_needless = place in self._verified or self.limits.num_threads == 1  # what moves is not made twice
@@ -229,8 +230,6 @@ class Checks:
         self.num_compared += 1
         if difference:
             raise DifferenceError(f"batch {turn} came out differently there: {difference}")
-
-    # ---- watched
 
     def watched(self, batches: Generator[Batch], can_go_back: bool) -> Generator[Batch]:
         """Pass on batches that are made ahead, looking at what moves.

@@ -65,6 +65,7 @@ class Inbound:
         in_order: Otherwise batches of a map-style dataset are handed over as they are ready.
         is_trusted: Whether the user said that what yields batches itself may be read ahead; to name a place
             says so too.
+        is_checked: Whether to look at the data, and to compare batches, before they are made ahead.
 
     Attributes:
         chooser: Of the place.
@@ -88,6 +89,7 @@ class Inbound:
         *,
         in_order: bool = True,
         is_trusted: bool = False,
+        is_checked: bool = True,
     ) -> None:
         self._times, self.is_training, self._in_order = times, False, in_order
         self.num_pauses: Callable[[], int] = _none
@@ -97,7 +99,8 @@ class Inbound:
         self._place = ProcessPlace(source, transfer, depth, stall_timeout_s, in_order=in_order)
         self._has_warned = self.is_in_place = False
         self._num_in_line = 0
-        self.checks = Checks(source, is_trusted=is_trusted or place is not None)
+        is_trusted = is_trusted or place is not None or not is_checked
+        self.checks = Checks(source, is_trusted=is_trusted, is_off=not is_checked)
         self._retreat = Retreat(self.checks, source.name, is_pinned=place is not None)
         self.chooser: Chooser = (
             Auto(self, source.name) if place is None else Pinned(_for(source, place), self)

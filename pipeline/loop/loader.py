@@ -48,6 +48,7 @@ class Loader:
         placement: As for the Trainer; ``auto`` measures the loop that asks for the batches.
         num_workers: Threads or processes; 0 is as many as there are cores for this process.
         threads_per_worker: Threads of each worker process, with ``placement="process"``.
+        check_data: As for the Trainer.
         depth: Batches that are made ahead.
         device: Where the batches go; ``auto`` takes the accelerator that is there.
         stall_timeout_s: Longest wait for a batch; None waits for ever.
@@ -85,6 +86,7 @@ class Loader:
         placement: Placement = "auto",
         num_workers: int = 0,
         threads_per_worker: int = 1,
+        check_data: bool = True,
         depth: int = 8,
         device: str | torch.device | Backend = "cpu",
         stall_timeout_s: float | None = 600.0,
@@ -120,6 +122,7 @@ class Loader:
             stall_timeout_s=stall_timeout_s,
             in_order=in_order,
             is_trusted=True,
+            is_checked=check_data,
         )
         self._open()
         if not in_order and not isinstance(self._source, MapSource):

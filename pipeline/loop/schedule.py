@@ -67,6 +67,7 @@ class Belts:
             settings.prefetch_depth,
             settings.stall_timeout_s,
             self.times if is_training else None,
+            is_checked=settings.check_data,
         )
         inbound.is_training = is_training
         if is_training and self.meter is not None:

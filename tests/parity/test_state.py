@@ -15,7 +15,16 @@ from pipeline import Callback, Loader, PipelineError, Trainer
 from pipeline.loop.placement import INLINE, TEXTBOOK, Place
 from pipeline.report.placement import PlacementReport
 from tests import stateful
-from tests.stateful import COUNTS, FUNCTIONS_OF_INDEX, IN_ORDER, CountingInClass, Plain, Tabled, Tuned
+from tests.stateful import (
+    COUNTS,
+    FUNCTIONS_OF_INDEX,
+    IN_ORDER,
+    CountingInClass,
+    Drawing,
+    Plain,
+    Tabled,
+    Tuned,
+)
 
 PLACES = ["auto", "inline", "thread", "process"]
 
@@ -296,3 +305,13 @@ def test_what_yields_batches_itself_is_read_in_its_turn(kind):
         result = trainer.fit(model, torch.optim.SGD(model.parameters(), lr=1e-6), data, step=step)
     assert ages == [0] * 40
     assert "placement='inline'" in result.placement.limit
+
+
+def test_who_knows_better_may_have_nothing_looked_at():
+    """With check_data=False a dataset with a generator of its own is read by a thread."""
+    data = Drawing(64)
+    with Loader(data, batch_size=4, placement="inline", check_data=False) as loader:
+        found = torch.cat(list(loader))
+    assert torch.equal(found, torch.cat(promised(Drawing(64))))
+    assert loader.placement.num_compared == 0
+    assert loader.placement.checks_s == 0
