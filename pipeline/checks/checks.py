@@ -15,7 +15,7 @@ from pipeline.checks.compare import NotComparableError, Record
 from pipeline.checks.limits import Limits, in_the_loop, in_turn, joined, limits_of
 from pipeline.checks.trial import DifferenceError, DoubtError, Noted, Trial
 from pipeline.checks.watch import StateWatch
-from pipeline.data import END, IterableReader, Reader, Source
+from pipeline.data import END, Reader, Source
 from pipeline.errors import warn_harmlessly
 
 NUM_LOOKED_AT, NUM_REFERENCES = 3, 2  # batches; the first may set up what the others use
@@ -132,7 +132,7 @@ class Checks:
         self._references.clear()
         self._looked_at = id(reader), reader.position
         for _ in range(self._num_to_look_at(reader)):
-            turn, batch = reader.turn, self._read(reader)
+            turn, batch = reader.turn, reader.read()
             if batch is END:
                 return
             self._look_at_making(reader)
@@ -151,11 +151,6 @@ class Checks:
         wanted = max(NUM_LOOKED_AT - self._num_looked_at, NUM_REFERENCES)
         half = int(min(reader.num_left, 2 * wanted)) // 2  # of an epoch that is short
         return min(wanted, max(1, half))
-
-    def _read(self, reader: Any) -> Batch:
-        """Make the next batch once: what an iterable draws is found out meanwhile."""
-        is_first = isinstance(reader, IterableReader) and not reader.is_known
-        return reader.first() if is_first else reader.read()
 
     def _keep(self, turn: Any, batch: Batch) -> None:
         with self._timed():

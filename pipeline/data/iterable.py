@@ -143,10 +143,14 @@ class IterableReader:
         first_drawing: Makes the context in which the first batch is made.
         epoch: Its number.
         position: Of the first batch.
+
+    Attributes:
+        on_begin: Called when the making of a batch begins, on the thread that makes it; None for nobody.
     """
 
     is_random_access = False
     max_processes: int | None = 0
+    on_begin: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -218,6 +222,8 @@ class IterableReader:
         self._batches = iter(())  # a DataLoader's workers end with its iterator
 
     def _next(self) -> Batch:
+        if self.on_begin is not None:
+            self.on_begin()
         try:
             batch = next(self._batches)
         except StopIteration:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
+from collections import deque
 from collections.abc import Callable, Generator
 from contextlib import closing
 from dataclasses import replace
@@ -13,6 +13,7 @@ from pipeline.batch import Batch
 from pipeline.checks import Checks, DoubtError, Limits, Trial
 from pipeline.concurrency import short_switch_interval
 from pipeline.data import (
+    IterableReader,
     IterableSource,
     MapReader,
     Processes,
@@ -72,6 +73,8 @@ class Inbound:
         checks: What may be chosen.
         is_training: Whether a model is trained on the batches, and not only evaluated.
         is_in_place: Whether batches are made where they are wanted; else processes are still starting.
+        age: How many batches were handed over while the newest was being made and waited, if what yields them
+            may depend on that.
         num_pauses: Returns how often the loop did something else than train, such as validate.
 
     Runs on:
@@ -97,8 +100,11 @@ class Inbound:
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._opened: Reader | None = None
         self._place = ProcessPlace(source, transfer, depth, stall_timeout_s, in_order=in_order)
-        self._has_warned = self.is_in_place = False
+        self.is_in_place = False
         self._num_in_line = 0
+        self.age: int | None = None
+        self._ages: deque[int] | None = None
+        self._num_handed = 0
         is_trusted = is_trusted or place is not None or not is_checked
         self.checks = Checks(source, is_trusted=is_trusted, is_off=not is_checked)
         self._retreat = Retreat(self.checks, source.name, is_pinned=place is not None)
@@ -111,6 +117,9 @@ class Inbound:
         if self._place.processes is not None and self.checks.has_changed():
             self.stop_processes()  # somebody has changed the dataset: give it to them anew
         self._opened = self._source.open(epoch, max_batches, start)
+        if isinstance(self._opened, IterableReader) and not self._source.is_known_kind:
+            self._ages, self._num_handed = deque(), 0
+            self._opened.on_begin = lambda ages=self._ages: ages.append(self._num_handed)
         return self._batches(self._opened)
 
     def state(self, position: int) -> dict[str, Any] | None:
@@ -166,6 +175,9 @@ class Inbound:
             ):
                 for batch in batches:
                     count += 1
+                    if self._ages is not None:
+                        self.age = self._num_handed - self._ages.popleft()
+                        self._num_handed += 1
                     yield batch
         except DoubtError as doubt:
             if reader.is_random_access:
@@ -195,7 +207,7 @@ class Inbound:
             if reader.is_threadable:
                 ahead = self._made_ahead(place, reader)
                 return _switching_often(ahead) if place.switches_often else ahead
-            self._warn_in_line()
+            self._retreat.warn_of_draws(self._source.unhookable)
         return read_in_line(reader, self._transfer, self._goes_on)
 
     def _goes_on(self) -> bool:
@@ -258,18 +270,6 @@ class Inbound:
     def stop_processes(self) -> None:
         """End the worker processes, if there are any; they are started again if they are wanted."""
         self._place.stop()
-
-    def _warn_in_line(self) -> None:
-        if self._has_warned:
-            return
-        self._has_warned = True
-        names = ", ".join(self._source.unhookable)
-        warnings.warn(
-            f"random numbers were drawn from {names} while a batch was made. Threads share that generator, "
-            "so batches are made on the loop thread from here on, with the same numbers and without overlap. "
-            "Draw from torch's functions that take a generator, or set placement=process.",
-            stacklevel=2,
-        )
 
 
 _STATEFUL = (IterableSource, ShardedSource)

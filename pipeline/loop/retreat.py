@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
+
 from pipeline.checks import Checks, DifferenceError, DoubtError, Limits
 from pipeline.errors import StageError, warn_harmlessly
 from pipeline.loop.placement import INLINE, TEXTBOOK, Place
@@ -23,7 +26,7 @@ class Retreat:
 
     def __init__(self, checks: Checks, name: str, *, is_pinned: bool) -> None:
         self._checks, self._name, self._is_pinned = checks, name, is_pinned
-        self._num_changes, self._has_warned = 0, False
+        self._num_changes, self._has_warned, self._has_said_draws = 0, False, False
 
     def allowed(self, place: Place) -> Place:
         """Return a place, or what may be had of it; a user who named it is told."""
@@ -57,6 +60,18 @@ class Retreat:
             ) from doubt
         self._checks.withdraw(str(doubt))
         self._warn(f"{self._name}: {doubt}. None was used; batches are made in the loop from here on.")
+
+    def warn_of_draws(self, names: Sequence[str]) -> None:
+        """Say that a thread cannot make batches that draw from these; once."""
+        if self._has_said_draws:
+            return
+        self._has_said_draws = True
+        warnings.warn(
+            f"random numbers were drawn from {', '.join(names)} while a batch was made. Threads share that "
+            "generator, so the loop thread makes the batches from here on, with the same numbers and without "
+            "overlap. Draw from torch's functions that take a generator, or set placement=process.",
+            stacklevel=2,
+        )
 
     def _warn(self, message: str) -> None:
         if not self._has_warned:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pipeline import Callback, Loader, PipelineError, Trainer
 from pipeline.loop.placement import INLINE, TEXTBOOK, Place
 from pipeline.report.placement import PlacementReport
+from pipeline.testing import InMemoryLogger
 from tests import stateful
 from tests.stateful import (
     COUNTS,
@@ -315,3 +316,17 @@ def test_who_knows_better_may_have_nothing_looked_at():
     assert torch.equal(found, torch.cat(promised(Drawing(64))))
     assert loader.placement.num_compared == 0
     assert loader.placement.checks_s == 0
+
+
+@pytest.mark.parametrize(("placement", "oldest"), [("auto", 0), ("inline", 8)])
+def test_rows_say_how_old_a_batch_is_that_yields_itself(placement, oldest):
+    """How many batches were used while it was made and waited; none if it is read in its turn."""
+    rows, model = InMemoryLogger(), torch.nn.Linear(2, 1)
+    trainer = Trainer(run_dir=None, enable_progress_bar=False, device="cpu", placement=placement)
+    data = (torch.ones(2, 2) for _ in range(40))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    trainer.fit(model, optimizer, data, step=lambda model, batch: model(batch).sum(), loggers=[rows])
+    ages = [row.values["data/age_batches"] for row in rows.rows if "data/age_batches" in row.values]
+    assert len(ages) == 40
+    assert max(ages) <= oldest
+    assert placement == "auto" or max(ages) > 0
