@@ -116,7 +116,7 @@ class Trainer(Settings):
         check_model(model, optimizer, scheduler, val_data)
         metrics, train_metrics = metrics or {}, train_metrics or {}
         check_listeners(callbacks, loggers, (metrics, train_metrics), val_data)
-        check_targets(self.monitor, loss_fn, val_data, metrics, scheduler_interval)
+        check_targets(self, loss_fn, val_data, batch_size, metrics, scheduler_interval)
         make_source = partial(as_source, seed=self.seed, ranks=ranks())
         batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn, num_shards)
         source = make_source(train_data, name="train_data", shuffle=shuffle, drop_last=drop_last, **batching)
@@ -245,7 +245,7 @@ class Trainer(Settings):
 
         Args:
             model: In evaluation mode for the length of the call.
-            data: Like `val_data` of `fit`; of a pair ``(inputs, target)`` the inputs are used.
+            data: Like `val_data` of `fit`; of a pair, or a tuple of one, the first part is what is used.
             forward: Called with ``(model, batch)`` instead of calling the model on the inputs.
             batch_size: As for `fit`.
             collate_fn: As for `fit`.

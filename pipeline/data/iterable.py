@@ -168,8 +168,15 @@ class IterableReader:
 
 
 def length_or_none(data: Any) -> int | None:
-    """Return the length of whatever has one."""
+    """Return the length of whatever has one; None if it has none, or raises when it is asked.
+
+    A DataLoader notes that it was asked, and warns later of batches beyond its length: that is put back.
+    """
+    noted = getattr(data, "_IterableDataset_len_called", None)
     try:
         return len(data)
-    except TypeError:
+    except Exception:  # a stream says in many ways that it has no length
         return None
+    finally:
+        if isinstance(data, DataLoader):
+            data._IterableDataset_len_called = noted
