@@ -41,9 +41,7 @@ class TrainState:
         states["model"] = with_plain_names(self.model, states["model"])
         states["optimizer"] = groups.without_wrappers(self.model, self.optimizer, states["optimizer"])
         if "scheduler" in states:  # functions, which a fresh scheduler has itself
-            states["scheduler"] = {
-                name: value for name, value in states["scheduler"].items() if not callable(value)
-            }
+            states["scheduler"] = _without_functions(states["scheduler"])
         if self.scaler is not None:
             states["scaler"] = _scaler_state(self.scaler)
         if self.ema is not None:
@@ -123,6 +121,21 @@ class TrainState:
         """Return the buffers that the model leaves out of its state: they may decide the next step too."""
         saved = self.model.state_dict().keys()
         return {name: value for name, value in self.model.named_buffers() if name not in saved}
+
+
+def _without_functions(state: Any) -> Any:
+    """Return a scheduler's state without its functions, and without lists of nothing else, at any depth."""
+    if isinstance(state, dict):
+        kept = {name: value for name, value in state.items() if not _is_functions(value)}
+        is_plain = type(state) is dict  # others, such as a Counter, hold no states of schedulers
+        return {name: _without_functions(value) for name, value in kept.items()} if is_plain else state
+    return [_without_functions(each) for each in state] if type(state) is list else state
+
+
+def _is_functions(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(map(callable, value))
+    return callable(value)
 
 
 def _ema_state(ema: torch.optim.swa_utils.AveragedModel, found: dict[str, Any]) -> dict[str, Any]:

@@ -9,13 +9,14 @@ import torch
 
 from pipeline.checkpoint.file import SUFFIX, read_file, write_file
 from pipeline.checkpoint.folder import CheckpointFolder
-from pipeline.checkpoint.tree import pack, unpack
+from pipeline.checkpoint.tree import UnsaveableError, pack, unpack
 from pipeline.errors import CheckpointError
 from pipeline.naming import with_names_of
 
 __all__ = [
     "SUFFIX",
     "CheckpointFolder",
+    "UnsaveableError",
     "load_checkpoint",
     "load_model",
     "load_weights",

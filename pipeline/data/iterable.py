@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,11 +14,10 @@ from torch.utils.data import DataLoader, default_collate
 from pipeline.batch import Batch
 from pipeline.data.generator_mode import GeneratorMode
 from pipeline.data.generators import Watch, global_generators
+from pipeline.data.kept_states import KeptStates
 from pipeline.data.reader import END
 from pipeline.errors import add_stage_note
 from pipeline.seeding import sample_seed
-
-_KEPT_STATES = 128  # more than are ever made ahead; with a greater depth batches are read again
 
 
 class IterableSource:
@@ -38,6 +36,7 @@ class IterableSource:
         self.num_batches: int | None = length_or_none(batches)
         self.unhookable: tuple[str, ...] = ()
         self._has_state = hasattr(batches, "state_dict") and hasattr(batches, "load_state_dict")
+        self.kept: KeptStates | None = None
         self._found: dict[str, Any] | None = None
         self._reader: IterableReader | None = None
         self.makes_fresh_batches = isinstance(batches, (list, tuple)) or (
@@ -48,10 +47,14 @@ class IterableSource:
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> IterableReader:
         generator = torch.Generator().manual_seed(sample_seed(self._seed, epoch, 0))
         is_plain = type(self._batches) in (list, tuple)  # nothing that could draw
-        position, limit = self._go_to(start), max_batches
-        batches = itertools.islice(iter(self._batches), None if limit is None else limit - position)
+        position, is_over = self._go_to(start, generator)
+        limit, iterable = max_batches, () if is_over else self._batches
+        batches = itertools.islice(iter(iterable), None if limit is None else limit - position)
         mode = None if is_plain else GeneratorMode(generator)
         self._reader = IterableReader(self, batches, mode, epoch, position)
+        self._reader.limit, self._reader.generator = limit, None if is_plain else generator
+        if self.kept is not None:
+            self.kept.begin()
         if start > position and not is_plain:
             kind = type(self._batches).__name__
             print(
@@ -62,33 +65,66 @@ class IterableSource:
         return self._reader
 
     def state(self, position: int) -> dict[str, Any] | None:
-        """Return the newest state that the iterable gave of itself, up to a position; None if it has none."""
-        kept = (
-            []
-            if self._reader is None
-            else [each for each in list(self._reader.states) if each[0] <= position]
-        )
-        return {"position": kept[-1][0], "state": kept[-1][1]} if kept else None
+        """Return the iterable's own state at a position, or the newest kept before it; None if there is none.
+
+        Runs on:
+            Loop thread, between two batches. If it reads the iterable itself, the iterable is asked now.
+        """
+        kept, reader = self.kept, self._reader
+        if kept is None or reader is None:
+            return None
+        found = kept.newest(position)
+        if (found is None or found[0] < position) and reader.stands_at(position):
+            if (
+                reader.has_ended
+            ):  # it may be at its beginning again; there is nothing more to read of its epoch
+                return {"position": position, "is_over": True}
+            found = position, self.own_state(reader)
+        return None if found is None else {"position": found[0], **found[1]}
+
+    def own_state(self, reader: IterableReader) -> dict[str, Any]:
+        """Return the iterable's state, and where the generator stands that its draws come from."""
+        state = {"state": self._batches.state_dict()}  # type: ignore[attr-defined]
+        return state | ({} if reader.generator is None else {"generator": reader.generator.get_state()})
+
+    def keep_states(self, foresees: Callable[[int], bool], check: Callable[[Any], None]) -> None:
+        """Keep states of the iterable from here on, if it has any, for checkpoints.
+
+        Args:
+            foresees: Says whether a checkpoint will be made at a position of the epoch under way; any thread.
+            check: Called with its first state, before the first step.
+        """
+        if self._has_state:
+            self.kept = KeptStates(foresees, check)
 
     def load_state(self, found: dict[str, Any] | None) -> None:
         """Have the next epoch opened from a state, if it is opened behind it."""
         self._found = found
 
-    def keep_state(self) -> Any:
-        """Return the iterable's own state; None if it has none."""
-        return copy.deepcopy(self._batches.state_dict()) if self._has_state else None  # type: ignore[attr-defined]
+    def _go_to(self, start: int, generator: torch.Generator) -> tuple[int, bool]:
+        """Load the state found, if it is of a position up to `start`.
 
-    def _go_to(self, start: int) -> int:
-        """Load the state found, and return its position; 0 if there is none before `start`."""
+        Returns:
+            Its position, 0 if there is none; and whether the epoch has nothing behind it.
+        """
         found, self._found = self._found, None
         if not self._has_state or found is None or not 0 < found["position"] <= start:
-            return 0
+            return 0, False
+        if found.get("is_over"):
+            return start, True
+        if "generator" in found:
+            generator.set_state(found["generator"])
         self._batches.load_state_dict(found["state"])  # type: ignore[attr-defined]
-        return int(found["position"])
+        return int(found["position"]), False
 
 
 class IterableReader:
-    """One epoch of an `IterableSource`."""
+    """One epoch of an `IterableSource`.
+
+    Attributes:
+        limit: At most so many batches are read of it; None for all.
+        generator: What the batches' draws come from; None where they cannot draw.
+    """
 
     is_random_access = False
     max_processes: int | None = 0
@@ -103,9 +139,9 @@ class IterableReader:
     ) -> None:
         self._source, self._batches, self._mode, self._epoch = source, batches, mode, epoch
         self.position, self.is_exhausted = position, False
-        self._first = position
-        # Batches are made ahead of the loop, which may be saved at any of these; older than all it never is.
-        self.states: deque[tuple[int, Any]] = deque(maxlen=_KEPT_STATES)
+        self._first, self._is_ahead = position, False
+        self.limit: int | None = None
+        self.generator: torch.Generator | None = None
 
     @property
     def is_known(self) -> bool:
@@ -115,10 +151,21 @@ class IterableReader:
     def is_threadable(self) -> bool:
         return not self._source.unhookable
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the iterable has no further batch, and not only the loop no further wish."""
+        return self.is_exhausted and (self.limit is None or self.position < self.limit)
+
+    def stands_at(self, position: int) -> bool:
+        """Say whether the iterable is at a position, and no thread at work on it."""
+        return self.position == position and (self.is_exhausted or not self._is_ahead)
+
     def first(self) -> Batch:
+        self._is_ahead = True  # for a thread will go on
         if self._mode is None or self.is_known:
-            return self.read()
-        listener, watch = GeneratorMode(None), Watch(global_generators()[1:])  # torch's moves anyway
+            return self._read()
+        listener = self._mode if self.position else GeneratorMode(None)  # a resumed epoch has drawn already
+        watch = Watch(global_generators()[1:])  # torch's moves anyway
         watch.start()
         with listener:
             batch = self._next()
@@ -127,7 +174,11 @@ class IterableReader:
         return batch
 
     def read(self) -> Batch:
-        if self._mode is None or self.position == self._first:
+        self._is_ahead = False
+        return self._read()
+
+    def _read(self) -> Batch:
+        if self._mode is None or not self.position:
             return self._next()
         with self._mode:
             return self._next()
@@ -140,8 +191,10 @@ class IterableReader:
                 return
 
     def thread_maker(self) -> Callable[[int], Batch]:
+        self._is_ahead = True
+
         def make(position: int) -> Batch:
-            batch = self.read()
+            batch = self._read()
             if self._mode is not None and self._mode.unhookable:
                 # Too late for this batch, which cannot be made again; not for the next one.
                 self._source.unhookable = tuple(self._mode.unhookable)
@@ -162,8 +215,11 @@ class IterableReader:
             add_stage_note(error, "fetch", batch=self.position, epoch=self._epoch)
             raise
         self.position += 1
-        if (state := self._source.keep_state()) is not None:
-            self.states.append((self.position, state))
+        if self._source.kept is not None:
+            is_first = self.position == self._first + 1
+            self._source.kept.made(
+                self.position, partial(self._source.own_state, self), self._is_ahead, is_first
+            )
         return batch
 
 

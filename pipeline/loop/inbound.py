@@ -111,6 +111,11 @@ class Inbound:
         if isinstance(self._source, _STATEFUL):
             self._source.load_state(found)
 
+    def keep_states(self, foresees: Callable[[int], bool], check: Callable[[Any], None]) -> None:
+        """Have the data keep states of its own for checkpoints; see `IterableSource.keep_states`."""
+        if isinstance(self._source, IterableSource):
+            self._source.keep_states(foresees, check)
+
     def sample_indices(self, position: int) -> list[int] | None:
         """Return the samples of a batch of the epoch under way; None where nobody knows. Any thread."""
         is_known = isinstance(self._opened, MapReader) and position < self._opened.num_batches
