@@ -115,7 +115,7 @@ def _pack_tensor(value: torch.Tensor, tensors: dict[str, torch.Tensor], path: st
         raise UnsaveableError(
             path, f"{problem}: a checkpoint cannot hold it. Let its state have plain tensors."
         )
-    value = value.detach()
+    value = value if torch.nn.parameter.is_lazy(value) else value.detach()
     parts = take_apart(value, lambda part, name: _pack_tensor(part, tensors, f"{path}.{name}"))
     if parts is not None:
         return parts
