@@ -81,6 +81,7 @@ class Saver:
         try:
             _packed(capture(), {})
         except CheckpointError as error:
+            self._rehearsed = None
             self._fail(error, 0, "none of this run's checkpoints can be written")
         except Exception:  # a state that begins with the first step: tried again after it, and said then
             return
