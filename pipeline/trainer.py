@@ -101,7 +101,7 @@ class Trainer(Settings):
         Raises:
             ConfigError: For settings that do not fit each other or the data, before the first step.
             StageError: If a batch, a loss or the data is not what it should be.
-            CheckpointError: If the run is to be resumed and cannot be.
+            CheckpointError: If the run cannot be resumed, or has something that no checkpoint can hold.
             NonFiniteError: If the loss becomes NaN or infinite, unless ``on_nonfinite='ignore'``.
             Exception: The user's own, from any stage, with a note that says where.
             KeyboardInterrupt: At the second Ctrl-C or SIGTERM. After the first one the step is finished

@@ -38,6 +38,12 @@ Part = Callable[[torch.Tensor, str], Any]
 """Packs a part of a tensor, under a name of its own."""
 
 
+def is_dense(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor is of torch's own class, strided, and has its values; as most are."""
+    is_plain = type(tensor) in (torch.Tensor, torch.nn.Parameter) and tensor.layout is torch.strided
+    return is_plain and not (tensor.is_quantized or tensor.is_nested or tensor.is_meta)
+
+
 def problem_of(tensor: torch.Tensor) -> str | None:
     """Say why a tensor cannot be held; None if it can."""
     if tensor.is_nested or torch.nn.parameter.is_lazy(tensor):

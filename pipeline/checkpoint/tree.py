@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
-from pipeline.checkpoint.tensors import from_bytes, problem_of, put_together, take_apart, to_bytes
+from pipeline.checkpoint.tensors import from_bytes, is_dense, problem_of, put_together, take_apart, to_bytes
 from pipeline.checkpoint.values import is_array, pack_array, pack_value, unpack_array, unpack_value
 from pipeline.errors import CheckpointError
 
 _KIND = "$"  # marks the JSON objects that stand for something JSON does not have
 _MAX_DEPTH = 100
+_SMALL = 1 << 62
 _FACTORIES = {each.__name__: each for each in (int, float, bool, str, bytes, list, tuple, dict, set)}
 
 
@@ -47,7 +48,7 @@ def pack(value: Any, tensors: dict[str, torch.Tensor], path: str = "", depth: in
     Raises:
         UnsaveableError: Naming the path of anything else.
     """
-    if value is None or isinstance(value, (bool, str)):
+    if value is None or isinstance(value, (bool, str)) or _is_small(value):
         return value
     if isinstance(value, torch.Tensor):
         return _pack_tensor(value, tensors, path)
@@ -74,6 +75,13 @@ def pack(value: Any, tensors: dict[str, torch.Tensor], path: str = "", depth: in
     if isinstance(value, (bytes, bytearray)):
         return pack_value(bytes(value))
     return _refuse(value, path)
+
+
+def _is_small(value: Any) -> bool:
+    """Say whether a value is a number that JSON has, as most are."""
+    return (type(value) is int and -_SMALL < value < _SMALL) or (
+        type(value) is float and math.isfinite(value)
+    )
 
 
 def unpack(packed: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
@@ -111,14 +119,15 @@ _MAKERS: dict[str, Any] = {
 
 
 def _pack_tensor(value: torch.Tensor, tensors: dict[str, torch.Tensor], path: str) -> dict[str, Any]:
-    if problem := problem_of(value):
+    if not is_dense(value) and (problem := problem_of(value)):
         raise UnsaveableError(
             path, f"{problem}: a checkpoint cannot hold it. Let its state have plain tensors."
         )
     value = value if torch.nn.parameter.is_lazy(value) else value.detach()
-    parts = take_apart(value, lambda part, name: _pack_tensor(part, tensors, f"{path}.{name}"))
-    if parts is not None:
-        return parts
+    if not is_dense(value):
+        parts = take_apart(value, lambda part, name: _pack_tensor(part, tensors, f"{path}.{name}"))
+        if parts is not None:
+            return parts
     while path in tensors:  # keys may have dots, or differ in their type alone
         path += "'"
     stride = None if value.is_contiguous() else list(value.stride())
@@ -158,6 +167,8 @@ def _pack_mapping(value: Mapping[Any, Any], tensors: dict[str, torch.Tensor], pa
 
 
 def _pack_key(key: Any, path: str) -> Any:
+    if isinstance(key, str) or _is_small(key):
+        return key
     inside: dict[str, torch.Tensor] = {}
     packed = pack(key, inside, f"a key of {path}")
     if inside:

@@ -87,15 +87,18 @@ class IterableSource:
         state = {"state": self._batches.state_dict()}  # type: ignore[attr-defined]
         return state | ({} if reader.generator is None else {"generator": reader.generator.get_state()})
 
-    def keep_states(self, foresees: Callable[[int], bool], check: Callable[[Any], None]) -> None:
+    def keep_states(
+        self, foresees: Callable[[int], bool], check: Callable[[Any], None], num_ahead: int
+    ) -> None:
         """Keep states of the iterable from here on, if it has any, for checkpoints.
 
         Args:
             foresees: Says whether a checkpoint will be made at a position of the epoch under way; any thread.
             check: Called with its first state, before the first step.
+            num_ahead: The loop is at most so many batches behind the iterable.
         """
         if self._has_state:
-            self.kept = KeptStates(foresees, check)
+            self.kept = KeptStates(foresees, check, num_ahead)
 
     def load_state(self, found: dict[str, Any] | None) -> None:
         """Have the next epoch opened from a state, if it is opened behind it."""
@@ -215,11 +218,10 @@ class IterableReader:
             add_stage_note(error, "fetch", batch=self.position, epoch=self._epoch)
             raise
         self.position += 1
-        if self._source.kept is not None:
-            is_first = self.position == self._first + 1
-            self._source.kept.made(
-                self.position, partial(self._source.own_state, self), self._is_ahead, is_first
-            )
+        kept = self._source.kept
+        if kept is not None and (self._is_ahead or not kept.is_checked):
+            ask, is_first = partial(self._source.own_state, self), self.position == self._first + 1
+            kept.made(self.position, ask, self._is_ahead, is_first)
         return batch
 
 

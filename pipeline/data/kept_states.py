@@ -16,7 +16,6 @@ from collections import deque
 from collections.abc import Callable
 from typing import Any
 
-_KEPT = 32  # more than are made ahead between two of them
 _FIRST = 8
 _EVERY_S = 1.0
 _SHARE = 0.01
@@ -29,7 +28,11 @@ class KeptStates:
     Args:
         foresees: Says whether a checkpoint will be made at a position.
         check: Called with the first state, to see that a checkpoint can hold it.
+        num_ahead: The loop is at most so many batches behind the iterable; older states are let go.
         clock: Returns seconds.
+
+    Attributes:
+        is_checked: Whether that has been seen.
 
     Runs on:
         Whichever thread reads the iterable, but for `newest`, which the loop thread asks for.
@@ -39,17 +42,19 @@ class KeptStates:
         self,
         foresees: Callable[[int], bool],
         check: Callable[[Any], None],
+        num_ahead: int,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._foresees, self._check, self._clock = foresees, check, clock
-        self._states: deque[tuple[int, Any]] = deque(maxlen=_KEPT)
+        self._num_ahead = num_ahead
+        self._states: deque[tuple[int, Any]] = deque()
         self._began_s = self._last_s = clock()
         self._spent_s = 0.0
-        self._is_checked = False
+        self.is_checked = False
 
     def begin(self) -> None:
         """Forget the states of the epoch before."""
-        self._states = deque(maxlen=_KEPT)
+        self._states = deque()
 
     def made(self, position: int, ask: Callable[[], Any], is_ahead: bool, is_first: bool) -> None:
         """Keep the state at a position, if it is time.
@@ -62,7 +67,7 @@ class KeptStates:
         """
         if is_ahead and (is_first or self._is_time(position) or self._foresees(position)):
             self._keep(position, ask)
-        elif not self._is_checked:
+        elif not self.is_checked:
             self._check_once(ask())
 
     def newest(self, position: int) -> tuple[int, Any] | None:
@@ -75,11 +80,14 @@ class KeptStates:
         self._last_s = self._clock()
         self._spent_s += self._last_s - began_s
         self._check_once(state)
-        self._states.append((position, state))
+        states = self._states
+        states.append((position, state))
+        while len(states) > 1 and states[1][0] <= position - self._num_ahead:
+            states.popleft()
 
     def _check_once(self, state: Any) -> None:
-        if not self._is_checked:
-            self._is_checked = True
+        if not self.is_checked:
+            self.is_checked = True
             self._check(state)
 
     def _is_time(self, position: int) -> bool:

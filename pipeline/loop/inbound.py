@@ -114,7 +114,8 @@ class Inbound:
     def keep_states(self, foresees: Callable[[int], bool], check: Callable[[Any], None]) -> None:
         """Have the data keep states of its own for checkpoints; see `IterableSource.keep_states`."""
         if isinstance(self._source, IterableSource):
-            self._source.keep_states(foresees, check)
+            # Beside those that wait there is one in the making, one on its way, and one in use.
+            self._source.keep_states(foresees, check, self._depth + 3)
 
     def sample_indices(self, position: int) -> list[int] | None:
         """Return the samples of a batch of the epoch under way; None where nobody knows. Any thread."""

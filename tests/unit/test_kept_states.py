@@ -157,7 +157,7 @@ class Clock:
 def test_states_take_one_percent_of_the_time(state_s, most):
     """A hundred seconds of batches of 10 ms, made ahead: dear states are kept more rarely."""
     clock = Clock()
-    kept = KeptStates(lambda position: False, lambda state: None, clock)
+    kept = KeptStates(lambda position: False, lambda state: None, 8, clock)
     num_asked = 0
 
     def ask():
@@ -172,12 +172,13 @@ def test_states_take_one_percent_of_the_time(state_s, most):
     assert num_asked <= most
     assert num_asked * state_s <= 0.05 + 0.01 * clock.now_s + state_s
     assert kept.newest(0) is None
+    assert len(kept._states) < 12, "older ones are let go"
     assert 10_000 - kept.newest(10_000)[0] <= max(100, 100 * state_s / 0.01 + 2)
 
 
 def test_a_position_that_is_foreseen_is_kept_whatever_it_takes():
     """There a checkpoint will be made."""
-    kept = KeptStates(lambda position: position == 77, lambda state: None, Clock())
+    kept = KeptStates(lambda position: position == 77, lambda state: None, 50, Clock())
     for position in range(1, 100):
         kept.made(position, lambda: [position], True, position == 1)  # noqa: B023
     assert kept.newest(77) == (77, [77])
