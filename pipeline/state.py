@@ -95,6 +95,8 @@ class TrainState:
         if "trained" in found:
             groups.restore(self.model, self.optimizer, found["trained"], state["param_groups"])
         self._load("optimizer", groups.with_own_names(self.optimizer, state))
+        if self.scheduler is not None:
+            _check_functions(self.scheduler, found["scheduler"])
         for name in ("scheduler", "scaler"):
             if getattr(self, name) is not None:
                 self._load(name, _numbers(found[name]) if name == "scaler" else found[name])
@@ -121,6 +123,16 @@ class TrainState:
         """Return the buffers that the model leaves out of its state: they may decide the next step too."""
         saved = self.model.state_dict().keys()
         return {name: value for name, value in self.model.named_buffers() if name not in saved}
+
+
+def _check_functions(scheduler: Scheduler, found: dict[str, Any]) -> None:
+    """Refuse a scheduler that has another number of functions than groups: its next step would fail."""
+    before, now = found.get("lr_lambdas"), getattr(scheduler, "lr_lambdas", None)
+    if isinstance(before, list) and isinstance(now, list) and len(before) != len(now):
+        raise CheckpointError(
+            f"its scheduler has {len(before)} functions in lr_lambdas, this run's has {len(now)}: they are "
+            "not in a file. Let the callback that appended them do so again in its load_state_dict."
+        )
 
 
 def _without_functions(state: Any) -> Any:

@@ -121,7 +121,21 @@ OPTIMIZERS = {
 }
 
 
-def run(run_dir, kind, *, optimizer="adamw", stop_at=0, scheduler=None, wrap=lambda net: net, **settings):
+def stepwise(optim):
+    return torch.optim.lr_scheduler.StepLR(optim, 1, 0.9)
+
+
+def run(
+    run_dir,
+    kind,
+    *,
+    optimizer="adamw",
+    stop_at=0,
+    scheduler=None,
+    make_scheduler=stepwise,
+    wrap=lambda net: net,
+    **settings,
+):
     """Train two epochs of six steps, with a callback that changes what is trained after the first."""
     torch.manual_seed(7)
     net, left = Net(), [stop_at]
@@ -134,7 +148,7 @@ def run(run_dir, kind, *, optimizer="adamw", stop_at=0, scheduler=None, wrap=lam
         return F.mse_loss(outputs, target)
 
     optim = OPTIMIZERS[optimizer](net)
-    made = None if scheduler is None else torch.optim.lr_scheduler.StepLR(optim, 1, 0.9)
+    made = None if scheduler is None else make_scheduler(optim)
     trainer = Trainer(
         run_dir=run_dir, enable_progress_bar=False, device="cpu",
         **{"max_epochs": 2, "ema_decay": 0.9, **settings},
@@ -185,6 +199,43 @@ def test_a_file_that_knows_no_groups_is_resumed_where_they_fit(tmp_path, monkeyp
         CheckpointError, match=r"optimizer does not fit this run's: .* number of parameter groups"
     ):
         run(tmp_path / "differs", Unfreezes, resume="auto")
+
+
+class UnfreezesLambda(Unfreezes):
+    """Gives the scheduler a function for its group; a resumed run's too, if it is told to."""
+
+    does_again = True
+
+    def on_fit_started(self, event):
+        self.scheduler, self.rates = event.state.scheduler, event.state.scheduler.base_lrs
+
+    def append(self):
+        self.scheduler.lr_lambdas.append(lambda step: 0.5**step)
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        if self.does_again and self.is_done:
+            self.append()
+
+    def add(self, optimizer):
+        super().add(optimizer)
+        optimizer.param_groups[1]["initial_lr"] = 0.01
+        self.rates.append(0.01)
+        self.append()
+
+
+def test_a_scheduler_with_a_function_for_each_group(tmp_path):
+    """Functions are in no file: who appended one does so again, or is told before the first step."""
+    lambdas = lambda optim: torch.optim.lr_scheduler.LambdaLR(optim, lambda step: 0.9**step)  # noqa: E731
+    options = {"scheduler": "epoch", "make_scheduler": lambdas, "max_epochs": 3}
+    assert_resumed(tmp_path / "again", UnfreezesLambda, 8, **options)
+
+    class Forgetful(UnfreezesLambda):
+        does_again = False
+
+    Forgetful.__name__ = "UnfreezesLambda"
+    with pytest.raises(CheckpointError, match=r"2 functions in lr_lambdas, this run's has 1"):
+        run(tmp_path / "again" / "cut", Forgetful, resume="auto", **{**options, "max_epochs": 4})
 
 
 def test_groups_that_cannot_be_found_are_refused(tmp_path):
