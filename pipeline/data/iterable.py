@@ -75,9 +75,7 @@ class IterableSource:
             return None
         found = kept.newest(position)
         if (found is None or found[0] < position) and reader.stands_at(position):
-            if (
-                reader.has_ended
-            ):  # it may be at its beginning again; there is nothing more to read of its epoch
+            if reader.has_ended:  # it may be at its beginning again, and has no more of its epoch
                 return {"position": position, "is_over": True}
             found = position, self.own_state(reader)
         return None if found is None else {"position": found[0], **found[1]}
