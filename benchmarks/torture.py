@@ -106,7 +106,7 @@ def what_is_left(run_dir: Path) -> dict[str, Any]:
         for line in lines
     ]
     return {
-        "weights": found["model"] | {f"ema.{name}": each for name, each in found["ema"].items()},
+        "weights": found["model"] | {f"ema.{name}": each for name, each in found["ema"]["weights"].items()},
         "losses": found["journal"]["losses"].tolist(),
         "samples": found["counters"]["num_samples"],
         "rows": rows,

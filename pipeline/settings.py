@@ -100,8 +100,8 @@ class Settings:
         keep_last: How many of the newest are kept; the one before the newest is there in case that cannot
             be read.
         keep_best: How many of the best by `monitor` are kept besides.
-        on_checkpoint_error: What happens if one cannot be written, the disk being full or so: ``stop`` with
-            the error, or ``warn`` and go on. The older ones are kept in either case.
+        on_checkpoint_error: What happens if one cannot be written, the disk being full, or something in it
+            of a kind that no file holds: ``stop`` with the error, or ``warn`` and go on. The older ones stay.
         resume: Go on where another run was stopped. ``auto`` takes the newest checkpoint in `run_dir` that
             can be used, and begins a run if there is none yet; or the path of a checkpoint.
         max_time: Save and stop after so much time in `fit`: seconds, or ``[DD:]HH:MM:SS``.

@@ -7,7 +7,9 @@ from typing import Any
 
 import torch
 
+from pipeline import groups
 from pipeline.errors import CheckpointError
+from pipeline.naming import with_names_of, with_plain_names
 from pipeline.protocols import Scheduler
 
 
@@ -34,16 +36,24 @@ class TrainState:
     step: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the parts' states, live and not copied."""
-        states = {
-            name: _scaler_state(part) if name == "scaler" else part.state_dict()
-            for name, part in self._parts().items()
-        }
+        """Return the parts' states, live and not copied; names in them are those of the plain model."""
+        states = {name: part.state_dict() for name, part in self._parts().items() if name != "scaler"}
+        states["model"] = with_plain_names(self.model, states["model"])
+        states["optimizer"] = groups.without_wrappers(self.model, self.optimizer, states["optimizer"])
         if "scheduler" in states:  # functions, which a fresh scheduler has itself
-            states["scheduler"] = {
-                name: value for name, value in states["scheduler"].items() if not callable(value)
-            }
-        return {"epoch": self.epoch, "step": self.step, **states, "buffers": self._unsaved_buffers()}
+            states["scheduler"] = _without_functions(states["scheduler"])
+        if self.scaler is not None:
+            states["scaler"] = _scaler_state(self.scaler)
+        if self.ema is not None:
+            weights = with_plain_names(self.ema.module, self.ema.module.state_dict())
+            states["ema"] = {"n_averaged": self.ema.n_averaged, "weights": weights}
+        return {
+            "epoch": self.epoch,
+            "step": self.step,
+            **states,
+            "buffers": with_plain_names(self.model, self._unsaved_buffers()),
+            "trained": groups.describe(self.model, self.optimizer),
+        }
 
     def load_state_dict(self, found: dict[str, Any]) -> None:
         """Take over the parts' states.
@@ -51,23 +61,53 @@ class TrainState:
         Raises:
             CheckpointError: If one is missing, or belongs to another model.
         """
-        parts = self._parts()
-        missing = [name for name in parts if name not in found]
+        self.load_weights(found)
+        self.load_training(found)
+
+    def load_weights(self, found: dict[str, Any]) -> None:
+        """Take over the weights, their average, and how far the run was: what does not depend on callbacks.
+
+        Raises:
+            CheckpointError: If a part is missing, or belongs to another model.
+        """
+        missing = [name for name in self._parts() if name not in found]
         if missing:
             raise CheckpointError(f"it has no {' and no '.join(missing)}: the run was set up differently.")
-        for name, part in parts.items():
-            try:
-                part.load_state_dict(_numbers(found[name]) if name == "scaler" else found[name])
-            except (RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
-                raise CheckpointError(f"its {name} does not fit this run's: {error}") from error
+        self._load("model", with_names_of(self.model, self.model.state_dict(), found["model"]))
+        if self.ema is not None:
+            self._load("ema", _ema_state(self.ema, found["ema"]))
         with torch.no_grad():
             buffers = self._unsaved_buffers()
-            for name, value in found.get("buffers", {}).items():
+            for name, value in with_names_of(self.model, buffers, found.get("buffers", {})).items():
                 if name in buffers and buffers[name].shape == value.shape:
                     buffers[name].copy_(value)
         self.epoch, self.step = found["epoch"], found["step"]
+
+    def load_training(self, found: dict[str, Any]) -> None:
+        """Take over what trains the weights, once callbacks have had their turn to add groups of parameters.
+
+        Groups that they added in the run that was stopped, and have not added now, are added here.
+
+        Raises:
+            CheckpointError: If a part belongs to another model.
+        """
+        state = found["optimizer"]
+        if "trained" in found:
+            groups.restore(self.model, self.optimizer, found["trained"], state["param_groups"])
+        self._load("optimizer", groups.with_own_names(self.optimizer, state))
+        if self.scheduler is not None:
+            _check_functions(self.scheduler, found["scheduler"])
+        for name in ("scheduler", "scaler"):
+            if getattr(self, name) is not None:
+                self._load(name, _numbers(found[name]) if name == "scaler" else found[name])
         if self.step:  # or torch takes a scheduler's next step for one before the first of the optimizer
             self.optimizer._opt_called = True  # type: ignore[attr-defined]
+
+    def _load(self, name: str, state: dict[str, Any]) -> None:
+        try:
+            self._parts()[name].load_state_dict(state)
+        except (RuntimeError, KeyError, ValueError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"its {name} does not fit this run's: {error}") from error
 
     def _parts(self) -> dict[str, Any]:
         parts = {
@@ -83,6 +123,38 @@ class TrainState:
         """Return the buffers that the model leaves out of its state: they may decide the next step too."""
         saved = self.model.state_dict().keys()
         return {name: value for name, value in self.model.named_buffers() if name not in saved}
+
+
+def _check_functions(scheduler: Scheduler, found: dict[str, Any]) -> None:
+    """Refuse a scheduler that has another number of functions than groups: its next step would fail."""
+    before, now = found.get("lr_lambdas"), getattr(scheduler, "lr_lambdas", None)
+    if isinstance(before, list) and isinstance(now, list) and len(before) != len(now):
+        raise CheckpointError(
+            f"its scheduler has {len(before)} functions in lr_lambdas, this run's has {len(now)}: they are "
+            "not in a file. Let the callback that appended them do so again in its load_state_dict."
+        )
+
+
+def _without_functions(state: Any) -> Any:
+    """Return a scheduler's state without its functions, and without lists of nothing else, at any depth."""
+    if isinstance(state, dict):
+        kept = {name: value for name, value in state.items() if not _is_functions(value)}
+        is_plain = type(state) is dict  # others, such as a Counter, hold no states of schedulers
+        return {name: _without_functions(value) for name, value in kept.items()} if is_plain else state
+    return [_without_functions(each) for each in state] if type(state) is list else state
+
+
+def _is_functions(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return bool(value) and all(map(callable, value))
+    return callable(value)
+
+
+def _ema_state(ema: torch.optim.swa_utils.AveragedModel, found: dict[str, Any]) -> dict[str, Any]:
+    """Return the average's state as torch has it, which is how older files have it."""
+    before = {name.removeprefix("module."): each for name, each in found.items() if name != "n_averaged"}
+    weights = with_names_of(ema.module, ema.module.state_dict(), found.get("weights", before))
+    return {"n_averaged": found["n_averaged"], **{f"module.{name}": each for name, each in weights.items()}}
 
 
 def _scaler_state(scaler: Any) -> dict[str, Any]:

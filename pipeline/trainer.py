@@ -101,7 +101,7 @@ class Trainer(Settings):
         Raises:
             ConfigError: For settings that do not fit each other or the data, before the first step.
             StageError: If a batch, a loss or the data is not what it should be.
-            CheckpointError: If the run is to be resumed and cannot be.
+            CheckpointError: If the run cannot be resumed, or has something that no checkpoint can hold.
             NonFiniteError: If the loss becomes NaN or infinite, unless ``on_nonfinite='ignore'``.
             Exception: The user's own, from any stage, with a note that says where.
             KeyboardInterrupt: At the second Ctrl-C or SIGTERM. After the first one the step is finished
@@ -116,7 +116,7 @@ class Trainer(Settings):
         check_model(model, optimizer, scheduler, val_data)
         metrics, train_metrics, hparams = metrics or {}, train_metrics or {}, hparams or {}
         check_listeners(callbacks, loggers, (metrics, train_metrics), val_data)
-        check_targets(self.monitor, loss_fn, val_data, metrics, scheduler_interval)
+        check_targets(self, loss_fn, val_data, batch_size, metrics, scheduler_interval)
         batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn, num_shards)
         seed = seed_of_run(self, train_data, batching["batch_size"])
         make_source = partial(as_source, seed=seed, ranks=ranks())
@@ -247,7 +247,7 @@ class Trainer(Settings):
 
         Args:
             model: In evaluation mode for the length of the call.
-            data: Like `val_data` of `fit`; of a pair ``(inputs, target)`` the inputs are used.
+            data: Like `val_data` of `fit`; of a pair, or a tuple of one, the first part is what is used.
             forward: Called with ``(model, batch)`` instead of calling the model on the inputs.
             batch_size: As for `fit`.
             collate_fn: As for `fit`.

@@ -9,12 +9,14 @@ import torch
 
 from pipeline.checkpoint.file import SUFFIX, read_file, write_file
 from pipeline.checkpoint.folder import CheckpointFolder
-from pipeline.checkpoint.tree import pack, unpack
+from pipeline.checkpoint.tree import UnsaveableError, pack, unpack
 from pipeline.errors import CheckpointError
+from pipeline.naming import with_names_of
 
 __all__ = [
     "SUFFIX",
     "CheckpointFolder",
+    "UnsaveableError",
     "load_checkpoint",
     "load_model",
     "load_weights",
@@ -58,27 +60,34 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return found
 
 
-def load_weights(path: str | Path) -> dict[str, torch.Tensor]:
-    """Return a checkpoint's weights by name: the average where one was kept.
+def load_weights(path: str | Path) -> dict[str, Any]:
+    """Return the state of a checkpoint's model by name: the average where one was kept.
 
     Raises:
         CheckpointError: If it is no checkpoint.
     """
     found = load_checkpoint(path)
     average = found.get("ema") or {}
-    kept = {name.removeprefix("module."): each for name, each in average.items() if name != "n_averaged"}
-    weights: dict[str, torch.Tensor] = kept or found["model"]
-    return weights
+    kept = average.get("weights") or {  # older files have torch's names
+        name.removeprefix("module."): each for name, each in average.items() if name != "n_averaged"
+    }
+    weights: dict[str, Any] = kept or found["model"]
+    return {_without_compiler(name): each for name, each in weights.items()}
 
 
 def load_model(path: str | Path, model: torch.nn.Module) -> None:
-    """Load a checkpoint's weights into a model: the average where one was kept.
+    """Load a checkpoint's weights into a model, plain or wrapped: the average where one was kept.
 
     Raises:
         CheckpointError: If the file is no checkpoint, or belongs to another model.
     """
-    weights = load_weights(path)
+    weights = with_names_of(model, model.state_dict(), load_weights(path))
     try:
         model.load_state_dict(weights)
     except (RuntimeError, KeyError) as error:
         raise CheckpointError(f"{path} belongs to another model: {error}") from error
+
+
+def _without_compiler(name: str) -> str:
+    """Return a name of an older file without what torch.compile put into it: no attribute of a user's."""
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from pipeline.checkpoint import load_weights, write_file
 from pipeline.errors import PipelineError
 
@@ -22,12 +24,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     export.add_argument("weights", type=Path, help="a .safetensors file; written anew")
     asked = parser.parse_args(arguments)
     try:
-        weights = load_weights(asked.checkpoint)
+        found = load_weights(asked.checkpoint)
+        weights = {name: each for name, each in found.items() if isinstance(each, torch.Tensor)}
         num_bytes = write_file(asked.weights, weights)
     except (PipelineError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{len(weights)} tensors, {num_bytes:,} bytes: {asked.weights}")
+    if left_out := sorted(found.keys() - weights.keys()):
+        print(f"left out, as it is no tensor: {', '.join(left_out)}", file=sys.stderr)
     return 0
 
 

@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 
+from pipeline.checkpoint.tensors import DTYPES
 from pipeline.checkpoint.tree import unpack
 from pipeline.errors import CheckpointError
 
@@ -32,13 +33,7 @@ FORMAT = "pipeline checkpoint 2"
 SUFFIX = ".safetensors"
 _BLANK = "0" * 64
 _MAX_HEADER_BYTES = 1 << 30
-_DTYPES = {
-    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
-    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
-    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64, "BOOL": torch.bool,
-}  # fmt: skip
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def write_file(path: Path, tensors: Mapping[str, torch.Tensor], structure: Any = None) -> int:
@@ -194,7 +189,7 @@ def _parse_header(text: bytes) -> dict[str, Any]:
 
 
 def _tensor(entry: dict[str, Any], view: memoryview) -> torch.Tensor:
-    dtype, shape = _DTYPES[entry["dtype"]], entry["shape"]
+    dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
     if not len(view):
         return torch.empty(shape, dtype=dtype)
     # A copy each, so that one that lives on does not keep the whole file in memory.

@@ -6,6 +6,7 @@ from pipeline.data.main_module import refuse_in_nursery
 from pipeline.data.processes import Processes, ProcessReader
 from pipeline.data.ranks import ranks
 from pipeline.data.reader import END, EVALUATION_EPOCH, MapReader, MapSource, Reader, Source
+from pipeline.data.several import several_sets_problem
 from pipeline.data.shards import ShardedReader, ShardedSource
 from pipeline.data.source import as_source, is_shared_out, own_generators
 
@@ -28,4 +29,5 @@ __all__ = [
     "own_generators",
     "ranks",
     "refuse_in_nursery",
+    "several_sets_problem",
 ]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import math
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -18,11 +16,11 @@ from torch.utils.data import DataLoader, default_collate
 from pipeline.batch import Batch
 from pipeline.data.generator_mode import GeneratorMode
 from pipeline.data.generators import Watch, global_generators
+from pipeline.data.kept_states import KeptStates
+from pipeline.data.loaders import fetching_from, is_known_kind, length_or_none
 from pipeline.data.reader import END
 from pipeline.errors import add_stage_note
 from pipeline.seeding import Epoch, drawing_from, sample_seed
-
-_KEPT_STATES = 128  # more than are ever made ahead; with a greater depth batches are read again
 
 
 class IterableSource:
@@ -48,13 +46,14 @@ class IterableSource:
         self.num_batches: int | None = length_or_none(batches)
         self.unhookable: tuple[str, ...] = ()
         self._has_state = hasattr(batches, "state_dict") and hasattr(batches, "load_state_dict")
+        self.kept: KeptStates | None = None
         self._found: dict[str, Any] | None = None
         self._reader: IterableReader | None = None
         self.makes_fresh_batches = isinstance(batches, (list, tuple)) or (
             isinstance(batches, DataLoader)
             and (batches.num_workers > 0 or batches.collate_fn is default_collate)
         )
-        self.is_known_kind, self.is_function_of_index = _is_known_kind(batches), False
+        self.is_known_kind, self.is_function_of_index = is_known_kind(batches), False
 
     def roots(self) -> list[tuple[str, Any]]:
         loader: Any = self._batches
@@ -78,17 +77,18 @@ class IterableSource:
         draws = torch.Generator().manual_seed(sample_seed(begun.seed, epoch, self._rank))
         # Nothing that could draw, or a loader of ours, which sets its draws apart itself.
         is_plain = type(self._batches) in (list, tuple) or getattr(self._batches, "sets_draws_apart", False)
-        position, limit = self._go_to(start, draws), max_batches
-        iterator = self._begin(draws)
+        position, is_over = self._go_to(start, draws)
+        iterator, limit = iter(()) if is_over else self._begin(draws), max_batches
         batches = itertools.islice(iterator, None if limit is None else limit - position)
         # The first batch: all its draws, or those of a DataLoader's dataset, whose order is drawn meanwhile.
         is_loader = isinstance(self._batches, DataLoader)
-        first_drawing = (
-            partial(_fetching_from, iterator, draws) if is_loader else partial(drawing_from, draws)
-        )
+        first_drawing = partial(fetching_from, iterator, draws) if is_loader else partial(drawing_from, draws)
         self._reader = IterableReader(
             self, batches, None if is_plain else draws, first_drawing, epoch, position
         )
+        self._reader.limit = limit
+        if self.kept is not None:
+            self.kept.begin()
         if start > position and not is_plain:
             kind = type(self._batches).__name__
             print(
@@ -99,21 +99,42 @@ class IterableSource:
         return self._reader
 
     def state(self, position: int) -> dict[str, Any] | None:
-        """Return the newest state that the iterable gave of itself, up to a position; None if it has none."""
-        kept = (
-            []
-            if self._reader is None
-            else [each for each in list(self._reader.states) if each[0] <= position]
-        )
-        return dict(zip(("position", "state", "draws"), kept[-1], strict=True)) if kept else None
+        """Return the iterable's own state at a position, or the newest kept before it; None if there is none.
+
+        Runs on:
+            Loop thread, between two batches. If it reads the iterable itself, the iterable is asked now.
+        """
+        kept, reader = self.kept, self._reader
+        if kept is None or reader is None:
+            return None
+        found = kept.newest(position)
+        if (found is None or found[0] < position) and reader.stands_at(position):
+            if reader.has_ended:  # it may be at its beginning again, and has no more of its epoch
+                return {"position": position, "is_over": True}
+            found = position, self.own_state(reader)
+        return None if found is None else {"position": found[0], **found[1]}
+
+    def own_state(self, reader: IterableReader) -> dict[str, Any]:
+        """Return the iterable's state, and where the generator stands that its draws come from."""
+        state = {"state": self._batches.state_dict()}  # type: ignore[attr-defined]
+        return state | ({} if reader.draws is None else {"draws": reader.draws.get_state()})
+
+    def keep_states(
+        self, foresees: Callable[[int], bool], check: Callable[[Any], None], num_ahead: int
+    ) -> None:
+        """Keep states of the iterable from here on, if it has any, for checkpoints.
+
+        Args:
+            foresees: Says whether a checkpoint will be made at a position of the epoch under way; any thread.
+            check: Called with its first state, before the first step.
+            num_ahead: The loop is at most so many batches behind the iterable.
+        """
+        if self._has_state:
+            self.kept = KeptStates(foresees, check, num_ahead)
 
     def load_state(self, found: dict[str, Any] | None) -> None:
         """Have the next epoch opened from a state, if it is opened behind it."""
         self._found = found
-
-    def keep_state(self) -> Any:
-        """Return the iterable's own state; None if it has none."""
-        return copy.deepcopy(self._batches.state_dict()) if self._has_state else None  # type: ignore[attr-defined]
 
     def _begin(self, draws: torch.Generator) -> Iterator[Batch]:
         """Return an epoch's iterator; loop thread."""
@@ -122,15 +143,21 @@ class IterableSource:
         with drawing_from(draws):
             return iter(self._batches)
 
-    def _go_to(self, start: int, draws: torch.Generator) -> int:
-        """Load the state found, its draws too, and return its position; 0 if there is none before `start`."""
+    def _go_to(self, start: int, draws: torch.Generator) -> tuple[int, bool]:
+        """Load the state found, its draws too, if it is of a position up to `start`.
+
+        Returns:
+            Its position, 0 if there is none; and whether the epoch has nothing behind it.
+        """
         found, self._found = self._found, None
         if not self._has_state or found is None or not 0 < found["position"] <= start:
-            return 0
+            return 0, False
+        if found.get("is_over"):
+            return start, True
         self._batches.load_state_dict(found["state"])  # type: ignore[attr-defined]
         if found.get("draws") is not None:
             draws.set_state(found["draws"])
-        return int(found["position"])
+        return int(found["position"]), False
 
 
 class IterableReader:
@@ -146,6 +173,7 @@ class IterableReader:
 
     Attributes:
         on_begin: Called when the making of a batch begins, on the thread that makes it; None for nobody.
+        limit: At most so many batches are read of it; None for all.
     """
 
     is_random_access = False
@@ -162,12 +190,11 @@ class IterableReader:
         position: int = 0,
     ) -> None:
         self._source, self._batches, self._epoch = source, batches, epoch
-        self._draws, self._first_drawing = draws, first_drawing
+        self.draws, self._first_drawing = draws, first_drawing
         self._mode = GeneratorMode(draws)
         self.position, self.is_exhausted = position, False
-        self._first = position
-        # Batches are made ahead of the loop, which may be saved at any of these; older than all it never is.
-        self.states: deque[tuple[int, Any, torch.Tensor | None]] = deque(maxlen=_KEPT_STATES)
+        self._first, self._is_ahead = position, False
+        self.limit: int | None = None
 
     @property
     def is_known(self) -> bool:
@@ -185,28 +212,52 @@ class IterableReader:
     def is_threadable(self) -> bool:
         return not self._source.unhookable
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the iterable has no further batch, and not only the loop no further wish."""
+        return self.is_exhausted and (self.limit is None or self.position < self.limit)
+
+    def stands_at(self, position: int) -> bool:
+        """Say whether the iterable is at a position, and no thread at work on it."""
+        return self.position == position and (self.is_exhausted or not self._is_ahead)
+
     def first(self) -> Batch:
-        if self._draws is None or self.is_known:
-            return self.read()
+        self._is_ahead = True  # for a thread will go on
+        return self._read()
+
+    def _first_read(self, draws: torch.Generator) -> Batch:
+        """Make the first batch, and find out what it draws from."""
         listener, watch = GeneratorMode(None), Watch(global_generators()[1:])  # torch's moves anyway
         watch.start()
         with listener, self._first_drawing():
             batch = self._next()
         found = (*listener.unhookable, *(each.name for each in watch.moved()))
         self._source.unhookable = self._source.unhookable or found
-        return self._keep_state_of(batch)
+        return batch
 
     def read(self) -> Batch:
-        if self._draws is None:
-            return self._keep_state_of(self._next())
+        self._is_ahead = False
+        return self._read()
+
+    def _read(self) -> Batch:
+        batch, kept = self._drawn(), self._source.kept
+        if batch is not END and kept is not None and (self._is_ahead or not kept.is_checked):
+            ask, is_first = partial(self._source.own_state, self), self.position == self._first + 1
+            kept.made(self.position, ask, self._is_ahead, is_first)
+        return batch
+
+    def _drawn(self) -> Batch:
+        """Make the next batch, its draws from the epoch's stream."""
+        if self.draws is None:
+            return self._next()
         if not self.is_known:
-            return self.first()
-        with drawing_from(self._draws) if self._source.unhookable else self._mode:
+            return self._first_read(self.draws)
+        with drawing_from(self.draws) if self._source.unhookable else self._mode:
             batch = self._next()
         if self._mode.unhookable:
             # Too late for this batch, which cannot be made again; not for the next one.
             self._source.unhookable = tuple(self._mode.unhookable)
-        return self._keep_state_of(batch)
+        return batch
 
     def skip(self, count: int) -> None:
         """Make batches and drop them, drawing what they draw; loop thread."""
@@ -216,7 +267,8 @@ class IterableReader:
                 return
 
     def thread_maker(self) -> Callable[[int], Batch]:
-        return lambda position: self.read()
+        self._is_ahead = True
+        return lambda position: self._read()
 
     def close(self) -> None:
         self._batches = iter(())  # a DataLoader's workers end with its iterator
@@ -234,61 +286,3 @@ class IterableReader:
             raise
         self.position += 1
         return batch
-
-    def _keep_state_of(self, batch: Batch) -> Batch:
-        if batch is not END and (state := self._source.keep_state()) is not None:
-            draws = None if self._draws is None else self._draws.get_state()
-            self.states.append((self.position, state, draws))
-        return batch
-
-
-@contextmanager
-def _fetching_from(loader: Any, draws: torch.Generator) -> Iterator[None]:
-    """Have a DataLoader's iterator make its batches, but not draw its order, from a generator of their own.
-
-    It has what makes them in this process in an attribute, as do torchdata's; other loaders, and those with
-    workers, are left alone.
-    """
-    fetcher = getattr(loader, "_dataset_fetcher", None)
-    if fetcher is None:
-        yield
-        return
-    loader._dataset_fetcher = _Fetcher(fetcher, draws)
-    try:
-        yield
-    finally:
-        loader._dataset_fetcher = fetcher
-
-
-class _Fetcher:
-    """A DataLoader's fetcher that draws from a generator of its own."""
-
-    def __init__(self, fetcher: Any, draws: torch.Generator) -> None:
-        self._fetcher, self._draws = fetcher, draws
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._fetcher, name)
-
-    def fetch(self, index: Any) -> Any:
-        with drawing_from(self._draws):
-            return self._fetcher.fetch(index)
-
-
-_KNOWN_LOADERS = ("torch.utils.data", "torchdata", "spdl", "grain", "webdataset")
-
-
-def _is_known_kind(batches: Any) -> bool:
-    """Say whether batches come from a loader whose code is known, or lie there."""
-    return (
-        type(batches) in (list, tuple)
-        or isinstance(batches, DataLoader)
-        or any(type(batches).__module__.startswith(name) for name in _KNOWN_LOADERS)
-    )
-
-
-def length_or_none(data: Any) -> int | None:
-    """Return the length of whatever has one."""
-    try:
-        return len(data)
-    except TypeError:
-        return None

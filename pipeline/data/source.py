@@ -21,9 +21,11 @@ from torch.utils.data import (
 )
 
 from pipeline.data.fetch import CollateFn, Fetcher
-from pipeline.data.iterable import IterableSource, length_or_none
+from pipeline.data.iterable import IterableSource
+from pipeline.data.loaders import length_or_none
 from pipeline.data.reader import MapSource, Source
 from pipeline.data.sampler import BatchPlan, SamplerPlan, num_batches
+from pipeline.data.several import several_sets_problem
 from pipeline.data.shard_fetch import ShardFetcher
 from pipeline.data.shards import ShardedSource
 from pipeline.errors import ConfigError
@@ -60,6 +62,8 @@ def as_source(
         ConfigError: If the settings do not fit the data, or the data is empty.
     """
     rank, world_size = ranks
+    if problem := several_sets_problem(data, name, batch_size):
+        raise ConfigError(problem)
     if problem := _shards_problem(data, name, batch_size, num_shards, world_size):
         raise ConfigError(problem)
     if batch_size is None:
@@ -137,6 +141,7 @@ def _is_safe_to_take_apart(data: Any) -> bool:
         type(batches) is BatchSampler
         and type(batches.sampler) in _SAMPLERS
         and _has_numbers(batches.sampler)
+        and length_or_none(batches) is not None
         and data.num_workers == 0
         and data.worker_init_fn is None
     )
@@ -233,7 +238,12 @@ def _samples_problem(data: Any, name: str, batch_size: int) -> str | None:
             f"{name} with batch_size must have __getitem__ and __len__, got {found}. "
             "Leave out batch_size if it yields batches."
         )
-    return f"{name} ({found}) is empty: it has no sample." if len(data) == 0 else None
+    if (count := length_or_none(data)) is None:
+        return (
+            f"{name} ({found}) is a dataset whose __len__ raises, so nobody knows which samples it has. "
+            "Return their number, or make it an IterableDataset, whose length may be unknown."
+        )
+    return f"{name} ({found}) is empty: it has no sample." if count == 0 else None
 
 
 def _share_problem(

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 
+from pipeline.data import several_sets_problem
 from pipeline.errors import ConfigError
 from pipeline.loop.callback import Callback, EarlyStopping
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, StatefulMetric
+from pipeline.settings import Settings
 
 
 def check_model(
@@ -25,7 +29,7 @@ def check_model(
     Raises:
         ConfigError: Naming every problem found.
     """
-    problems = []
+    problems = _step_problems(optimizer)
     if not isinstance(model, torch.nn.Module) or not isinstance(optimizer, torch.optim.Optimizer):
         raise ConfigError(
             "fit takes a torch.nn.Module and one torch.optim.Optimizer, got "
@@ -52,6 +56,29 @@ def check_model(
         problems.append("ReduceLROnPlateau looks at validations, and there are none: pass val_data=.")
     if problems:
         raise ConfigError(problems)
+
+
+def _step_problems(optimizer: Any) -> list[str]:
+    """Say what is wrong with an optimizer whose step must be given something; from its signature."""
+    try:
+        parameters = inspect.signature(optimizer.step).parameters.values()
+    except (AttributeError, TypeError, ValueError):
+        return []
+    needed = [
+        each.name
+        for each in parameters
+        if each.default is each.empty
+        and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        and each.name != "self"  # of a method that a scheduler has wrapped
+    ]
+    name, given = type(optimizer).__name__, ", ".join(needed)
+    why = " (which computes the loss again, several times a step)" if "closure" in needed else ""
+    return needed and [
+        f"optimizer ({name}) makes no step by itself: its step() must be given {given}{why}, and fit makes "
+        "one forward and one backward a step. Pass another, such as torch.optim.AdamW(model.parameters()), "
+        "or write the loop: for batch in pipeline.Loader(train_data, batch_size=64): "
+        f"optimizer.step({given})."
+    ]
 
 
 def check_listeners(
@@ -90,19 +117,55 @@ def check_listeners(
 
 
 def check_targets(
-    monitor: str, loss_fn: LossFn | None, val_data: Any, metrics: Metrics, scheduler_interval: str
+    settings: Settings,
+    loss_fn: LossFn | None,
+    val_data: Any,
+    batch_size: int | None,
+    metrics: Metrics,
+    scheduler_interval: str,
 ) -> None:
-    """Refuse to monitor what will not be computed, where that is known beforehand.
+    """Refuse to monitor what will not be computed, and data that cannot be validated on, where that is known.
 
     Raises:
-        ConfigError: If `monitor` names no validation metric, or the scheduler has an unknown interval.
+        ConfigError: If `monitor` names no validation metric, the scheduler has an unknown interval, or the
+            data would fail at a validation.
     """
     check_choice("scheduler_interval", scheduler_interval, ("step", "epoch"))
     known = ["val/loss", *(f"val/{name}" for name in metrics)]
-    if loss_fn is not None and val_data is not None and monitor not in known:
+    if loss_fn is not None and val_data is not None and settings.monitor not in known:
         raise ConfigError(
-            f"monitor must be one of {', '.join(known)}, got {monitor!r}. Pass the metric in metrics=."
+            f"monitor must be one of {', '.join(known)}, got {settings.monitor!r}. Pass the metric in "
+            "metrics=."
         )
+    if loss_fn is not None and batch_size is None:
+        _check_pairs(val_data)
+    if isinstance(val_data, Iterator) and settings.limit_val_batches is None:
+        _check_iterator(settings, type(val_data).__name__)
+
+
+def _check_pairs(val_data: Any) -> None:
+    """Refuse a list of what are no pairs; several sets are left to `as_source`."""
+    if not isinstance(val_data, (list, tuple)) or several_sets_problem(val_data, "val_data", None):
+        return
+    for first in val_data[:1]:
+        if not isinstance(first, (list, tuple)) or len(first) != 2:
+            raise ConfigError(
+                f"with loss_fn a batch must be a pair (inputs, target), but val_data[0] is a "
+                f"{type(first).__name__}. Pass pairs, or step= instead of loss_fn=."
+            )
+
+
+def _check_iterator(settings: Settings, kind: str) -> None:
+    """Refuse to read an iterator at several validations; warn where nobody knows how many there will be."""
+    problem = (
+        f"val_data is an iterator ({kind}), which can be read only once: a second validation would find it "
+        "empty. Pass a DataLoader, a list, or an object whose __iter__ starts anew."
+    )
+    num_epochs, every_n = settings.epoch_limit, settings.check_val_every_n_epoch
+    if settings.max_steps is not None or settings.val_check_interval is not None:
+        warnings.warn(problem, stacklevel=4)
+    elif num_epochs is not None and every_n is not None and num_epochs > every_n:
+        raise ConfigError(problem)
 
 
 def split_batching(

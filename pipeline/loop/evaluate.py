@@ -95,9 +95,14 @@ def predict_batches(
 
 
 def forward_inputs(model: torch.nn.Module, batch: Batch) -> Any:
-    """Call the model on a batch's inputs: its first part if it is a pair, else all of it."""
+    """Call the model on a batch's inputs.
+
+    They are the first part of a pair, the one part of a tuple or a list of one, as a TensorDataset of the
+    inputs alone yields it, and all of anything else: a tensor, a dict, a triple, an object.
+    """
     is_pair = isinstance(batch, (tuple, list)) and len(batch) == 2
-    return model(batch[0] if is_pair else batch)
+    is_alone = type(batch) in (tuple, list) and len(batch) == 1
+    return model(batch[0] if is_pair or is_alone else batch)
 
 
 @contextmanager

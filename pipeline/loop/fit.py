@@ -23,7 +23,7 @@ from pipeline.loop.clock import DATA_WAIT, LOG, VALIDATE
 from pipeline.loop.rates import StepDone
 from pipeline.loop.resume import open_epoch, resume
 from pipeline.loop.run import Run
-from pipeline.loop.save import save, save_epoch
+from pipeline.loop.save import rehearse, save, save_epoch
 
 AGREE_EVERY_N_STEPS = 16  # the steps after which ranks tell each other that one of them was asked to stop
 
@@ -36,6 +36,7 @@ def fit(run: Run) -> None:
     try:
         run.tell(FitStarted, run.run_dir)
         resume(run)
+        rehearse(run)
         _train(run)
         run.tell(FitFinished, run.interrupted_by or run.stop_reason)
         run.outbound.flush()
@@ -69,9 +70,11 @@ def _train(run: Run) -> None:
             if not run.is_ending:
                 with closing(open_epoch(run, _batches_left(run))) as batches:
                     _train_epoch(run, batches)
+                    if run.is_ending:
+                        save(run)  # in the middle of its epoch, while its data stands there
                 _check_progress(run)
             if is_cut_short := run.is_ending:
-                save(run)  # in the middle of its epoch: there it goes on, if it is told to
+                save(run)  # there it goes on, if it is told to
             if run.interrupted_by:
                 return
             _finish_epoch(run)

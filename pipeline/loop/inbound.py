@@ -131,6 +131,12 @@ class Inbound:
         if isinstance(self._source, _STATEFUL):
             self._source.load_state(found)
 
+    def keep_states(self, foresees: Callable[[int], bool], check: Callable[[Any], None]) -> None:
+        """Have the data keep states of its own for checkpoints; see `IterableSource.keep_states`."""
+        if isinstance(self._source, IterableSource):
+            # Beside those that wait there is one in the making, one on its way, and one in use.
+            self._source.keep_states(foresees, check, self._depth + 3)
+
     def sample_indices(self, position: int) -> list[int] | None:
         """Return the samples of a batch of the epoch under way; None where nobody knows. Any thread."""
         is_known = isinstance(self._opened, MapReader) and position < self._opened.num_batches

@@ -126,7 +126,10 @@ def cut_rows(path: Path, num_bytes: int, step: int) -> None:
 
 
 def resume(run: Run) -> None:
-    """Put everything back as the checkpoint has it, the generators last; does nothing for a new run.
+    """Put everything back as the checkpoint has it; does nothing for a new run.
+
+    The weights come first, then callbacks have their turn, then what trains the weights: the groups of
+    parameters may be a callback's doing. The generators come last.
 
     Raises:
         CheckpointError: If it belongs to another run.
@@ -135,12 +138,13 @@ def resume(run: Run) -> None:
     if found is None:
         return
     _check_ranks(found)
-    run.state.load_state_dict(found)
+    run.state.load_weights(found)
     restore_counters(run, found)
+    run.callbacks.load_state_dict(found["callbacks"])  # which may add what they had added before
+    run.state.load_training(found)
     run.step.load_state_dict(found["accumulation"])
     if run.step.metrics is not None and found["train_metrics"] is not None:
         run.step.metrics.load_state_dict(found["train_metrics"], run.step.device)
-    run.callbacks.load_state_dict(found["callbacks"])
     run.history[:] = [Row(*row) for row in found["history"]]
     journal = found["journal"]
     run.journal.losses = array("d", journal["losses"].tolist())

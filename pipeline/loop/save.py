@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import sys
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,8 +38,32 @@ def save(run: Run) -> None:
     began_s = run.clock.since_ns / 1e9
     if saver.is_writing:
         run.outbound.flush()
-    run.outbound.put_job(saver.take(state.step, capture(run), began_s))
+    if (job := saver.take(state.step, capture(run), began_s)) is not None:
+        run.outbound.put_job(job)
     run.clock.enter(LOG)
+
+
+def rehearse(run: Run) -> None:
+    """See that everything that a checkpoint will hold can be held, before there is anything to lose.
+
+    Raises:
+        CheckpointError: Naming what cannot.
+    """
+    if run.saver is None:
+        return
+    run.saver.rehearse(partial(capture, run))
+    if run.data is not None:  # its own state is tried when it has given its first batch
+        run.data.keep_states(partial(_foresees, run), run.saver.rehearse_data)
+
+
+def _foresees(run: Run, position: int) -> bool:
+    """Say whether a checkpoint will be made at a position of the epoch under way, as far as it is known."""
+    steps, rest = divmod(position, run.settings.accumulate_grad_batches)
+    if rest:
+        return False
+    step, settings = run.epoch_first_step + steps, run.settings
+    every = (settings.checkpoint_every_n_steps, settings.val_check_interval)
+    return step == settings.max_steps or any(each is not None and step % each == 0 for each in every)
 
 
 def save_epoch(run: Run, is_saved: bool) -> None:
@@ -71,7 +96,7 @@ def capture(run: Run) -> dict[str, Any]:
         "history": [tuple(row) for row in run.history],
         "generators": generator_states(run.generators),
         "epoch_generators": run.epoch_generators,
-        "data": None if run.data is None else run.data.state(run.position),
+        "data": run.data.state(run.position) if run.data is not None and run.is_epoch_open else None,
         "settings": plain_settings(run.settings),
         "versions": versions(),
         "num_ranks": ranks()[1],

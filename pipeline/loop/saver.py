@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import time
 import warnings
 from array import array
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from pipeline.checkpoint import CheckpointFolder, pack
+from pipeline.checkpoint import CheckpointFolder, UnsaveableError, pack
 from pipeline.device import Backend, Snapshot, Snapshotter
-from pipeline.errors import add_stage_note
+from pipeline.errors import CheckpointError, add_stage_note
 from pipeline.every import Every
 from pipeline.loggers import JsonlLogger
 from pipeline.report import SaveReport
@@ -51,6 +53,7 @@ class Saver:
         self._every = _every(settings)
         self._best_step = -1
         self._saved: tuple[Any, ...] = ()
+        self._rehearsed: Callable[[], dict[str, Any]] | None = None
         self._is_written = threading.Event()
         self._is_written.set()
 
@@ -60,8 +63,55 @@ class Saver:
         if self._every is not None:
             self._every.load_state_dict({"last_step": step, "since_s": 0.0})
 
+    def rehearse(self, capture: Callable[[], dict[str, Any]]) -> None:
+        """Try whether everything that a checkpoint will hold can be held; nothing is copied or written.
+
+        It is tried now, before the first step, and again after it, when optimizers have their state.
+
+        Args:
+            capture: Returns the state of the run.
+
+        Raises:
+            CheckpointError: If something cannot be held; it says what, and what to do.
+
+        Runs on:
+            Loop thread; some 5 µs a tensor, twice in a run.
+        """
+        self._rehearsed = capture
+        try:
+            _packed(capture(), {})
+        except CheckpointError as error:
+            self._rehearsed = None
+            self._fail(error, 0, "none of this run's checkpoints can be written")
+        except Exception:  # a state that begins with the first step: tried again after it, and said then
+            return
+
+    def rehearse_data(self, state: Any) -> None:
+        """Try the same with the state of the data, once it has given a batch."""
+        try:
+            _packed({"data": state}, {})
+        except CheckpointError as error:
+            self._fail(error, 0, "none of this run's checkpoints can be written")
+
+    def _rehearse_again(self, step: int) -> None:
+        capture, self._rehearsed = self._rehearsed, None
+        assert capture is not None
+        try:
+            _packed(capture(), {})
+        except CheckpointError as error:
+            self._fail(error, step, "no checkpoint can be written as things are")
+        except Exception as error:
+            warnings.warn(
+                f"no checkpoint could be made after step {step}: {type(error).__name__}: {error}. "
+                "If that is a callback's state_dict, let it return something from the beginning.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
     def is_due(self, step: int) -> bool:
-        """Say whether a checkpoint is to be made after this step."""
+        """Say whether a checkpoint is to be made after this step; the first time, try whether it can be."""
+        if self._rehearsed is not None:
+            self._rehearse_again(step)
         is_time = self._every is not None and self._every.is_due(step)
         return is_time or self.is_asked or self._best_step == step
 
@@ -80,16 +130,23 @@ class Saver:
         """Whether the last snapshot is not on the disk yet: its memory is in use."""
         return not self._is_written.is_set()
 
-    def take(self, step: int, state: dict[str, Any], began_s: float) -> SaveJob:
-        """Return the snapshot of a state as it is now, ready to be written.
+    def take(self, step: int, state: dict[str, Any], began_s: float) -> SaveJob | None:
+        """Return the snapshot of a state as it is now, ready to be written; None if it cannot be held.
 
         Args:
             step: Its step.
             state: Live.
             began_s: Since when the loop has waited for it, by `time.perf_counter`.
+
+        Raises:
+            CheckpointError: If it cannot be held, unless ``on_checkpoint_error='warn'``.
         """
         tensors: dict[str, torch.Tensor] = {}
-        structure = pack(state, tensors)
+        try:
+            structure = _packed(state, tensors)
+        except CheckpointError as error:
+            self._fail(error, step, f"the checkpoint of step {step} could not be written")
+            return None
         snapshot = Snapshot(tensors, None) if self._snapshotter is None else self._snapshotter.copy(tensors)
         self._is_written.clear()
         return SaveJob(
@@ -111,16 +168,8 @@ class Saver:
             num_bytes = self.folder.save(job.step, tensors, job.structure)
             if job.is_best:
                 self.folder.keep_as_best(job.step)
-        except OSError as error:
-            add_stage_note(error, "checkpoint", step=job.step)
-            if self._raises:
-                raise
-            warnings.warn(
-                f"the checkpoint of step {job.step} could not be written: {error}. The older ones are kept, "
-                "and training goes on without it.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+        except (OSError, CheckpointError) as error:
+            self._fail(error, job.step, f"the checkpoint of step {job.step} could not be written")
             num_bytes = 0
         finally:
             self._is_written.set()
@@ -129,8 +178,23 @@ class Saver:
 
     def name_best(self, job: BestJob) -> None:
         """Give the checkpoint of a step its second name."""
-        if job.is_best:
+        if not job.is_best:
+            return
+        try:
             self.folder.keep_as_best(job.step)
+        except OSError as error:  # the file, which could not be written, may not be there
+            self._fail(error, job.step, f"the best checkpoint, of step {job.step}, could not be kept")
+
+    def _fail(self, error: Exception, step: int, what: str) -> None:
+        """Raise what went wrong, or warn of it and go on, as the user wants it."""
+        add_stage_note(error, "checkpoint", step=step)
+        if self._raises:
+            raise error
+        warnings.warn(
+            f"{what}: {str(error).rstrip('.')}. The older ones are kept, and training goes on without it.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +216,30 @@ class BestJob:
     saver: Saver
     step: int
     is_best: bool
+
+
+_SPOKEN = (
+    (re.compile(r"callbacks\.callbacks\.(\d+)\.state\b\.?"), r"callbacks[\1]"),
+    (re.compile(r"data\.state\b\.?"), "train_data"),
+    (re.compile(r"(model|optimizer|scheduler)\b\.?"), r"\1"),
+)
+
+
+def _packed(state: dict[str, Any], tensors: dict[str, torch.Tensor]) -> Any:
+    """Pack a state; what cannot be held is called what its owner knows it as."""
+    try:
+        return pack(state, tensors)
+    except UnsaveableError as error:
+        raise UnsaveableError(_spoken(error.path), error.reason) from None
+
+
+def _spoken(path: str) -> str:
+    """Return a place in a checkpoint as an expression: ``callbacks[0].state_dict()['seen']``."""
+    for pattern, owner in _SPOKEN:
+        if found := pattern.match(path):
+            key = f"[{path[found.end() :]!r}]" if found.end() < len(path) else ""
+            return f"{found.expand(owner)}.state_dict(){key}"
+    return path
 
 
 def _every(settings: Settings) -> Every | None:

@@ -518,11 +518,21 @@ def test_a_module_that_acts_on_its_mode_is_told_of_both(settings):
     assert seen == [(True, False), (False, True)] * 2
 
 
+class ReadOnce:
+    """Says not that it can be iterated only once."""
+
+    def __init__(self, batches):
+        self._iterator = iter(batches)
+
+    def __iter__(self):
+        return self._iterator
+
+
 def test_data_that_runs_dry_is_an_error_in_validation_too(settings):
     """No number is made up of no sample."""
+    batches = list(DataLoader(data(), 4))
     with pytest.raises(StageError, match="the data gave no batch"):
-        fit(settings, val_data=iter(list(DataLoader(data(), 4))), batch_size=None, max_epochs=2,
-            train_data=list(DataLoader(data(), 4)))  # fmt: skip
+        fit(settings, val_data=ReadOnce(batches), batch_size=None, max_epochs=2, train_data=batches)
     with pytest.raises(StageError, match="the data gave no batch"):
         Trainer(**settings).evaluate(build_model("linear"), iter([]), loss_fn=F.cross_entropy)
 

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import collections
+import datetime
+import decimal
+import enum
+import fractions
+import io
 import json
 import math
 import os
+import pathlib
 import pickle
+import signal
+import uuid
 
 import numpy as np
 import pytest
@@ -14,9 +22,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import CheckpointError
-from pipeline.checkpoint import CheckpointFolder, load_checkpoint, load_model, pack, save_checkpoint
+from pipeline import CheckpointError, SimulatedBackend
+from pipeline.checkpoint import (
+    CheckpointFolder,
+    load_checkpoint,
+    load_model,
+    pack,
+    save_checkpoint,
+    write_file,
+)
 from pipeline.checkpoint import __main__ as command
+from pipeline.device import Snapshotter
 from pipeline.state import TrainState
 
 LEAVES = (
@@ -77,6 +93,188 @@ def test_what_json_does_not_have_comes_back_too(tmp_path):
     assert same(found["number"], 0.5)
 
 
+class Enough(str, enum.Enum):  # noqa: UP042  (as users write it)
+    YES = "yes"
+
+
+VALUES = {
+    "frozenset": frozenset([1, 2]),
+    "deque": collections.deque([1, (2,)], maxlen=3),
+    "range": range(1, 9, 2),
+    "ordered": collections.OrderedDict(b=1, a=torch.ones(2)),
+    "default": collections.defaultdict(list, a=[1]),
+    "no default": collections.defaultdict(None, {(1, "a"): 2}),
+    "date": datetime.datetime(2026, 1, 2, 3, 4, 5, 6),
+    "zone": datetime.datetime(2026, 1, 2, tzinfo=datetime.UTC),
+    "day": datetime.date(2026, 1, 2),
+    "time": datetime.time(1, 2, 3),
+    "span": datetime.timedelta(-1, microseconds=3),
+    "path": pathlib.Path("a/b"),
+    "decimal": decimal.Decimal("0.1"),
+    "fraction": fractions.Fraction(1, 3),
+    "uuid": uuid.UUID(int=7),
+    "bytearray": bytearray(b"ab"),
+    "size": torch.Size([2, 3]),
+    "dtype": torch.bfloat16,
+    "big": -(1 << 2000),
+    "device": torch.device("cpu"),
+    "complex": complex(1, math.inf),
+    "none": {None: 1, 2.5: (), True: frozenset()},
+    "texts": np.array(["a", "bcd"]),
+    "days": np.array(["2026-01-02"], dtype="datetime64[D]"),
+    "records": np.array([(1, 2.5)], dtype=[("a", ">i4"), ("b", "f8")]),
+    "swapped": np.arange(3, dtype=">f4"),
+    "wide": np.arange(3, dtype=np.longdouble),
+    "complex array": np.arange(3) * 1j,
+    "zero": np.array(3.5),
+    "turned array": np.arange(6).reshape(2, 3).T[::-1],
+    "of NumPy": np.datetime64("2026-01-02"),
+}
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_what_a_callback_or_a_scheduler_may_keep_comes_back(tmp_path, name):
+    """With its type; made again by nobody's code."""
+    save_checkpoint(tmp_path / "a.safetensors", {"model": {}, "value": [VALUES[name]]})
+    (found,) = load_checkpoint(tmp_path / "a.safetensors")["value"]
+    assert type(found) is type(VALUES[name])
+    if isinstance(found, np.ndarray):
+        assert same(found, VALUES[name])
+    else:
+        assert repr(found) == repr(VALUES[name])
+    if isinstance(found, collections.deque):
+        assert found.maxlen == 3
+
+
+def test_numbers_and_texts_of_other_types_are_pythons(tmp_path):
+    """NumPy's, and those of an enum; a file like an open one keeps its bytes."""
+    values = [np.bool_(True), np.int64(3), np.bytes_(b"x"), np.str_("y"), Enough.YES, signal.SIGTERM]
+    save_checkpoint(tmp_path / "a.safetensors", {"model": {}, "value": values, "file": io.BytesIO(b"abc")})
+    found = load_checkpoint(tmp_path / "a.safetensors")
+    assert all(map(same, found["value"], [True, 3, b"x", "y", "yes", 15]))
+    assert found["file"].getvalue() == b"abc"
+
+
+def quantized(kind):
+    if kind == "tensor":
+        return torch.quantize_per_tensor(torch.randn(3, 2), 0.1, 2, torch.quint8)
+    scales, points = torch.tensor([0.1, 0.2]), torch.tensor([0, 3])
+    return torch.quantize_per_channel(torch.randn(3, 2), scales, points, 1, torch.qint8)
+
+
+def uncoalesced():
+    return torch.sparse_coo_tensor([[0, 2, 0]], torch.randn(3, 2), (4, 2))
+
+
+ODD = {
+    "coo": uncoalesced,
+    "coalesced": lambda: uncoalesced().coalesce(),
+    "empty coo": lambda: torch.zeros(3).to_sparse(),
+    "csr": lambda: torch.eye(3).to_sparse_csr(),
+    "csc": lambda: torch.eye(3).to_sparse_csc(),
+    "bsr": lambda: torch.eye(4).to_sparse_bsr((2, 2)),
+    "bsc": lambda: torch.eye(4).to_sparse_bsc((2, 2)),
+    "quantized": lambda: quantized("tensor"),
+    "by channel": lambda: quantized("channel"),
+    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.zeros(3)]),
+    "jagged": lambda: torch.nested.nested_tensor([torch.ones(2), torch.zeros(3)], layout=torch.jagged),
+    "conjugate": lambda: torch.randn(3, dtype=torch.complex64).conj(),
+    "negative": lambda: torch.randn(3)._neg_view(),
+    "turned complex": lambda: torch.randn(3, 4, dtype=torch.complex128).t(),
+    "half": lambda: torch.tensor(True),
+    "empty odd": lambda: torch.empty(0, 2, dtype=torch.complex128),
+    "sparse complex": lambda: torch.eye(3, dtype=torch.complex128).to_sparse(),
+    **{
+        str(dtype): lambda dtype=dtype: torch.randn(2, 3).mul(50).abs().to(dtype)
+        for dtype in (
+            torch.uint16,
+            torch.uint32,
+            torch.uint64,
+            torch.float16,
+            torch.bfloat16,
+            torch.float8_e4m3fn,
+            torch.float8_e5m2,
+            torch.float8_e4m3fnuz,
+            torch.float8_e5m2fnuz,
+            torch.complex32,
+            torch.complex64,
+            torch.complex128,
+        )
+    },
+    "float8_e8m0fnu": lambda: torch.arange(4, dtype=torch.uint8).view(torch.float8_e8m0fnu),
+    "float4": lambda: torch.arange(4, dtype=torch.uint8).view(torch.float4_e2m1fn_x2),
+    **{
+        f"0-dim {dtype}": lambda dtype=dtype: torch.tensor(1.5).to(dtype)
+        for dtype in (torch.float8_e5m2, torch.uint16, torch.complex128)
+    },
+}
+
+
+def bits(tensor):
+    """Return a tensor's values as bytes, for those that nothing can be compared with."""
+    if tensor.is_nested:
+        return [bits(each) for each in tensor.unbind()]
+    if tensor.layout is not torch.strided:
+        parts = (
+            [tensor._indices(), tensor._values()] if tensor.layout is torch.sparse_coo else [tensor.values()]
+        )
+        return [bits(each) for each in parts]
+    if tensor.is_quantized:
+        return [bits(tensor.int_repr()), tensor.qscheme(), tensor.dequantize().tolist()]
+    flat = tensor.resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.view(torch.uint8).tolist()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:Sparse", "ignore:The PyTorch API of nested", "ignore:.*are deprecated", "ignore:ComplexHalf"
+)
+@pytest.mark.parametrize("is_off_loop", [False, True])
+@pytest.mark.parametrize("name", ODD)
+def test_tensors_of_every_kind_come_back(tmp_path, name, is_off_loop):
+    """Sparse, quantized, nested, of odd dtypes: bit for bit, with their layout."""
+    tensor, tensors = ODD[name](), {}
+    structure = pack({"model": {}, "value": tensor}, tensors)
+    if is_off_loop:
+        tensors = Snapshotter(SimulatedBackend()).copy(tensors).resolve()
+    write_file(tmp_path / "a.safetensors", tensors, structure)
+    found = load_checkpoint(tmp_path / "a.safetensors")["value"]
+    assert (found.dtype, found.layout, found.is_nested) == (tensor.dtype, tensor.layout, tensor.is_nested)
+    assert bits(found) == bits(tensor)
+    if not tensor.is_nested and tensor.layout is torch.strided:
+        assert (found.shape, found.stride()) == (tensor.shape, tensor.stride())
+    if tensor.layout is torch.sparse_coo:
+        assert (found.shape, found.is_coalesced()) == (tensor.shape, tensor.is_coalesced())
+
+
+def test_a_module_that_has_seen_no_batch_is_held_too(tmp_path):
+    """Its parameters have no values yet, before and after."""
+    save_checkpoint(tmp_path / "a.safetensors", {"model": torch.nn.LazyLinear(3).state_dict()})
+    model = torch.nn.LazyLinear(3)
+    load_model(tmp_path / "a.safetensors", model)
+    assert isinstance(model.weight, torch.nn.UninitializedParameter)
+    model(torch.ones(2, 4))
+
+
+def test_indices_of_a_sparse_tensor_are_checked(tmp_path):
+    """Those of a file that somebody made up may point anywhere."""
+    tensors = {}
+    structure = pack({"model": {}, "value": uncoalesced()}, tensors)
+    tensors["value.indices"] = tensors["value.indices"] + 7
+    write_file(tmp_path / "a.safetensors", tensors, structure)
+    with pytest.raises(CheckpointError, match=r"size is inconsistent with indices|out of bounds|larger than"):
+        load_checkpoint(tmp_path / "a.safetensors")
+
+
+def test_an_export_leaves_out_what_is_no_tensor(tmp_path, capsys):
+    """Such as the extra state of a module."""
+    safetensors = pytest.importorskip("safetensors.torch")
+    path, out = tmp_path / "a.safetensors", tmp_path / "weights.safetensors"
+    save_checkpoint(path, {"model": {"weight": torch.ones(2), "_extra_state": {"seen": 3}}})
+    assert command.main(["export", str(path), str(out)]) == 0
+    assert list(safetensors.load_file(out)) == ["weight"]
+    assert "left out, as it is no tensor: _extra_state" in capsys.readouterr().err
+
+
 def test_names_that_would_be_the_same_are_kept_apart(tmp_path):
     """Keys with dots, and keys that differ in their type alone."""
     tree = {
@@ -93,8 +291,27 @@ def test_what_would_need_code_is_refused_by_name():
     """The message has the path of the value, and what to do."""
     with pytest.raises(CheckpointError, match=r"a\.b\.1 is a Path.*state_dict return tensors"):
         pack({"a": {"b": [1, os_path()]}}, {})
-    with pytest.raises(CheckpointError, match="sparse"):
-        pack({"a": torch.eye(2).to_sparse()}, {})
+    around: list = []
+    around.append(around)
+    rank = collections.defaultdict(lambda: 0)
+    for value, message in {
+        "class": (object(), "a is a object.*state_dict return tensors"),
+        "function": (print, "a is a builtin_function_or_method.*leave it out"),
+        "generator": (torch.Generator(), r"a is a Generator.*get_state\(\)"),
+        "stateful": (
+            torch.optim.lr_scheduler.StepLR(torch.optim.SGD([torch.ones(1)]), 1),
+            r"its own state_dict\(\)",
+        ),
+        "objects": (np.array([None, {}]), "a is a ndarray"),
+        "masked": (np.ma.masked_array([1, 2], [0, 1]), "a is a MaskedArray"),
+        "meta": (torch.empty(2, device="meta"), "meta device"),
+        "mkldnn": (torch.ones(2).to_mkldnn(), "a is a tensor of the layout torch._mkldnn"),
+        "tensor as a key": ({torch.ones(1): 1}, "a has a tensor as a key"),
+        "default": (rank, r"a is a defaultdict.*dict\(…\)"),
+        "itself": (around, "does it contain itself"),
+    }.values():
+        with pytest.raises(CheckpointError, match=f"(?s){message}"):
+            pack({"a": value}, {})
 
 
 def os_path():

@@ -1,0 +1,70 @@
+"""Things that yield batches: of which kind they are, how long, and who makes their batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from pipeline.seeding import drawing_from
+
+_KNOWN_LOADERS = ("torch.utils.data", "torchdata", "spdl", "grain", "webdataset")
+
+
+def is_known_kind(batches: Any) -> bool:
+    """Say whether batches come from a loader whose code is known, or lie there."""
+    return (
+        type(batches) in (list, tuple)
+        or isinstance(batches, DataLoader)
+        or any(type(batches).__module__.startswith(name) for name in _KNOWN_LOADERS)
+    )
+
+
+def length_or_none(data: Any) -> int | None:
+    """Return the length of whatever has one; None if it has none, or raises when it is asked.
+
+    A DataLoader notes that it was asked, and warns later of batches beyond its length: that is put back.
+    """
+    noted = getattr(data, "_IterableDataset_len_called", None)
+    try:
+        return len(data)
+    except Exception:  # a stream says in many ways that it has no length
+        return None
+    finally:
+        if isinstance(data, DataLoader):
+            data._IterableDataset_len_called = noted
+
+
+@contextmanager
+def fetching_from(loader: Any, draws: torch.Generator) -> Iterator[None]:
+    """Have a DataLoader's iterator make its batches, but not draw its order, from a generator of their own.
+
+    It has what makes them in this process in an attribute, as do torchdata's; other loaders, and those with
+    workers, are left alone.
+    """
+    fetcher = getattr(loader, "_dataset_fetcher", None)
+    if fetcher is None:
+        yield
+        return
+    loader._dataset_fetcher = _Fetcher(fetcher, draws)
+    try:
+        yield
+    finally:
+        loader._dataset_fetcher = fetcher
+
+
+class _Fetcher:
+    """A DataLoader's fetcher that draws from a generator of its own."""
+
+    def __init__(self, fetcher: Any, draws: torch.Generator) -> None:
+        self._fetcher, self.draws = fetcher, draws
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._fetcher, name)
+
+    def fetch(self, index: Any) -> Any:
+        with drawing_from(self.draws):
+            return self._fetcher.fetch(index)
