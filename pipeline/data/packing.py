@@ -3,7 +3,7 @@
 What is pickled is the batch's skeleton: its containers, strings and numbers, with each tensor or array
 replaced by where it lies. A tensor that was made in the memory (see `Arena.tensor`) is not copied at all;
 another is copied once. Whatever does not fit goes to a second file, made for this one batch. Tensors of an
-unusual kind (sparse, of a class of their own, with a gradient) are pickled whole.
+unusual kind (sparse, of a class of their own, with a gradient or attributes) are pickled whole.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any, TypeAlias
 import numpy
 import torch
 
-from pipeline.batch import Batch, map_tensors
+from pipeline.batch import Batch, keep_objects, map_batch
 from pipeline.concurrency import view_file
+from pipeline.data.reduction import reduce_tensor
 
 ALIGNMENT_BYTES = 64
 Buffer: TypeAlias = Any
@@ -121,15 +122,12 @@ class _Packer(pickle.Pickler):
             return "tensor", *self._put(flat), found.dtype, flat.numel(), tuple(found.shape), stride
         if type(found) is numpy.ndarray and found.flags.c_contiguous and not found.dtype.hasobject:
             flat = torch.frombuffer(_readable(found), dtype=torch.uint8) if found.nbytes else _EMPTY
-            return "array", *self._put(flat), found.dtype, found.size, found.shape, None
+            count = found.size if found.nbytes else 0
+            return "array", *self._put(flat), found.dtype, count, found.shape, found.flags.writeable
         return None
 
     def reducer_override(self, found: Any) -> Any:
-        # torch's own way keeps a list of all sparse tensors that were ever unpickled, to validate them.
-        if isinstance(found, torch.Tensor) and found.layout is torch.sparse_coo:
-            parts = found._indices(), found._values(), found.shape, found.is_coalesced()
-            return _sparse_coo, parts
-        return NotImplemented
+        return reduce_tensor(found) if isinstance(found, torch.Tensor) else NotImplemented
 
     def _put(self, flat: torch.Tensor) -> tuple[bool, int]:
         """Put it into memory; return whether that is the overflow, and the offset."""
@@ -202,7 +200,7 @@ def reaches_all(batch: Batch, views: list[Any]) -> bool:
         reached.add(id(tensor))
         return tensor
 
-    map_tensors(batch, note)
+    map_batch(batch, note, keep_objects)
     return all(id(each) in reached for each in views)
 
 
@@ -225,22 +223,21 @@ class _Unpacker(pickle.Unpickler):
         if kind == "array":
             if not count:
                 return numpy.empty(shape, dtype)
-            return numpy.frombuffer(buffer, dtype, count, offset).reshape(shape)  # type: ignore[arg-type]
+            array = numpy.frombuffer(buffer, dtype, count, offset).reshape(shape)  # type: ignore[arg-type]
+            array.flags.writeable = stride
+            return array
         if not count:
             return torch.empty(shape, dtype=dtype)
         flat = view(buffer, offset, dtype, count)
         return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
 
 
-def _sparse_coo(indices: Any, values: Any, shape: torch.Size, is_coalesced: bool) -> torch.Tensor:
-    return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=is_coalesced, check_invariants=False)
-
-
 def _is_plain(tensor: torch.Tensor) -> bool:
+    is_unusual = tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
     return (
         tensor.layout is torch.strided
         and tensor.device.type == "cpu"
-        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        and not (is_unusual or tensor.is_nested or tensor.__dict__)
     )
 
 
