@@ -97,6 +97,9 @@ class _Copier:
 
 def _cloned(found: torch.Tensor) -> torch.Tensor:
     """Copy with the strides that it has, for a kernel may sum in the order of the memory."""
+    made = found.clone()
+    if made.stride() == found.stride():
+        return made
     # Along an expanded dimension there is one element.
     sizes = [1 if stride == 0 else size for size, stride in zip(found.shape, found.stride(), strict=True)]
     own = found.as_strided(sizes, found.stride())

@@ -17,8 +17,8 @@ _GRAPH = (
 def reduce_tensor(found: torch.Tensor) -> Any:
     """Return what makes a tensor anew, and of which parts; NotImplemented leaves it to its class.
 
-    torch's own way keeps a list of all sparse tensors that were ever unpickled, to validate them, and has none
-    for nested ones.
+    torch's own way keeps a list of all sparse tensors ever unpickled, to validate them, and there is
+    none for nested ones.
 
     Raises:
         StageError: If the tensor has a graph, which would be lost without a word.
