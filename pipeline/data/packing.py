@@ -19,7 +19,7 @@ import torch
 
 from pipeline.batch import Batch, keep_objects, map_batch
 from pipeline.concurrency import view_file
-from pipeline.data.reduction import reduce_tensor
+from pipeline.data.reduction import dense_array, lay_out, reduce_tensor
 
 ALIGNMENT_BYTES = 64
 Buffer: TypeAlias = Any
@@ -119,11 +119,13 @@ class _Packer(pickle.Pickler):
     def persistent_id(self, found: Any) -> Any:
         if type(found) is torch.Tensor and _is_plain(found):
             flat, stride = _flat(found)
-            return "tensor", *self._put(flat), found.dtype, flat.numel(), tuple(found.shape), stride
-        if type(found) is numpy.ndarray and found.flags.c_contiguous and not found.dtype.hasobject:
-            flat = torch.frombuffer(_readable(found), dtype=torch.uint8) if found.nbytes else _EMPTY
-            count = found.size if found.nbytes else 0
-            return "array", *self._put(flat), found.dtype, count, found.shape, found.flags.writeable
+            return "tensor", *self._put(flat), found.dtype, flat.numel(), found.shape, stride
+        if type(found) is numpy.ndarray and not found.dtype.hasobject:
+            dense, layout = dense_array(found)
+            if dense.flags.c_contiguous:
+                flat = torch.frombuffer(_readable(dense), dtype=torch.uint8) if found.nbytes else _EMPTY
+                count = found.size if found.nbytes else 0
+                return "array", *self._put(flat), found.dtype, count, dense.shape, layout
         return None
 
     def reducer_override(self, found: Any) -> Any:
@@ -218,18 +220,21 @@ class _Unpacker(pickle.Unpickler):
         return found
 
     def _load(self, where: Any) -> Any:
-        kind, is_overflow, offset, dtype, count, shape, stride = where
+        kind, is_overflow, offset, dtype, count, shape, layout = where
         buffer = self._buffers[is_overflow]
         if kind == "array":
-            if not count:
-                return numpy.empty(shape, dtype)
-            array = numpy.frombuffer(buffer, dtype, count, offset).reshape(shape)  # type: ignore[arg-type]
-            array.flags.writeable = stride
-            return array
+            array: Any = numpy.empty(shape, dtype)
+            if count:
+                array = numpy.frombuffer(buffer, dtype, count, offset).reshape(shape)  # type: ignore[arg-type]
+            return lay_out(array, *layout)
         if not count:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty_strided(shape, layout or torch.empty(shape).stride(), dtype=dtype)
         flat = view(buffer, offset, dtype, count)
-        return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
+        if layout is None:
+            return flat.view(shape)
+        if count == shape.numel() and _span(shape, layout) > count:  # it came without what lay in between
+            return torch.empty_strided(shape, layout, dtype=dtype).copy_(flat.view(shape))
+        return flat.as_strided(shape, layout)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
@@ -245,15 +250,21 @@ def _flat(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...] | None]:
     """Return the memory that a tensor spans, and its strides unless they are the usual ones.
 
     Strides are kept, for the kernels that read the batch may sum in the order of its memory. A tensor that
-    is a small part of what it spans is made dense.
+    is a small part of what it spans travels without what lies in between.
     """
+    stride = tensor.stride()
     if tensor.is_contiguous():
-        return tensor.view(-1), None
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    span = 1 + sum((size - 1) * stride for size, stride in sizes) if tensor.numel() else 0
+        flat = tensor.view(-1)
+        return flat, None if flat.view(tensor.shape).stride() == stride else stride
+    span = _span(tensor.shape, stride)
     if span > 2 * tensor.numel():
-        return tensor.contiguous().view(-1), None
-    return tensor.as_strided((span,), (1,)), tensor.stride()
+        return tensor.contiguous().view(-1), stride
+    return tensor.as_strided((span,), (1,)), stride
+
+
+def _span(shape: torch.Size, strides: tuple[int, ...]) -> int:
+    """Return how many elements of memory lie from the first to the last, if there is one."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def _readable(array: Any) -> Any:

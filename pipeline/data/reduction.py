@@ -1,9 +1,11 @@
-"""Tensors that do not lie in memory as they are, taken apart for a pickle."""
+"""Tensors and arrays that do not lie in memory as they are, taken apart for a pickle."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+import numpy
 import torch
 
 from pipeline.errors import StageError
@@ -25,15 +27,26 @@ def reduce_tensor(found: torch.Tensor) -> Any:
     """
     if found.requires_grad and not found.is_leaf:
         raise StageError(_GRAPH.format(shape=tuple(found.shape)), stage="collate")
-    if type(found) is not torch.Tensor or found.requires_grad or found.__dict__:
+    if type(found) is not torch.Tensor or found.__dict__:
         return NotImplemented
+    taken_apart = _take_apart(found.detach())
+    return NotImplemented if taken_apart is None else (_together, (*taken_apart, found.requires_grad))
+
+
+def _take_apart(found: torch.Tensor) -> tuple[Callable[..., torch.Tensor], tuple[Any, ...]] | None:
     if found.is_nested:
-        return _nested, _parts_of_nested(found)
+        return (_nested, _parts_of_nested(found)) if found.size(0) else (_nested_of_none, (found.dtype,))
     if found.layout is torch.sparse_coo:
         return _sparse_coo, (found._indices(), found._values(), found.shape, found.is_coalesced())
     if found.layout in _COMPRESSED:
         return _sparse_compressed, (*_COMPRESSED[found.layout](found), found.shape, found.layout)
-    return NotImplemented
+    return None
+
+
+def _together(
+    function: Callable[..., torch.Tensor], parts: tuple[Any, ...], requires_grad: bool
+) -> torch.Tensor:
+    return function(*parts).requires_grad_(requires_grad)
 
 
 def _sparse_coo(indices: Any, values: Any, shape: torch.Size, is_coalesced: bool) -> torch.Tensor:
@@ -72,3 +85,25 @@ def _parts_of_nested(found: Any) -> tuple[torch.Tensor, ...]:
 
 def _nested(*parts: Any) -> torch.Tensor:
     return torch._nested_view_from_buffer_copy(*parts)
+
+
+def _nested_of_none(dtype: torch.dtype) -> torch.Tensor:
+    return torch.nested.nested_tensor([], dtype=dtype)
+
+
+def dense_array(found: Any) -> tuple[Any, tuple[list[int], tuple[slice, ...], bool]]:
+    """Return an array with its axes in the order of its memory, and how `lay_out` puts them back."""
+    is_writeable = found.flags.writeable
+    if found.flags.c_contiguous:
+        return found, ([], (), is_writeable)
+    flip = tuple(slice(None, None, -1) if stride < 0 else slice(None) for stride in found.strides)
+    order = sorted(range(found.ndim), key=lambda axis: -abs(found.strides[axis]))
+    return found[flip].transpose(order), (order, flip, is_writeable)
+
+
+def lay_out(dense: Any, order: list[int], flip: tuple[slice, ...], is_writeable: bool) -> Any:
+    """Return an array as it lay before `dense_array`; with the same memory."""
+    if order:
+        dense = dense.transpose(numpy.argsort(order))[flip]
+    dense.flags.writeable = is_writeable
+    return dense
