@@ -122,10 +122,9 @@ class _Packer(pickle.Pickler):
             return "tensor", *self._put(flat), found.dtype, flat.numel(), found.shape, stride
         if type(found) is numpy.ndarray and not found.dtype.hasobject:
             dense, layout = dense_array(found)
-            if dense.flags.c_contiguous:
-                flat = torch.frombuffer(_readable(dense), dtype=torch.uint8) if found.nbytes else _EMPTY
-                count = found.size if found.nbytes else 0
-                return "array", *self._put(flat), found.dtype, count, dense.shape, layout
+            flat = torch.frombuffer(_readable(dense), dtype=torch.uint8) if dense.nbytes else _EMPTY
+            count = dense.size if dense.nbytes else 0
+            return "array", *self._put(flat), found.dtype, count, dense.shape, layout
         return None
 
     def reducer_override(self, found: Any) -> Any:
@@ -226,7 +225,7 @@ class _Unpacker(pickle.Unpickler):
             array: Any = numpy.empty(shape, dtype)
             if count:
                 array = numpy.frombuffer(buffer, dtype, count, offset).reshape(shape)  # type: ignore[arg-type]
-            return lay_out(array, *layout)
+            return lay_out(array, layout)
         if not count:
             return torch.empty_strided(shape, layout or torch.empty(shape).stride(), dtype=dtype)
         flat = view(buffer, offset, dtype, count)

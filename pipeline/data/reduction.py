@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -91,19 +91,50 @@ def _nested_of_none(dtype: torch.dtype) -> torch.Tensor:
     return torch.nested.nested_tensor([], dtype=dtype)
 
 
-def dense_array(found: Any) -> tuple[Any, tuple[list[int], tuple[slice, ...], bool]]:
-    """Return an array with its axes in the order of its memory, and how `lay_out` puts them back."""
-    is_writeable = found.flags.writeable
+class Layout(NamedTuple):
+    """How an array lay in memory.
+
+    Args:
+        order: Its axes, in the order of the memory; none if it lay as usual.
+        flip: What turns round those that ran backwards.
+        shape: In that order, with those along which it was repeated.
+        strides: Of that.
+        is_writeable: Its flag.
+    """
+
+    order: tuple[int, ...]
+    flip: tuple[slice, ...]
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    is_writeable: bool
+
+
+def dense_array(found: Any) -> tuple[Any, Layout]:
+    """Return an array as one piece of memory, without a copy if it is one, and what `lay_out` needs."""
     if found.flags.c_contiguous:
-        return found, ([], (), is_writeable)
+        return found, Layout((), (), (), (), found.flags.writeable)
     flip = tuple(slice(None, None, -1) if stride < 0 else slice(None) for stride in found.strides)
-    order = sorted(range(found.ndim), key=lambda axis: -abs(found.strides[axis]))
-    return found[flip].transpose(order), (order, flip, is_writeable)
+    order = tuple(sorted(range(found.ndim), key=lambda axis: -abs(found.strides[axis])))
+    lying = found[flip].transpose(order)
+    layout = Layout(order, flip, lying.shape, lying.strides, found.flags.writeable)
+    return numpy.ascontiguousarray(lying[_once(lying.strides)]), layout
 
 
-def lay_out(dense: Any, order: list[int], flip: tuple[slice, ...], is_writeable: bool) -> Any:
-    """Return an array as it lay before `dense_array`; with the same memory."""
+def lay_out(dense: Any, layout: Layout) -> Any:
+    """Return an array as it lay before `dense_array`; in the same memory if that was one piece."""
+    order, flip, shape, strides, is_writeable = layout
     if order:
+        if (dense.shape, dense.strides) != (shape, strides):
+            last = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+            memory = numpy.empty(last + dense.itemsize, numpy.uint8)
+            lying: Any = numpy.ndarray(shape, dense.dtype, memory, strides=strides)
+            lying[_once(strides)] = dense
+            dense = lying
         dense = dense.transpose(numpy.argsort(order))[flip]
     dense.flags.writeable = is_writeable
     return dense
+
+
+def _once(strides: tuple[int, ...]) -> tuple[slice, ...]:
+    """Return what takes one of each element that an array repeats."""
+    return tuple(slice(0, 1) if stride == 0 else slice(None) for stride in strides)

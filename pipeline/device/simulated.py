@@ -172,8 +172,8 @@ class SimulatedBackend:
             del self._pinned[address]
 
     def copy_in(self, host: torch.Tensor) -> torch.Tensor:
-        if host.requires_grad or host.is_nested:
-            return host.clone()  # with its graph; such a copy waits
+        if host.requires_grad or host.is_nested or host.layout is not torch.strided:
+            return host.clone()  # with its graph, as it is; such a copy waits
         on_device = _poison(torch.empty_like(host))
         # A view of it shares the memory but not this object: the caller's tensor may die and be
         # counted as freed, while the copy still has somewhere to write to.

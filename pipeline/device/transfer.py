@@ -14,8 +14,8 @@ The life of the memory, which is where such code goes wrong:
    a closure, is theirs: nothing is ever written into it again.
 
 All three hold for every tensor of a nested batch. An object that moves itself (`pipeline.batch.tree` has
-the rule), and a tensor with a gradient, is moved when the batch is received, on the loop thread and its
-compute stream, as in a plain loop: nobody knows what an object does there, and the graph is the loop's.
+the rule), and a tensor with a gradient or without memory that could be lent (sparse, nested), is moved when
+the batch is received, on the loop thread and its compute stream, as in a plain loop.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ class StreamTransfer:
             if _is_late(host):
                 late.add(id(host))
                 return host
-            if host.layout is not torch.strided or type(host) is not torch.Tensor:
+            if type(host) is not torch.Tensor:
                 return self._streams.copy_in(host)  # keeps its kind; from pageable memory, so it waits
             if is_leased and self._streams.is_pinned(host):
                 return self._streams.copy_in(host)
@@ -167,9 +167,13 @@ class StreamTransfer:
         return move_batch(sent.batch, self._device, arrive, is_queued=True)
 
 
+_NO_DISPATCH = torch.Tensor.__torch_dispatch__
+
+
 def _is_late(host: torch.Tensor) -> bool:
-    """Say whether a tensor is moved by the loop thread: one with a graph, or of pieces of many sizes."""
-    return host.requires_grad or host.is_nested
+    """Say whether the loop thread moves a tensor: one with a graph, or that is not one piece of memory."""
+    is_dense = host.layout is torch.strided and not host.is_nested
+    return host.requires_grad or not is_dense or type(host).__torch_dispatch__ is not _NO_DISPATCH
 
 
 def _prepared(prepare: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
