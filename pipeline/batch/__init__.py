@@ -2,6 +2,7 @@
 
 from pipeline.batch.count import num_samples
 from pipeline.batch.duplicate import copy_memory
+from pipeline.batch.layout import dense_array, lay_out
 from pipeline.batch.move import keep_objects, move_batch
 from pipeline.batch.record import Batch, Media, MediaKind, Progress, Row, Scalars
 from pipeline.batch.tree import map_batch, map_tensors, reachable, tensors_in
@@ -14,7 +15,9 @@ __all__ = [
     "Row",
     "Scalars",
     "copy_memory",
+    "dense_array",
     "keep_objects",
+    "lay_out",
     "map_batch",
     "map_tensors",
     "move_batch",

@@ -13,12 +13,12 @@
 from __future__ import annotations
 
 import itertools
-import sys
 import types
 from collections import deque
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import numpy
 import torch
 from torch.nn.utils.rnn import PackedSequence
 
@@ -108,7 +108,7 @@ def _gather(batch: Batch, shapes: list[tuple[int, ...]]) -> int | None:
             return None
         if (known := _known_count(batch)) is not None:
             return known
-    if isinstance(batch, torch.Tensor) or _is_array(batch):
+    if isinstance(batch, (torch.Tensor, numpy.ndarray)):
         _note(batch, shapes)
         return None
     parts = _parts(batch)
@@ -168,8 +168,3 @@ def _seen_in(found: Any, shapes: list[tuple[int, ...]]) -> int | None:
     except Exception:
         _note(tensor, shapes)
         return None
-
-
-def _is_array(found: Any) -> bool:
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(found, numpy.ndarray)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import numpy
 import torch
 
+from pipeline.batch.layout import dense_array, lay_out
 from pipeline.batch.record import Batch
 from pipeline.batch.tree import MAX_REACHED, map_batch, reachable
 
@@ -55,7 +56,7 @@ class _Copier:
         return made
 
     def other(self, found: Any) -> Any:
-        if _is_array(found):
+        if isinstance(found, numpy.ndarray):
             return self._once(id(found), found, self._array)
         if isinstance(found, (set, bytearray)):
             return self._once(id(found), found, copy.copy)
@@ -70,11 +71,10 @@ class _Copier:
     def _array(self, found: Any) -> Any:
         if found.dtype.hasobject:
             return self._object(found)
-        if any(stride < 0 for stride in found.strides):
-            flip = tuple(slice(None, None, -1 if stride < 0 else 1) for stride in found.strides)
-            made = found[flip].copy(order="K")[flip]
-        else:
-            made = found.copy(order="K")
+        if type(found) is numpy.ndarray:
+            dense, layout = dense_array(found)
+            return lay_out(dense.copy(), layout)
+        made = found.copy(order="K")
         if not found.flags.writeable:
             made.flags.writeable = False
         return made
@@ -82,7 +82,7 @@ class _Copier:
     def _object(self, found: Any) -> Any:
         """Copy an object whose tensors and arrays can all be reached; hand over any other as it is."""
         reached = list(reachable(found))
-        leaves = [each for each in reached if isinstance(each, torch.Tensor) or _is_array(each)]
+        leaves = [each for each in reached if isinstance(each, (torch.Tensor, numpy.ndarray))]
         if not leaves or len(reached) == MAX_REACHED or any(map(_is_shared, reached)):
             return found
         memo: dict[int, Any] = {}
@@ -114,11 +114,6 @@ def _memory_of(found: torch.Tensor) -> tuple[Any, ...]:
     """Return what tensors have in common that show all of the same memory."""
     place = found.data_ptr(), found.dtype, found.device, found.numel()
     return place if found.is_contiguous() else (*place, found.shape, found.stride())
-
-
-def _is_array(found: Any) -> bool:
-    numpy = sys.modules.get("numpy")
-    return numpy is not None and isinstance(found, numpy.ndarray)
 
 
 def _is_shared(found: Any) -> bool:

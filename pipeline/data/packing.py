@@ -17,9 +17,9 @@ from typing import Any, TypeAlias
 import numpy
 import torch
 
-from pipeline.batch import Batch, keep_objects, map_batch
+from pipeline.batch import Batch, dense_array, keep_objects, lay_out, map_batch
 from pipeline.concurrency import view_file
-from pipeline.data.reduction import dense_array, lay_out, reduce_tensor
+from pipeline.data.reduction import reduce_tensor
 
 ALIGNMENT_BYTES = 64
 Buffer: TypeAlias = Any
