@@ -160,11 +160,14 @@ def _known_count(found: Any) -> int | None:
 
 
 def _seen_in(found: Any, shapes: list[tuple[int, ...]]) -> int | None:
-    """Return an object's length if it has one; else note the first tensor in it."""
-    if (tensor := next(tensors_in(found), None)) is None:
-        return None
+    """Return an object's length, if a tensor in it has as many rows; else note the first tensor in it."""
+    tensors = list(tensors_in(found))
     try:
-        return len(found)
-    except Exception:
-        _note(tensor, shapes)
-        return None
+        count = len(found)
+    except Exception:  # it has none
+        count = -1
+    if any(each.ndim and each.size(0) == count for each in tensors):
+        return count
+    if tensors:
+        _note(tensors[0], shapes)
+    return None

@@ -10,13 +10,14 @@ import numpy
 import torch
 
 from pipeline.batch.layout import dense_array, lay_out
+from pipeline.batch.move import keep_objects
 from pipeline.batch.record import Batch
-from pipeline.batch.tree import MAX_REACHED, map_batch, reachable
+from pipeline.batch.tree import MAX_REACHED, Move, map_batch, reachable
 
 T = TypeVar("T")
 
 
-def copy_memory(batch: Batch, is_kept: Callable[[torch.Tensor], bool] = lambda tensor: False) -> Batch:
+def copy_memory(batch: Batch, is_kept: Callable[[torch.Tensor], bool] | None = None) -> Batch:
     """Return the batch with tensors and arrays in memory of their own.
 
     Types, strides, flags, attributes stay; what was one tensor under two names still is. Handed over as it
@@ -24,21 +25,32 @@ def copy_memory(batch: Batch, is_kept: Callable[[torch.Tensor], bool] = lambda t
 
     Args:
         batch: Of whatever the user makes.
-        is_kept: Says which tensors are somebody else's to copy.
+        is_kept: Says which tensors are copied by who moves them; not of those in an object that moves itself.
     """
-    copier = _Copier(is_kept)
-    return map_batch(batch, copier.tensor, on_other=copier.other, rebuilds_all=True)
+    copier = _Copier()
+    if is_kept is None:
+        return copier.whole(batch)
+
+    def copy_object(found: Any, move: Move) -> Any:
+        return copier.whole(found) if keep_objects(found, move) is found else NotImplemented
+
+    def copy_tensor(found: torch.Tensor) -> torch.Tensor:
+        return found if is_kept(found) else copier.tensor(found)
+
+    return map_batch(batch, copy_tensor, copy_object, copier.other, rebuilds_all=True)
 
 
 class _Copier:
     """Copies what is in one batch."""
 
-    def __init__(self, is_kept: Callable[[torch.Tensor], bool]) -> None:
-        self._is_kept = is_kept
+    def __init__(self) -> None:
         self._copies: dict[Any, tuple[Any, Any]] = {}  # with what was copied, or its id would be used again
 
+    def whole(self, found: Any) -> Any:
+        return map_batch(found, self.tensor, on_other=self.other, rebuilds_all=True)
+
     def tensor(self, found: torch.Tensor) -> torch.Tensor:
-        if found.requires_grad or self._is_kept(found):
+        if found.requires_grad:
             return found
         is_usual = type(found) is torch.Tensor and found.layout is torch.strided and not found.is_nested
         if not is_usual or found.is_quantized:
@@ -52,6 +64,7 @@ class _Copier:
         if made.shape != found.shape or made.stride() != found.stride():
             made = made.as_strided(found.shape, found.stride())
         if found.__dict__:
+            made = made.view_as(made)
             made.__dict__.update(found.__dict__)
         return made
 
@@ -74,7 +87,8 @@ class _Copier:
         if type(found) is numpy.ndarray:
             dense, layout = dense_array(found)
             return lay_out(dense.copy(), layout)
-        made = found.copy(order="K")
+        flip = tuple(slice(None, None, -1) if stride < 0 else slice(None) for stride in found.strides)
+        made = found[flip].copy(order="K")[flip] if found.ndim else found.copy()
         if not found.flags.writeable:
             made.flags.writeable = False
         return made

@@ -402,8 +402,53 @@ def test_a_device_gets_what_a_plain_loop_would_give_it():
     assert not backend.violations
 
 
+class Unknown:
+    """Has no `to`."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+def reused(kind):
+    """Yield batches that all lie in the same memory."""
+    x, array = torch.zeros(3), np.zeros(3)
+    batch = {
+        "container": {"x": x},
+        "itself": Graph(x),
+        "dict that moves": Encoding({"x": x}),
+        "unknown": Unknown(x),
+        "array": [x, array],
+        "sparse": torch.zeros(3).to_sparse(),
+    }[kind]
+    for value in range(12):
+        x.fill_(value)
+        array.fill(value)
+        if kind == "sparse":
+            batch = torch.sparse_coo_tensor(
+                torch.arange(3)[None], x, (3,), is_coalesced=True, check_invariants=False
+            )
+        yield batch
+
+
+@pytest.mark.parametrize("kind", ["container", "itself", "dict that moves", "unknown", "array", "sparse"])
+@pytest.mark.parametrize("device", ["cpu", SimulatedBackend()], ids=["cpu", "simulated"])
+def test_memory_that_is_used_again_is_copied_before(kind, device):
+    """Whatever it lies in: a batch has the values that it was made with."""
+    for value, batch in enumerate(list(prefetch(reused(kind), device=device))):
+        found = batch.to_dense() if kind == "sparse" else next(tensors_in(batch))
+        assert found.tolist() == [value] * 3
+        assert kind != "array" or batch[1].tolist() == [value] * 3
+
+
 def sized(**attributes):
     return tagged(types.new_class("Sized")(), x=torch.ones(20, 3), **attributes)
+
+
+class Rows(Unknown):
+    """Has a length."""
+
+    def __len__(self):
+        return len(self.x)
 
 
 IMAGES = (torch.ones(3, 8, 8), torch.ones(3, 9, 9))
@@ -420,6 +465,8 @@ BOXES = ({"boxes": torch.ones(5, 4)}, {"boxes": torch.ones(1, 4)})
         ((sized(num_graphs=4), torch.ones(9)), 4),
         (sized(batch_size=torch.Size([4, 2])), 4),
         (sized(), 20),
+        (Rows(torch.ones(6, 2)), 6),
+        (Rows({"x": torch.ones(6, 2), "y": torch.ones(6)}), 6),
         (Graph(torch.ones(6, 2)), 6),
         (Encoding({"batch_size": torch.ones(7), "ids": torch.ones(7, 3)}), 7),
         (torch.nested.nested_tensor([torch.ones(2), torch.ones(3)], layout=torch.jagged), 2),
