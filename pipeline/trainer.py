@@ -72,7 +72,7 @@ class Trainer(Settings):
                 put in training mode; modules of a model in training mode keep the mode they have.
             optimizer: Any of torch's, over the model's parameters.
             train_data: A map-style or iterable dataset (with `batch_size`), a DataLoader, or any iterable
-                of batches: tensors, tuples, lists, dicts and dataclasses of them.
+                of batches: tensors, objects that move themselves with ``to(device)``, containers of these.
             loss_fn: Called with ``(outputs, target)`` for batches of ``(inputs, target)``.
             step: Instead of `loss_fn`: called with ``(model, batch)``, returns the loss, or a dict
                 with ``loss`` and further scalars to log.

@@ -2,11 +2,12 @@
 
 1. An object that knows is asked: ``num_graphs`` (torch_geometric), ``batch_size`` (TensorDict), and a
    ``PackedSequence`` has as many samples as sequences. Beside tensors, it decides.
-2. Otherwise it is the first dimension that all tensors have in common.
+2. Otherwise it is the first dimension, if all tensors and arrays agree on it.
 3. If they differ, and the batch is a list of dicts or other records, or a pair of lists of which the second
    one is, it is the length of that list: each is a sample.
-4. If they differ, and the first tensor is ``[T, B]`` or ``[T, B, …]`` and all the others begin with ``B``,
-   time comes first: it is ``B``.
+4. If they differ, and no other begins as the first one does, time may come first in ``[T, B]`` of whole
+   numbers and in ``[T, B, F]``: it is the one number that all have as their first dimension, or in such a
+   tensor as their second.
 5. Otherwise it is the first dimension of the first tensor; 1 if there is none.
 """
 
@@ -16,7 +17,7 @@ import itertools
 import types
 from collections import deque
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy
 import torch
@@ -57,24 +58,29 @@ def _common_size(parts: Iterable[Any]) -> int:
     return common
 
 
+class _Sizes(NamedTuple):
+    """The first dimension of a tensor, and the second if the first may be time; else 0."""
+
+    first: int
+    second: int
+
+
 def _count(batch: Batch) -> int:
-    shapes: list[tuple[int, ...]] = []
-    if (known := _gather(batch, shapes)) is not None:
+    found: list[_Sizes] = []
+    if (known := _gather(batch, found)) is not None:
         return known
-    if not shapes:
+    if not found:
         return 1
-    first = shapes[0][0]
-    if all(shape[0] == first for shape in shapes):
+    first = found[0].first
+    if all(each.first == first for each in found):
         return first
     records = _num_records(batch)
     if records is not None:
         return records
-    return shapes[0][1] if _is_time_first(shapes) else first
-
-
-def _is_time_first(shapes: list[tuple[int, ...]]) -> bool:
-    first, *others = shapes
-    return 2 <= len(first) <= 3 and bool(others) and all(each[0] == first[1] for each in others)
+    if any(each.first == first for each in found[1:]):
+        return first
+    common = set.intersection(*({first, second} - {0} for first, second in found))
+    return common.pop() if len(common) == 1 else first
 
 
 def _num_records(batch: Batch) -> int | None:
@@ -96,37 +102,46 @@ def _is_list_of_records(found: Any) -> bool:
     return is_record and all(type(each) is kind for each in found)
 
 
-def _gather(batch: Batch, shapes: list[tuple[int, ...]]) -> int | None:
-    """Add the shapes of a batch's tensors and arrays, in order; return what an object knows, if one does."""
+def _gather(batch: Batch, sizes: list[_Sizes]) -> int | None:
+    """Add the sizes of a batch's tensors and arrays, in order; return what an object knows, if one does."""
     kind = type(batch)
     if kind is tuple or kind is list:
-        return _gather_all(batch, shapes)
+        return _gather_all(batch, sizes)
     if kind is dict:
-        return _gather_all(batch.values(), shapes)
+        return _gather_all(batch.values(), sizes)
     if kind is not torch.Tensor:
         if isinstance(batch, PLAIN):
             return None
         if (known := _known_count(batch)) is not None:
             return known
     if isinstance(batch, (torch.Tensor, numpy.ndarray)):
-        _note(batch, shapes)
+        _note(batch, sizes)
         return None
     parts = _parts(batch)
-    return _seen_in(batch, shapes) if parts is None else _gather_all(parts, shapes)
+    return _seen_in(batch, sizes) if parts is None else _gather_all(parts, sizes)
 
 
-def _gather_all(parts: Iterable[Any], shapes: list[tuple[int, ...]]) -> int | None:
+def _gather_all(parts: Iterable[Any], sizes: list[_Sizes]) -> int | None:
     for part in itertools.islice(parts, MAX_PARTS):
-        if (known := _gather(part, shapes)) is not None:
+        if (known := _gather(part, sizes)) is not None:
             return known
     return None
 
 
-def _note(found: Any, shapes: list[tuple[int, ...]]) -> None:
+def _note(found: Any, sizes: list[_Sizes]) -> None:
     if isinstance(found, torch.Tensor) and found.is_nested:
-        shapes.append((found.size(0),))
+        sizes.append(_Sizes(found.size(0), 0))
     elif found.ndim:
-        shapes.append(found.shape)
+        may_be_time = found.ndim == 3 or (
+            found.ndim == 2 and found.shape[0] != 1 and not _has_fractions(found)
+        )
+        sizes.append(_Sizes(found.shape[0], found.shape[1] if may_be_time else 0))
+
+
+def _has_fractions(found: Any) -> bool:
+    if isinstance(found, torch.Tensor):
+        return found.is_floating_point() or found.is_complex()
+    return found.dtype.kind in "fc"
 
 
 def _parts(found: Any) -> Iterable[Any] | None:
@@ -159,7 +174,7 @@ def _known_count(found: Any) -> int | None:
     return None
 
 
-def _seen_in(found: Any, shapes: list[tuple[int, ...]]) -> int | None:
+def _seen_in(found: Any, sizes: list[_Sizes]) -> int | None:
     """Return an object's length, if a tensor in it has as many rows; else note the first tensor in it."""
     tensors = list(tensors_in(found))
     try:
@@ -169,5 +184,5 @@ def _seen_in(found: Any, shapes: list[tuple[int, ...]]) -> int | None:
     if any(each.ndim and each.size(0) == count for each in tensors):
         return count
     if tensors:
-        _note(tensors[0], shapes)
+        _note(tensors[0], sizes)
     return None

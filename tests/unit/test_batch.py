@@ -474,7 +474,14 @@ BOXES = ({"boxes": torch.ones(5, 4)}, {"boxes": torch.ones(1, 4)})
         (torch.eye(5).to_sparse_csr(), 5),
         ((np.ones((6, 2)), np.ones(6)), 6),
         ((torch.ones(5, 3, 2), torch.ones(3, 1)), 3),  # [T, B, F] and [B, 1]
-        ({"ids": torch.ones(5, 3), "lengths": torch.ones(3), "labels": torch.ones(3)}, 3),
+        ((torch.ones(5, 3).long(), torch.ones(7, 3).long()), 3),  # tokens [S, B] and [T, B]
+        ((torch.ones(5, 3, 2), torch.ones(7, 3, 2), torch.ones(3)), 3),
+        ((torch.ones(5, 1, 2), torch.ones(1, 1)), 1),  # the last one of an epoch
+        ((torch.ones(4, 9).long(), torch.ones(1, 9).long()), 4),
+        ((torch.ones(25, 64), torch.ones(75, 64)), 25),  # features
+        ((torch.ones(4, 9).long(), torch.ones(1, 9).long(), torch.ones(4)), 4),  # positions for all
+        ((torch.ones(4, 9).long(), torch.ones(4, 9), torch.ones(9)), 4),
+        ({"ids": torch.ones(5, 3).long(), "lengths": torch.ones(3), "labels": torch.ones(3)}, 3),
         ((torch.ones(8, 3, 32, 32), torch.ones(20, 6)), 8),  # images, and boxes put together
         ((torch.ones(8, 3, 32, 32), torch.ones(3, 6)), 8),
         ((IMAGES, BOXES), 2),
