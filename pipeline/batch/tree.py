@@ -154,8 +154,11 @@ def _rebuilt_tuple(found: tuple[Any, ...], visit: Visit, is_new: bool) -> tuple[
 
 
 def _rebuilt_dict(found: Any, visit: Visit, is_new: bool) -> Any:
-    parts = {key: visit(value) for key, value in found.items()}
-    changed = {key: part for key, part in parts.items() if part is not found[key]}
+    parts, changed = {}, {}
+    for key, value in found.items():
+        parts[key] = part = visit(value)
+        if part is not value:
+            changed[key] = part
     if not changed and not is_new:
         return found
     if type(found) is dict:
@@ -202,9 +205,9 @@ def _rebuilt_object(found: Any, visit: Visit, is_new: bool) -> Any:
 def _rebuilt_mapping(found: Mapping[Any, Any], visit: Visit, is_new: bool) -> Any:
     if attributes_of(found):
         return _rebuilt_object(found, visit, is_new)
-    parts = {key: visit(value) for key, value in found.items()}
-    is_same = all(part is found[key] for key, part in parts.items())
-    return found if is_same and not is_new else type(found)(parts)  # type: ignore[call-arg]
+    values = dict(found)
+    parts = _rebuilt_dict(values, visit, is_new)
+    return found if parts is values else type(found)(parts)  # type: ignore[call-arg]
 
 
 _REBUILDERS: tuple[tuple[type, Rebuild], ...] = (

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 _GRAPH = (
-    "a batch has a tensor of shape {shape} that was computed from one with a gradient, and a worker process "
-    "cannot hand over its graph. Use .detach(), or torch.no_grad(), or set placement=inline."
+    "a tensor of shape {shape} was computed from one with a gradient, and its graph cannot go from one "
+    "process to another. Use .detach(), or torch.no_grad(), or set placement=inline."
 )
 
 

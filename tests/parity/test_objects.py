@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 import json
+import mmap
 import pickle
+import types
+from collections import UserDict, deque
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
 
 from pipeline import Loader, SimulatedBackend, Trainer
+from pipeline.batch import copy_memory, map_tensors, move_batch, tensors_in
+from pipeline.data.packing import Arena, pack, unpack
 from tests.parity.test_places import PLACES, made_by_processes
 from tests.textbook import assert_same_weights, build_model, weights
-from tests.workers import Augmented, Encoding, collate_encoded, collate_graph, collate_packed, odd_values
+from tests.workers import (
+    Augmented,
+    Encoding,
+    Pair,
+    Parts,
+    Settings,
+    collate_encoded,
+    collate_graph,
+    collate_packed,
+    odd_values,
+)
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:ComplexHalf support",
@@ -36,6 +53,8 @@ def facts(value):
     inside = {name: facts(getattr(value, name)) for name in attributes if not name.startswith("_")}
     if hasattr(value, "items"):
         return type(value), inside, [(key, facts(part)) for key, part in value.items()]
+    if isinstance(value, (list, tuple, deque)):
+        return type(value), inside, [facts(part) for part in value]
     return type(value), inside or repr(value)
 
 
@@ -68,9 +87,46 @@ def test_every_kind_of_value_arrives_as_it_was_made(place):
                 assert facts(batch[name]) == facts(value), name
 
 
+CONTAINERS = [
+    list,
+    tuple,
+    deque,
+    lambda parts: dict(enumerate(parts)),
+    lambda parts: Settings(enumerate(parts)),
+    lambda parts: UserDict(enumerate(parts)),
+    lambda parts: Pair(parts, None),
+    lambda parts: Parts(parts, ["a"]),
+    lambda parts: types.SimpleNamespace(parts=parts),
+]
+VALUES = st.sampled_from(
+    ["column", "expanded", "sparse", "parameter", "tagged", "masked", "backwards", "text"]
+)
+
+
+@st.composite
+def nested(draw, depth=3):
+    """Draw containers in containers."""
+    if depth == 0 or draw(st.booleans()):
+        return odd_values()[draw(VALUES)]
+    parts = draw(st.lists(nested(depth=depth - 1), max_size=3))
+    return draw(st.sampled_from(CONTAINERS))(parts)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batch=nested())
+def test_a_nested_batch_stays_what_it_is(batch):
+    """Looked through it is the very object; copied, and handed over by a process, it is the same again."""
+    assert map_tensors(batch, lambda tensor: tensor) is batch
+    assert facts(copy_memory(batch)) == facts(batch)
+    arena = Arena(mmap.mmap(-1, 1 << 16))
+    assert facts(unpack(pack(batch, arena), arena.buffer)) == facts(batch)
+    moved = move_batch([batch], torch.device("meta"), lambda tensor: tensor.to("meta"))
+    assert all(each.device.type == "meta" for each in tensors_in(moved))
+
+
 def test_a_graph_that_a_process_would_lose_is_refused_by_name():
     """A plain loop would train what it depends on; a worker's copy trains nothing."""
-    with pytest.raises(pickle.PicklingError, match=r"shape \(4, 6\) that was computed from"):
+    with pytest.raises(pickle.PicklingError, match=r"shape \(4, 6\) was computed from"):
         made_by_processes(Augmented(8, draws=()), collate_fn=collate_graph)
 
 
@@ -88,8 +144,8 @@ def target_of_pair(model, batch):
     return (model(torch.ones(1, 6)).sum() * 0 + batch[1]).mean()
 
 
-def no_progress(**settings):
-    return Trainer(run_dir=None, enable_progress_bar=False, device="cpu", **settings)
+def no_progress():
+    return Trainer(run_dir=None, enable_progress_bar=False, device="cpu")
 
 
 def test_a_loss_is_a_mean_over_sequences():
@@ -244,10 +300,10 @@ def test_what_many_samples_are_made_as_goes_to_the_collate_function(kind, collat
     def chosen(data):
         return Subset(data, [3, 1, 4, 1, 5]) if is_subset else data
 
-    settings = {} if collate_fn is None else {"collate_fn": collate_fn}
-    expected = outcome(DataLoader(chosen(plain), 2, **settings))
-    assert outcome(Loader(chosen(ours), batch_size=2, placement="inline", **settings)) == expected
-    assert outcome(Loader(DataLoader(chosen(taken_apart), 2, **settings), placement="inline")) == expected
+    own = {} if collate_fn is None else {"collate_fn": collate_fn}
+    expected = outcome(DataLoader(chosen(plain), 2, **own))
+    assert outcome(Loader(chosen(ours), batch_size=2, placement="inline", **own)) == expected
+    assert outcome(Loader(DataLoader(chosen(taken_apart), 2, **own), placement="inline")) == expected
     assert ours.asked[: len(plain.asked)] == taken_apart.asked[: len(plain.asked)] == plain.asked
 
 
