@@ -242,14 +242,14 @@ _OTHERWISE = {"unit", "units", "dtype", "format", "fmt", "tz", "timezone", "path
 
 def _mover(kind: type) -> Move | None:
     """Return how a class's ``to`` is called with a device; None if it has none, or one of another meaning."""
-    to = getattr(kind, "to", None)
-    if not callable(to):
+    to, found_at = getattr(kind, "to", None), inspect.getattr_static(kind, "to", None)
+    if not callable(to) or found_at is None:
         return None
     try:
         parameters = list(inspect.signature(to).parameters.values())
     except (TypeError, ValueError):
         return lambda found, device, is_queued: found.to(device)
-    if not isinstance(inspect.getattr_static(kind, "to"), staticmethod | classmethod):
+    if not isinstance(found_at, staticmethod | classmethod):
         parameters = parameters[1:]
     names = {each.name for each in parameters}
     first = next((each for each in parameters if each.kind is not each.VAR_KEYWORD), None)
