@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import torch
 
-from pipeline.batch import Batch
+from pipeline.batch import Batch, num_samples
 from pipeline.checkpoint import load_model
 from pipeline.concurrency import Scope
 from pipeline.data import EVALUATION_EPOCH, Source, as_source, own_generators, ranks, refuse_in_nursery
@@ -20,10 +20,9 @@ from pipeline.loop.callback import Callback
 from pipeline.loop.callback_list import CallbackList
 from pipeline.loop.check import check_listeners, check_model, check_targets, resolve_limit, split_batching
 from pipeline.loop.clock import StepClock
-from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
+from pipeline.loop.evaluate import forward_inputs, predict_batches
 from pipeline.loop.fit import fit
 from pipeline.loop.gil import GilWatch
-from pipeline.loop.objective import Objective
 from pipeline.loop.resume import open_run_dir, resumed_seed
 from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
@@ -60,6 +59,7 @@ class Trainer(Settings):
         scheduler_interval: Literal["step", "epoch"] = "epoch",
         metrics: Metrics | None = None,
         train_metrics: Metrics | None = None,
+        count_samples: Callable[[Batch], int] = num_samples,
         count_tokens: Callable[[Batch], int] | None = None,
         callbacks: Sequence[Callback] = (),
         loggers: Sequence[Logger] = (),
@@ -72,7 +72,7 @@ class Trainer(Settings):
                 put in training mode; modules of a model in training mode keep the mode they have.
             optimizer: Any of torch's, over the model's parameters.
             train_data: A map-style or iterable dataset (with `batch_size`), a DataLoader, or any iterable
-                of batches: tensors, tuples, lists, dicts and dataclasses of them.
+                of batches: tensors, objects that move themselves with ``to(device)``, containers of these.
             loss_fn: Called with ``(outputs, target)`` for batches of ``(inputs, target)``.
             step: Instead of `loss_fn`: called with ``(model, batch)``, returns the loss, or a dict
                 with ``loss`` and further scalars to log.
@@ -91,6 +91,8 @@ class Trainer(Settings):
                 update, compute and reset.
             train_metrics: The same of the training batches: functions as ``train/<name>`` in every row,
                 and all of them as ``train/epoch_<name>``.
+            count_samples: Returns the samples in a batch, from its shape alone, where that cannot be seen
+                (`pipeline.batch.num_samples` says how it is): the batch's weight in means over samples.
             count_tokens: Returns the tokens in a batch, from its shape alone: a value of the batch would
                 have to be waited for. With it, rows have ``rate/tokens_per_s``.
             callbacks: Told of events, each on the thread that its method names.
@@ -125,7 +127,9 @@ class Trainer(Settings):
         evaluation, belts, sources = None, self.with_seed(seed)._belts(), [source]
         if val_data is not None:
             sources.append(val_source := make_source(val_data, name="val_data", **val_batching))
-            evaluation = self._evaluation(belts, objective, val_source, metrics, merges_ranks=True)
+            evaluation = wiring.make_evaluation(
+                self, belts, objective, val_source, metrics, count_samples, merges_ranks=True
+            )
         data = {"train_data": (train_data, batching), "val_data": (val_data, val_batching)}
         check_ranks({"shuffle": shuffle, "drop_last": drop_last}, metrics, belts.device, **data)
         setup.place(self, belts.device, model, loss_fn, *metrics.values(), *train_metrics.values())
@@ -150,7 +154,7 @@ class Trainer(Settings):
             told = CallbackList(callbacks)
             train_step = wiring.make_step(
                 self, state, called_model, objective, belts.backend, scheduler_interval, clock, train_metrics,
-                keeps_tensors=told.has_step_listeners,
+                keeps_tensors=told.has_step_listeners, count_samples=count_samples,
             )  # fmt: skip
             journal = wiring.make_journal(self, state, group, belts.device, train_step)
             detector = wiring.make_detector(self, belts.backend, state)
@@ -185,6 +189,7 @@ class Trainer(Settings):
                 gil=watch,
                 detector=detector,
                 collector=collector,
+                count_samples=count_samples,
                 count_tokens=count_tokens,
             )
             stack.enter_context(wiring.installed(detector))
@@ -203,6 +208,7 @@ class Trainer(Settings):
         collate_fn: Callable[[list[Any]], Batch] | None = None,
         num_shards: int = 1,
         metrics: Metrics | None = None,
+        count_samples: Callable[[Batch], int] = num_samples,
         checkpoint: str | Path | None = None,
     ) -> dict[str, float]:
         """Return the mean loss and the metrics over all samples, by name (without ``val/``); on each rank.
@@ -216,6 +222,7 @@ class Trainer(Settings):
             collate_fn: As for `fit`.
             num_shards: As for `fit`.
             metrics: As for `fit`.
+            count_samples: As for `fit`.
             checkpoint: Load the model's weights from this file first: the averaged ones if it has
                 any.
 
@@ -230,7 +237,8 @@ class Trainer(Settings):
             load_model(checkpoint, model)
         setup.place(self, belts.device, model, loss_fn, *(metrics or {}).values())
         with closing(belts):
-            return self._evaluation(belts, objective, source, metrics)(model)
+            evaluate = wiring.make_evaluation(self, belts, objective, source, metrics, count_samples)
+            return evaluate(model)
 
     def predict(
         self,
@@ -280,22 +288,3 @@ class Trainer(Settings):
     ) -> Source:
         batching: Any = {"batch_size": batch_size, "collate_fn": collate_fn, "num_shards": num_shards}
         return as_source(data, name="data", seed=self.seed, **batching)
-
-    def _evaluation(
-        self,
-        belts: Belts,
-        objective: Objective,
-        source: Source,
-        metrics: Metrics | None,
-        *,
-        merges_ranks: bool = False,
-    ) -> Evaluation:
-        limit = resolve_limit("limit_val_batches", self.limit_val_batches, source.num_batches)
-        return Evaluation(
-            objective=objective,
-            open_batches=partial(belts.inbound(source).batches, EVALUATION_EPOCH, limit),
-            metrics=metrics or {},
-            autocast=setup.make_autocast(self.precision, belts.device),
-            merges_ranks=merges_ranks,
-            num_batches=setup.at_most(source.num_batches, limit),
-        )

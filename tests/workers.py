@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import datetime
+import decimal
 import hashlib
 import itertools
 import os
 import random
 import signal
 import threading
+import types
+from collections import OrderedDict, UserDict, defaultdict
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -358,3 +362,110 @@ class Counting(Stream):
         self.epoch = getattr(self, "epoch", 0) + 1
         for sample, target in super().__iter__():
             yield sample + self.epoch, target
+
+
+class Encoding(UserDict):
+    """Like a tokenizer's: keys are attributes too, and it knows more than its items."""
+
+    def __init__(self, data=None, encodings=None):
+        super().__init__(data)
+        self.encodings = encodings
+
+    def __getattr__(self, name):
+        try:
+            return self.__dict__["data"][name]
+        except KeyError:
+            raise AttributeError(name) from None
+
+    def to(self, device):
+        """Move in place, as a tokenizer's does."""
+        self.data = {key: value.to(device) for key, value in self.data.items()}
+        return self
+
+
+class Graph:
+    """A batch that is no container, and knows how to move."""
+
+    def __init__(self, x):
+        self.x = x
+
+    def to(self, device, non_blocking=False):
+        """Return it elsewhere."""
+        return Graph(self.x.to(device, non_blocking=non_blocking))
+
+
+class Settings(OrderedDict):
+    """A dict of a class of its own, which takes attributes."""
+
+
+def odd_values(samples=None):
+    """Return values of every kind that a collate function may return, by name."""
+    base, settings = torch.arange(12.0).reshape(3, 4), Settings(a=torch.ones(2))
+    settings.tag, tagged = 1, torch.ones(2)
+    tagged.tag = 1
+    kinds = ["bool", "uint16", "uint32", "uint64", "bfloat16", "float8_e4m3fn", "complex64", "complex32"]
+    fields = [("a", "i4"), ("b", "f8")]
+    return {
+        **{kind: base.to(getattr(torch, kind)) for kind in kinds},
+        "conjugate": base.to(torch.complex64).conj(),
+        "negative": torch._neg_view(base),
+        "expanded": base[:, :1].expand(3, 9),
+        "column": base[:, 1],
+        "transposed": base.t(),
+        "one channel": torch.empty(2, 1, 3, 3).to(memory_format=torch.channels_last).zero_(),
+        "empty": base[:0].t(),
+        "scalar": torch.tensor(3),
+        "tagged": tagged,
+        "leaf": torch.ones(2, requires_grad=True),
+        "parameter": torch.nn.Parameter(torch.ones(2)),
+        "sparse": torch.eye(3).to_sparse().requires_grad_(),
+        "by rows": torch.eye(3).to_sparse_csr(),
+        "in blocks": torch.eye(4).to_sparse_bsc((2, 2)),
+        "ragged": torch.nested.nested_tensor([torch.arange(6.0).view(2, 3), torch.ones(3, 3)]),
+        "quantized": torch.quantize_per_tensor(base, 0.1, 0, torch.qint8),
+        "packed": torch.nn.utils.rnn.pack_sequence([torch.ones(1), torch.ones(2)], enforce_sorted=False),
+        "object": np.array([{"a": 1}, None], dtype=object),
+        "text": np.array(["a", "bcd"]),
+        "date": np.array(["2020-01-01"], dtype="datetime64[D]"),
+        "records": np.array([(1, 2.5)], dtype=fields),
+        "one field": np.array([(1, 2.5), (2, 0.5)], dtype=fields)["b"],
+        "masked": np.ma.masked_array([1, 2], mask=[0, 1]),
+        "big-endian": np.array([1.5, 2], dtype=">f8"),
+        "by columns": np.asfortranarray(np.ones((2, 3))),
+        "backwards": np.arange(24).reshape(2, 3, 4)[::-1, :, ::-2].transpose(2, 0, 1),
+        "repeated": np.broadcast_to(np.arange(3)[:, None], (3, 2)),
+        "read-only": np.frombuffer(b"abcd", dtype=np.uint8),
+        "none of them": np.empty((0, 3)),
+        "number": np.float32(1.5),
+        "bytes": b"x",
+        "money": decimal.Decimal("1.5"),
+        "when": datetime.datetime(2020, 1, 1),
+        "set": {1, 2},
+        "default": defaultdict(list, a=[1]),
+        "encoding": Encoding({"ids": torch.ones(2, 3)}, ["tokens"]),
+        "settings": settings,
+        "namespace": types.SimpleNamespace(x=torch.ones(2)),
+        "parts": Parts(torch.ones(2), ["a"]),
+        "object of a class": Graph(torch.ones(2)),
+        "largest": torch.max(torch.eye(2), 0),
+        "size": torch.Size([1, 2]),
+        "dtype": torch.float16,
+        "nothing": None,
+    }
+
+
+def collate_packed(samples):
+    """Return a pair of sequences and their targets."""
+    sequences, targets = zip(*samples, strict=True)
+    return torch.nn.utils.rnn.pack_sequence(sequences, enforce_sorted=False), torch.stack(targets)
+
+
+def collate_encoded(samples):
+    """Return what a tokenizer would."""
+    inputs, targets = zip(*samples, strict=True)
+    return Encoding({"inputs": torch.stack(inputs), "labels": torch.tensor(targets)}, ["tokens"])
+
+
+def collate_graph(samples):
+    """Return an object that remembers a parameter: it cannot leave its process."""
+    return [torch.stack([inputs for inputs, _ in samples]) * torch.ones(1, requires_grad=True)]

@@ -133,7 +133,8 @@ def _reduced(found: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _of_tensor(found: torch.Tensor) -> Hashable:
-    facts = (type(found), found.dtype, tuple(found.shape), found.requires_grad, str(found.device))
+    shape = (found.size(0),) if found.is_nested else tuple(found.shape)  # a nested one has no single shape
+    facts = (type(found), found.dtype, shape, found.requires_grad, str(found.device))
     with torch.no_grad():
         if found.is_nested:
             return *facts, tuple(_of_tensor(each) for each in found.unbind())

@@ -17,7 +17,8 @@ from pipeline.errors import StageError, add_stage_note
 from pipeline.gil import stage
 from pipeline.seeding import Epoch, epoch_key, seed_in_epoch
 
-CollateFn: TypeAlias = Callable[[list[Any]], Batch]
+CollateFn: TypeAlias = Callable[[Any], Batch]
+"""Takes a list of samples, or whatever a dataset's ``__getitems__`` returns."""
 SeedSample: TypeAlias = Callable[[Callable[[], int]], None]
 """Told before a sample is made; calls what it is given for the sample's seed, if it needs it."""
 
@@ -28,7 +29,8 @@ class Fetcher:
     """Makes batches of a map-style dataset.
 
     Args:
-        dataset: Has ``__getitem__`` for ``0 … len - 1``, or ``__getitems__`` for a list of them.
+        dataset: Has ``__getitem__`` for ``0 … len - 1``, or ``__getitems__`` for a list of them, whose result
+            is handed to `collate_fn` as it is.
         collate_fn: Samples to batch; torch's `default_collate` unless told.
 
     Attributes:
@@ -93,14 +95,14 @@ class Fetcher:
 
     def _samples(
         self, indices: Sequence[int], epoch: Epoch, position: int, seed_sample: SeedSample | None
-    ) -> list[Any]:
+    ) -> Any:
         index: int | None = None
         key = 0 if seed_sample is None else epoch_key(epoch.seed, epoch.number)
         try:
             if self._has_getitems:
                 if seed_sample is not None:
                     seed_sample(partial(seed_in_epoch, key, indices[0]))
-                return list(self.dataset.__getitems__(list(indices)))
+                return self.dataset.__getitems__(list(indices))
             samples, dataset = [], self.dataset
             for index in indices:
                 if seed_sample is not None:
@@ -134,4 +136,4 @@ def _has_getitems(dataset: Any) -> bool:
     """
     if type(dataset) is Subset:
         return _has_getitems(dataset.dataset)
-    return getattr(dataset, "__getitems__", None) is not None
+    return bool(getattr(dataset, "__getitems__", None))

@@ -3,7 +3,7 @@
 What is pickled is the batch's skeleton: its containers, strings and numbers, with each tensor or array
 replaced by where it lies. A tensor that was made in the memory (see `Arena.tensor`) is not copied at all;
 another is copied once. Whatever does not fit goes to a second file, made for this one batch. Tensors of an
-unusual kind (sparse, of a class of their own, with a gradient) are pickled whole.
+unusual kind (sparse, of a class of their own, with a gradient or attributes) are pickled whole.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from typing import Any, TypeAlias
 import numpy
 import torch
 
-from pipeline.batch import Batch, map_tensors
+from pipeline.batch import Batch, dense_array, keep_objects, lay_out, map_batch
 from pipeline.concurrency import view_file
+from pipeline.data.reduction import reduce_tensor
 
 ALIGNMENT_BYTES = 64
 Buffer: TypeAlias = Any
@@ -118,18 +119,16 @@ class _Packer(pickle.Pickler):
     def persistent_id(self, found: Any) -> Any:
         if type(found) is torch.Tensor and _is_plain(found):
             flat, stride = _flat(found)
-            return "tensor", *self._put(flat), found.dtype, flat.numel(), tuple(found.shape), stride
-        if type(found) is numpy.ndarray and found.flags.c_contiguous and not found.dtype.hasobject:
-            flat = torch.frombuffer(_readable(found), dtype=torch.uint8) if found.nbytes else _EMPTY
-            return "array", *self._put(flat), found.dtype, found.size, found.shape, None
+            return "tensor", *self._put(flat), found.dtype, flat.numel(), found.shape, stride
+        if type(found) is numpy.ndarray and not found.dtype.hasobject:
+            dense, layout = dense_array(found)
+            flat = torch.frombuffer(_readable(dense), dtype=torch.uint8) if dense.nbytes else _EMPTY
+            count = dense.size if dense.nbytes else 0
+            return "array", *self._put(flat), found.dtype, count, dense.shape, layout
         return None
 
     def reducer_override(self, found: Any) -> Any:
-        # torch's own way keeps a list of all sparse tensors that were ever unpickled, to validate them.
-        if isinstance(found, torch.Tensor) and found.layout is torch.sparse_coo:
-            parts = found._indices(), found._values(), found.shape, found.is_coalesced()
-            return _sparse_coo, parts
-        return NotImplemented
+        return reduce_tensor(found) if isinstance(found, torch.Tensor) else NotImplemented
 
     def _put(self, flat: torch.Tensor) -> tuple[bool, int]:
         """Put it into memory; return whether that is the overflow, and the offset."""
@@ -202,7 +201,7 @@ def reaches_all(batch: Batch, views: list[Any]) -> bool:
         reached.add(id(tensor))
         return tensor
 
-    map_tensors(batch, note)
+    map_batch(batch, note, keep_objects)
     return all(id(each) in reached for each in views)
 
 
@@ -220,27 +219,29 @@ class _Unpacker(pickle.Unpickler):
         return found
 
     def _load(self, where: Any) -> Any:
-        kind, is_overflow, offset, dtype, count, shape, stride = where
+        kind, is_overflow, offset, dtype, count, shape, layout = where
         buffer = self._buffers[is_overflow]
         if kind == "array":
-            if not count:
-                return numpy.empty(shape, dtype)
-            return numpy.frombuffer(buffer, dtype, count, offset).reshape(shape)  # type: ignore[arg-type]
+            array: Any = numpy.empty(shape, dtype)
+            if count:
+                array = numpy.frombuffer(buffer, dtype, count, offset).reshape(shape)  # type: ignore[arg-type]
+            return lay_out(array, layout)
         if not count:
-            return torch.empty(shape, dtype=dtype)
+            return torch.empty_strided(shape, layout or torch.empty(shape).stride(), dtype=dtype)
         flat = view(buffer, offset, dtype, count)
-        return flat.view(shape) if stride is None else flat.as_strided(shape, stride)
-
-
-def _sparse_coo(indices: Any, values: Any, shape: torch.Size, is_coalesced: bool) -> torch.Tensor:
-    return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=is_coalesced, check_invariants=False)
+        if layout is None:
+            return flat.view(shape)
+        if count == shape.numel() and _span(shape, layout) > count:  # it came without what lay in between
+            return torch.empty_strided(shape, layout, dtype=dtype).copy_(flat.view(shape))
+        return flat.as_strided(shape, layout)
 
 
 def _is_plain(tensor: torch.Tensor) -> bool:
+    is_unusual = tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
     return (
         tensor.layout is torch.strided
         and tensor.device.type == "cpu"
-        and not (tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg())
+        and not (is_unusual or tensor.is_nested or tensor.__dict__)
     )
 
 
@@ -248,15 +249,21 @@ def _flat(tensor: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...] | None]:
     """Return the memory that a tensor spans, and its strides unless they are the usual ones.
 
     Strides are kept, for the kernels that read the batch may sum in the order of its memory. A tensor that
-    is a small part of what it spans is made dense.
+    is a small part of what it spans travels without what lies in between.
     """
+    stride = tensor.stride()
     if tensor.is_contiguous():
-        return tensor.view(-1), None
-    sizes = zip(tensor.shape, tensor.stride(), strict=True)
-    span = 1 + sum((size - 1) * stride for size, stride in sizes) if tensor.numel() else 0
+        flat = tensor.view(-1)
+        return flat, None if flat.view(tensor.shape).stride() == stride else stride
+    span = _span(tensor.shape, stride)
     if span > 2 * tensor.numel():
-        return tensor.contiguous().view(-1), None
-    return tensor.as_strided((span,), (1,)), tensor.stride()
+        return tensor.contiguous().view(-1), stride
+    return tensor.as_strided((span,), (1,)), stride
+
+
+def _span(shape: torch.Size, strides: tuple[int, ...]) -> int:
+    """Return how many elements of memory lie from the first to the last, if there is one."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
 
 
 def _readable(array: Any) -> Any:

@@ -172,6 +172,8 @@ class SimulatedBackend:
             del self._pinned[address]
 
     def copy_in(self, host: torch.Tensor) -> torch.Tensor:
+        if host.requires_grad or host.is_nested or host.layout is not torch.strided:
+            return host.clone()  # with its graph, as it is; such a copy waits
         on_device = _poison(torch.empty_like(host))
         # A view of it shares the memory but not this object: the caller's tensor may die and be
         # counted as freed, while the copy still has somewhere to write to.
@@ -198,7 +200,8 @@ class SimulatedBackend:
             self._last_waited_for = max(self._last_waited_for, copied.mark)
 
     def lend_to_compute(self, tensor: torch.Tensor) -> None:
-        self._lent.add(id(tensor))
+        if id(tensor) in self._copied_in:
+            self._lent.add(id(tensor))
 
     def copy_out(self, source: torch.Tensor, pinned: torch.Tensor) -> None:
         snapshot = source.clone()  # in order behind the step that made it

@@ -17,12 +17,13 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.nn.utils.rnn import PackedSequence
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from pipeline.batch import Batch, map_tensors
+from pipeline.batch import Batch, reachable
 
 _aten = torch.ops.aten
 # Operations whose result, or the shape of it, the host must know before it can go on.
@@ -58,7 +59,11 @@ class TaintMode(TorchDispatchMode):
             for tensor in (*source.parameters(), *source.buffers()):
                 self._mark(tensor)
         else:
-            map_tensors(source, self._mark)
+            reached = list(reachable(source))
+            on_host = {id(each.batch_sizes) for each in reached if isinstance(each, PackedSequence)}
+            for each in reached:
+                if isinstance(each, torch.Tensor) and id(each) not in on_host:
+                    self._mark(each)
 
     @contextmanager
     def installed(self) -> Iterator[None]:

@@ -13,7 +13,9 @@ The life of the memory, which is where such code goes wrong:
    freeing it while kernels still read it does no harm. A batch that the user keeps, in a list or in
    a closure, is theirs: nothing is ever written into it again.
 
-All three hold for every tensor of a nested batch.
+All three hold for every tensor of a nested batch. An object that moves itself (`pipeline.batch.tree` has
+the rule), and a tensor with a gradient or without memory that could be lent (sparse, nested), is moved when
+the batch is received, on the loop thread and its compute stream, as in a plain loop.
 """
 
 from __future__ import annotations
@@ -23,11 +25,12 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 
-from pipeline.batch import Batch, copy_memory, map_tensors
+from pipeline.batch import Batch, copy_memory, keep_objects, map_batch, move_batch
 from pipeline.concurrency import Pinning
 from pipeline.device.backend import Backend, Event, Streams
 
@@ -77,21 +80,24 @@ class EagerTransfer:
     def send(self, batch: Batch, *, is_fresh: bool = True, is_leased: bool = False) -> Batch:
         if not is_fresh:
             batch = copy_memory(batch)
-        return batch if self._prepare is None else map_tensors(batch, self._prepare)
+        if self._prepare is None:
+            return batch
+        return map_batch(batch, partial(_prepared, self._prepare), keep_objects)
 
     def on_device(self) -> AbstractContextManager[Any]:
         return nullcontext()
 
     def receive(self, sent: Batch) -> Batch:
-        return sent if self._is_host else map_tensors(sent, self._backend.move)
+        return sent if self._is_host else move_batch(sent, self._backend.device, self._backend.move)
 
 
 @dataclass(frozen=True, slots=True)
 class SentBatch:
-    """A batch whose copy has been queued, and the event behind it."""
+    """A batch whose copy has been queued, the event behind it, and by id the tensors still to be moved."""
 
     batch: Batch
     copied: Event
+    late: frozenset[int]
 
 
 class StreamTransfer:
@@ -114,32 +120,37 @@ class StreamTransfer:
         streams: Streams,
         prepare: Callable[[torch.Tensor], torch.Tensor] | None,
     ) -> None:
-        self._device, self._streams, self._prepare = backend.device, streams, prepare
+        self._backend, self._device, self._streams, self._prepare = backend, backend.device, streams, prepare
         self._slots = SlotPool(streams)
         self.pinning: Pinning | None = streams
 
     def send(self, batch: Batch, *, is_fresh: bool = True, is_leased: bool = False) -> SentBatch:
-        leased: list[Slot | torch.Tensor] = []
+        leased, late = list[Slot | torch.Tensor](), set[int]()
 
         def start_copy(tensor: torch.Tensor) -> torch.Tensor:
             if tensor.device.type != "cpu":
                 return tensor.to(self._device)
             if is_leased:
                 leased.append(tensor)
-            host = tensor if self._prepare is None else self._prepare(tensor)
-            if host.layout is not torch.strided or type(host) is not torch.Tensor:
+            host = tensor if self._prepare is None else _prepared(self._prepare, tensor)
+            if _is_late(host):
+                late.add(id(host))
+                return host
+            if type(host) is not torch.Tensor:
                 return self._streams.copy_in(host)  # keeps its kind; from pageable memory, so it waits
             if is_leased and self._streams.is_pinned(host):
-                return self._streams.copy_in(host.detach())
+                return self._streams.copy_in(host)
             slot = self._slots.lease(host)
-            slot.tensor.copy_(host.detach())
+            slot.tensor.copy_(host)
             leased.append(slot)
             return self._streams.copy_in(slot.tensor)
 
-        on_device = map_tensors(batch, start_copy)
+        if not is_fresh:
+            batch = copy_memory(batch, lambda tensor: not _is_late(tensor))  # the others are copied below
+        on_device = map_batch(batch, start_copy, keep_objects)
         copied = self._streams.record_copies()
         self._slots.give_back_after(copied, leased)
-        return SentBatch(on_device, copied)
+        return SentBatch(on_device, copied, frozenset(late))
 
     def on_device(self) -> AbstractContextManager[Any]:
         return self._streams.on_device()
@@ -147,11 +158,26 @@ class StreamTransfer:
     def receive(self, sent: SentBatch) -> Batch:
         self._streams.wait_for_copies(sent.copied)
 
-        def lend(tensor: torch.Tensor) -> torch.Tensor:
+        def arrive(tensor: torch.Tensor) -> torch.Tensor:
+            if id(tensor) in sent.late:
+                return self._backend.move(tensor)
             self._streams.lend_to_compute(tensor)
             return tensor
 
-        return map_tensors(sent.batch, lend)
+        return move_batch(sent.batch, self._device, arrive, is_queued=True)
+
+
+_NO_DISPATCH = torch.Tensor.__torch_dispatch__
+
+
+def _is_late(host: torch.Tensor) -> bool:
+    """Say whether the loop thread moves a tensor: one with a graph, or that is not one piece of memory."""
+    is_dense = host.layout is torch.strided and not host.is_nested
+    return host.requires_grad or not is_dense or type(host).__torch_dispatch__ is not _NO_DISPATCH
+
+
+def _prepared(prepare: Callable[[torch.Tensor], torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    return tensor if tensor.is_nested else prepare(tensor)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from pipeline.batch import Batch, Progress, map_tensors, num_samples
+from pipeline.batch import Batch, Progress, move_batch, num_samples
 from pipeline.errors import StageError
 from pipeline.every import Every
 from pipeline.loop.objective import Objective
@@ -27,6 +27,7 @@ class Evaluation:
         objective: From a batch to a loss.
         open_batches: Returns the batches, on the device.
         metrics: By name.
+        count_samples: Returns the samples in a batch: the weight of its loss, and of a metric's one value.
         autocast: Makes the context in which the model runs.
         num_batches: How many there are, or None where nobody knows.
         merges_ranks: Whether every rank evaluates, and the numbers are over the samples of all.
@@ -39,6 +40,7 @@ class Evaluation:
     open_batches: Callable[[], Generator[Batch]]
     metrics: Metrics
     autocast: Callable[[], Any]
+    count_samples: Callable[[Batch], int] = num_samples
     merges_ranks: bool = False
     num_batches: int | None = None
 
@@ -57,7 +59,7 @@ class Evaluation:
             for batch in batches:
                 with self.autocast():
                     computed = self.objective(model, batch)
-                count = num_samples(batch)
+                count = self.count_samples(batch)
                 for name, value in {**computed.scalars, "loss": computed.loss}.items():
                     means[name] = means.get(name, Mean()).merge(Mean.of(value, count))
                 further.update(*computed.metric_args, num_samples=count)
@@ -90,7 +92,7 @@ def predict_batches(
         for batch in batches:
             with autocast():
                 made = forward(model, batch)
-            outputs.append(map_tensors(made, lambda tensor: tensor.cpu()))
+            outputs.append(move_batch(made, torch.device("cpu"), torch.Tensor.cpu))
         return outputs
 
 

@@ -8,7 +8,7 @@ from contextlib import closing, nullcontext
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from pipeline.batch import Batch, Row, Scalars, num_samples
+from pipeline.batch import Batch, Row, Scalars
 from pipeline.errors import NonFiniteError, StageError, add_stage_note, noting_on
 from pipeline.loop.callback import (
     EpochFinished,
@@ -90,7 +90,7 @@ def _train_epoch(run: Run, batches: Iterator[Batch]) -> None:
     for batch in batches:
         is_due = step.micro_batch(batch)
         run.position += 1
-        run.num_samples += num_samples(batch)
+        run.num_samples += run.count_samples(batch)
         if run.count_tokens is not None:
             run.num_tokens += run.count_tokens(batch)
         if is_due:

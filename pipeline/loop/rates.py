@@ -6,12 +6,12 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from pipeline.batch import Batch, num_samples
+from pipeline.batch import Batch
 from pipeline.loop.step import TrainStep
 
 _MEMORY_EVERY_S = 1.0
@@ -100,6 +100,11 @@ def memory_in_use(device: torch.device) -> dict[str, float]:
 class CountingStep(TrainStep):
     """A step that counts the FLOPs of its first micro-batch, forward and backward.
 
+    Args:
+        count_samples: Returns the samples in a batch.
+        arguments: Of `TrainStep`.
+        settings: Of `TrainStep`.
+
     Attributes:
         flops_per_sample: None until then.
 
@@ -110,10 +115,14 @@ class CountingStep(TrainStep):
 
     flops_per_sample: float | None = None
 
+    def __init__(self, count_samples: Callable[[Batch], int], *arguments: Any, **settings: Any) -> None:
+        super().__init__(*arguments, **settings)
+        self._count_samples = count_samples
+
     def micro_batch(self, batch: Batch) -> bool:
         if self.flops_per_sample is not None:
             return super().micro_batch(batch)
         with FlopCounterMode(display=False) as counter:
             is_due = super().micro_batch(batch)
-        self.flops_per_sample = counter.get_total_flops() / num_samples(batch)
+        self.flops_per_sample = counter.get_total_flops() / self._count_samples(batch)
         return is_due

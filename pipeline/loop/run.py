@@ -38,6 +38,7 @@ class Run:
         inbound: The inbound belt: an epoch's batches on the device, at most so many, from a position.
         validate: Given whom to tell how far it is, returns the validation metrics without their prefix;
             None without validation data.
+        count_samples: Returns the samples in a batch.
         count_tokens: Returns the tokens in a batch; None where nobody counts them.
         collector: Decides when garbage is collected; None leaves it to Python.
         detector: Finds the lines that wait for the device; None where nobody asked.
@@ -76,6 +77,7 @@ class Run:
     gil: GilWatch
     detector: ReadDetector | None
     collector: Collector | None
+    count_samples: Callable[[Batch], int]
     count_tokens: Callable[[Batch], int] | None
     history: list[Row] = field(default_factory=list)
     stop_reason: str = ""

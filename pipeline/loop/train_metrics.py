@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from pipeline.batch import Batch, Scalars, map_tensors, num_samples
+from pipeline.batch import Batch, Scalars, map_tensors
 from pipeline.loop.objective import Computed
 from pipeline.metrics import MetricSet
 from pipeline.protocols import Metrics
@@ -18,16 +19,17 @@ class TrainMetrics:
     Args:
         metrics: As for validation. Functions are in every step's row; objects with update and compute
             are computed at the end of the epoch alone, where reading is allowed.
+        count_samples: Returns the samples in a batch.
     """
 
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = MetricSet(metrics)
+    def __init__(self, metrics: Metrics, count_samples: Callable[[Batch], int]) -> None:
+        self._metrics, self._count_samples = MetricSet(metrics), count_samples
 
     @torch.no_grad()
     def add(self, computed: Computed, batch: Batch) -> Scalars:
         """Return a micro-batch's metrics as ``train/<name>``, on their device."""
         args = [_detached(each) for each in computed.metric_args]
-        means = self._metrics.update(*args, num_samples=num_samples(batch))
+        means = self._metrics.update(*args, num_samples=self._count_samples(batch))
         return {
             f"train/{name}": mean.total / mean.count for name, mean in means.items() if mean.total is not None
         }

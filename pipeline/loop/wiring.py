@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,16 +13,20 @@ import torch
 
 from pipeline.batch import Batch
 from pipeline.checkpoint import CheckpointFolder
+from pipeline.data import EVALUATION_EPOCH, Source
 from pipeline.device import Backend, ReadDetector, is_host
 from pipeline.loggers import JsonlLogger, LoggerGroup, ProgressBar
+from pipeline.loop.check import resolve_limit
 from pipeline.loop.clock import StepClock
 from pipeline.loop.collector import Collector
+from pipeline.loop.evaluate import Evaluation
 from pipeline.loop.guard import Guard
 from pipeline.loop.journal import Journal
 from pipeline.loop.objective import Objective
 from pipeline.loop.rates import CountingStep, Rates
 from pipeline.loop.saver import Saver
-from pipeline.loop.setup import is_rank_zero
+from pipeline.loop.schedule import Belts
+from pipeline.loop.setup import at_most, is_rank_zero, make_autocast
 from pipeline.loop.step import TrainStep
 from pipeline.loop.train_metrics import TrainMetrics
 from pipeline.protocols import Logger, Metrics, RunInfo
@@ -41,13 +46,14 @@ def make_step(
     metrics: Metrics,
     *,
     keeps_tensors: bool,
+    count_samples: Callable[[Batch], int],
 ) -> TrainStep:
     """Return the step; one that counts FLOPs where they are asked for.
 
     Its numbers stay tensors for callbacks that are told of each step (`keeps_tensors`).
     """
-    kind = TrainStep if settings.peak_tflops is None else CountingStep
-    of_batches = TrainMetrics(metrics) if metrics else None
+    kind = TrainStep if settings.peak_tflops is None else partial(CountingStep, count_samples)
+    of_batches = TrainMetrics(metrics, count_samples) if metrics else None
     guard: Guard | None = None
     if settings.on_nonfinite != "ignore" and state.scaler is None:  # which guards its updates itself
         guard = Guard(state, backend, settings.on_nonfinite)
@@ -62,6 +68,29 @@ def make_step(
         of_batches,
         guard,
         reads_at_once=is_host(backend) and not keeps_tensors,
+    )
+
+
+def make_evaluation(
+    settings: Settings,
+    belts: Belts,
+    objective: Objective,
+    source: Source,
+    metrics: Metrics | None,
+    count_samples: Callable[[Batch], int],
+    *,
+    merges_ranks: bool = False,
+) -> Evaluation:
+    """Return what evaluates a model on a source's batches, which come by a belt of their own."""
+    limit = resolve_limit("limit_val_batches", settings.limit_val_batches, source.num_batches)
+    return Evaluation(
+        objective=objective,
+        open_batches=partial(belts.inbound(source).batches, EVALUATION_EPOCH, limit),
+        metrics=metrics or {},
+        autocast=make_autocast(settings.precision, belts.device),
+        count_samples=count_samples,
+        merges_ranks=merges_ranks,
+        num_batches=at_most(source.num_batches, limit),
     )
 
 
