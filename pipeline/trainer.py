@@ -148,7 +148,7 @@ class Trainer(Settings):
             told = CallbackList(callbacks)
             train_step = wiring.make_step(
                 self, state, called_model, objective, belts.backend, scheduler_interval, clock, train_metrics,
-                keeps_tensors=told.has_step_listeners,
+                keeps_tensors=told.has_step_listeners, user_code=(loss_fn, step),
             )  # fmt: skip
             journal = wiring.make_journal(self, state, group, belts.device, train_step)
             detector = wiring.make_detector(self, belts.backend, state)

@@ -43,6 +43,9 @@ def fit(run: Run) -> None:
         run.journal.loggers.has_failed = True
         cause = _earlier_cause(run, error)
         with noting_on(cause):
+            if isinstance(cause, NonFiniteError):
+                cause.spoiled_part = run.step.spoiled_part()
+        with noting_on(cause):
             run.tell(FitFailed, cause)
         if cause is not error:
             raise cause from error

@@ -1,0 +1,213 @@
+"""An optimizer's step that may have to be taken back, and when that need not be prepared for.
+
+A step can make NaN or infinity of numbers that are finite: a square that overflows, a division by nothing,
+a learning rate that is NaN. Nothing says so beforehand, and the weights and the state are overwritten. So
+there is a copy of them first, which is looked at and dropped, unless it is known that nothing can happen:
+torch's usual optimizers, with gradients of a moderate size.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import optim
+from torch.nn.parameter import is_lazy
+
+from pipeline.loop.finite import MODERATE, appeared, are_finite, are_moderate, has_numbers
+
+# Squares of moderate gradients are finite, and what is divided by has eps added to it.
+_TAME = (
+    optim.SGD,
+    optim.Adam,
+    optim.AdamW,
+    optim.NAdam,
+    optim.RAdam,
+    optim.Adamax,
+    optim.Adagrad,
+    optim.Adadelta,
+    optim.RMSprop,
+    optim.SparseAdam,
+    optim.Rprop,
+    optim.ASGD,
+)
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Return what an optimizer changes; a lazy parameter only once it has numbers."""
+    return [each for group in optimizer.param_groups for each in group["params"] if not is_lazy(each)]
+
+
+def gradients_of(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    """Return the gradients that its next step takes."""
+    groups = optimizer.param_groups
+    return [grad for group in groups for each in group["params"] if (grad := each.grad) is not None]
+
+
+def is_tame(optimizer: torch.optim.Optimizer) -> bool:
+    """Say whether a step with moderate gradients leaves finite numbers finite, whatever they are.
+
+    Waits for a device if a learning rate is a tensor there.
+    """
+    return (
+        type(optimizer) in _TAME
+        and not optimizer._optimizer_step_pre_hooks
+        and not optimizer._optimizer_step_post_hooks
+        and all(_is_tame(group) for group in optimizer.param_groups)
+    )
+
+
+def _is_tame(group: dict[str, Any]) -> bool:
+    return (
+        bool(0 <= group["lr"] <= MODERATE)  # False for NaN
+        and group.get("eps", 1.0) > 1e-30
+        and not group.get("centered", False)  # the root of a difference, which may be negative
+        and not any(each.dtype is torch.float16 for each in group["params"])  # its eps is 0
+    )
+
+
+class _Outline(NamedTuple):
+    whole: Any
+    parts: Any
+
+
+class UpdateCopy:
+    """A copy of what an optimizer's step changes: its parameters, its state, its groups' numbers.
+
+    Its memory is kept from step to step. What an optimizer keeps elsewhere, in attributes of its own, is
+    not in it.
+
+    Args:
+        optimizer: Any.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._memory: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # the tensor, and its copy
+        self._state: dict[Any, Any] = {}
+        self._groups: list[dict[str, Any]] = []
+        self._counts: set[int] = set()
+
+    @property
+    def nbytes(self) -> int:
+        """What the copy takes."""
+        return sum(copy.nbytes for _, copy in self._memory.values())
+
+    @torch.no_grad()
+    def take(self) -> None:
+        """Copy what there is now."""
+        before, self._memory = self._memory, {}
+        for each in self.live():
+            self._memory[id(each)] = each, _memory_for(each, before.get(id(each)))
+        copies = [copy for _, copy in self._memory.values()]
+        if copies:
+            torch._foreach_copy_(copies, [each for each, _ in self._memory.values()])
+        self._state = {key: _outline(value) for key, value in self._optimizer.state.items()}
+        self._counts = self._host_counts()
+        self._groups = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self._optimizer.param_groups
+        ]
+
+    def live(self) -> list[torch.Tensor]:
+        """Return the tensors that a step may change."""
+        found = [*parameters_of(self._optimizer)]
+        for state in self._optimizer.state.values():
+            found += _tensors(state)
+        for group in self._optimizer.param_groups:
+            found += _tensors({name: value for name, value in group.items() if name != "params"})
+        return [*{id(each): each for each in found if not is_lazy(each)}.values()]
+
+    def _host_counts(self) -> set[int]:
+        """Return the counts of steps that an optimizer keeps on the host beside a device."""
+        return {
+            id(count)
+            for group in self._optimizer.param_groups
+            if not (group.get("fused") or group.get("capturable"))
+            for each in group["params"]
+            if (count := self._optimizer.state.get(each, {}).get("step")) is not None
+        }
+
+    def is_finite(self) -> bool:
+        """Say whether the step has left only finite numbers, but where there were others; waits."""
+        live = [each for each in self.live() if has_numbers(each)]
+        if are_moderate(live):
+            return True
+        return all(are_finite([each]) or self._may_be_infinite(each) for each in live)
+
+    def _may_be_infinite(self, tensor: torch.Tensor) -> bool:
+        """Say whether infinity was there before, or is meant: a single number that the step made anew."""
+        if id(tensor) in self._memory:
+            return not are_finite([self._memory[id(tensor)][1]])
+        return tensor.ndim == 0 and not bool(tensor.isnan().item())
+
+    def spoiled(self) -> torch.Tensor:
+        """Return the same as a flag on the device, waiting for nothing: whether it has left others."""
+        known = [each for each in self.live() if id(each) in self._memory and id(each) not in self._counts]
+        now = [each for each in known if has_numbers(each) and each.numel()]
+        before = [self._memory[id(each)][1] for each in now]
+        return appeared(now, before, counts_infinity=True)
+
+    @torch.no_grad()
+    def select(self, is_bad: torch.Tensor) -> None:
+        """Put the values back if a flag on the device is set, waiting for nothing.
+
+        The host's own count of steps goes on: it is read by the next step, when nobody knows the flag yet.
+        """
+        for each in self.live():
+            if id(each) in self._counts or each.device != is_bad.device:
+                continue
+            copy = self._memory.get(id(each))
+            # A first step is never made here, and what an optimizer begins later begins with zeros.
+            before = torch.zeros_like(each) if copy is None else copy[1]
+            torch.where(is_bad, before, each, out=each)
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put everything back; what the step made anew is gone."""
+        for tensor, copy in self._memory.values():
+            tensor.copy_(copy)
+        state = self._optimizer.state
+        for key in [key for key in state if key not in self._state]:
+            del state[key]
+        for key, outline in self._state.items():
+            state[key] = _from_outline(outline)
+        for group, before in zip(self._optimizer.param_groups, self._groups, strict=False):
+            group.update(before)
+
+
+def _memory_for(tensor: torch.Tensor, old: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
+    if old is not None and old[1].shape == tensor.shape and old[1].dtype == tensor.dtype:
+        return old[1]
+    return torch.empty_like(tensor, requires_grad=False)
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    """Return the tensors in a part of an optimizer's state, at any depth."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if isinstance(value, dict):
+        value = list(value.values())
+    return [each for part in value for each in _tensors(part)] if isinstance(value, (list, tuple)) else []
+
+
+def _outline(value: Any) -> Any:
+    """Return which objects a part of a state consists of; the tensors' values are kept apart."""
+    if isinstance(value, dict):
+        return _Outline(value, {name: _outline(part) for name, part in value.items()})
+    if isinstance(value, list):
+        return _Outline(value, [_outline(part) for part in value])
+    return value
+
+
+def _from_outline(outline: Any) -> Any:
+    """Make the objects of an outline consist of the same parts again."""
+    if not isinstance(outline, _Outline):
+        return outline
+    whole, parts = outline
+    whole.clear()
+    if isinstance(parts, dict):
+        whole.update({name: _from_outline(part) for name, part in parts.items()})
+    else:
+        whole.extend(_from_outline(part) for part in parts)
+    return whole
