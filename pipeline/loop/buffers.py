@@ -48,7 +48,8 @@ class BufferKeeper:
     def keep(self) -> None:
         """Keep the buffers as they are now."""
         self._before = [
-            (module, dict(module._buffers) if module._buffers else _NONE) for module in self._modules()
+            (module, dict(module._buffers.items()) if module._buffers else _NONE)
+            for module in self._modules()
         ]
         tensors = [
             each
@@ -259,13 +260,15 @@ def _begun_anew(module: torch.nn.Module, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _register(module: torch.nn.Module, buffers: dict[str, torch.Tensor | None]) -> None:
-    """Register just these buffers, in this order."""
-    now = module._buffers
-    for name in [name for name in now if name not in buffers]:
-        del now[name]
+    """Register just these buffers, in this order; those of TorchScript neither come nor go."""
+    registered: Any = module._buffers
+    now = dict(registered.items())
+    for name in now.keys() - buffers.keys():
+        del registered[name]
         module._non_persistent_buffers_set.discard(name)
-    if list(now) != list(buffers):
-        now.clear()
+    if [name for name in now if name in buffers] != [*buffers]:
+        registered.clear()
+        now = {}
     for name, each in buffers.items():
-        if now.get(name) is not each or name not in now:
-            now[name] = each
+        if name not in now or now[name] is not each:
+            registered[name] = each

@@ -6,12 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline.errors import ConfigError
 from pipeline.loop.callback import Callback, EarlyStopping
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, StatefulMetric
+from pipeline.settings import Settings
 
 
 def check_model(
@@ -50,6 +52,24 @@ def check_model(
         )
     if isinstance(scheduler, ReduceLROnPlateau) and val_data is None:
         problems.append("ReduceLROnPlateau looks at validations, and there are none: pass val_data=.")
+    if problems:
+        raise ConfigError(problems)
+
+
+def check_lazy(settings: Settings, model: torch.nn.Module) -> None:
+    """Refuse what needs a lazy module's tensors before its first batch has made them.
+
+    Raises:
+        ConfigError: Naming every setting.
+    """
+    lazy = next((name for name, each in model.named_parameters() if is_lazy(each)), None)
+    wanted = {"ema_decay": settings.ema_decay is not None, "channels_last": settings.channels_last}
+    problems = [
+        f"{name} needs every tensor of the model, and {lazy} is made by the first batch. Run one through the "
+        "model before fit: with torch.no_grad(): model(inputs)."
+        for name, is_wanted in wanted.items()
+        if is_wanted and lazy is not None
+    ]
     if problems:
         raise ConfigError(problems)
 

@@ -4,9 +4,9 @@ A fused optimizer takes such a flag. Any other is let go, and what it changed is
 a copy, which costs that copy and a kernel for each tensor; how much that is, is printed once. Buffers are
 selected likewise.
 
-Two things cannot be selected, and are waited for: the first update of a parameter, in which an optimizer
-makes state of which only it knows how it begins; and a step in which a buffer came, went or changed its
-shape. For most runs that is the first step.
+What cannot be selected is waited for: the first update of a parameter, in which an optimizer makes state of
+which only it knows how it begins; a step in which a buffer came, went or changed its shape; one whose
+learning rate is NaN or infinite. For most runs that is the first step.
 
 A fused optimizer's own arithmetic is not looked at. So that it cannot overflow it is not let go with
 a gradient beyond 1e18 (SGD's: 1e34), though it is finite.
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from pipeline.batch import Scalars
-from pipeline.loop.finite import largest_of
+from pipeline.loop.finite import MODERATE, largest_of
 from pipeline.loop.guard import BUFFERS, GRADIENTS, HUGE, LEFT_OUT, SKIPPED, UPDATE, Guard
 from pipeline.loop.update import gradients_of
 
@@ -108,6 +108,8 @@ class DeviceGuard(Guard):
     def _begins_something(self) -> bool:
         if self._buffers.is_kept and self._buffers.has_other_places():
             return True
+        if not all(_is_usable(group["lr"]) for group in self._state.optimizer.param_groups):
+            return True
         if self._begun is None:
             self._begun = self._begun_before()
         return not self._updated() <= self._begun
@@ -125,6 +127,10 @@ class DeviceGuard(Guard):
         if not self._state.step:
             return set()
         return {id(each) for each in state} if state else self._updated()
+
+
+def _is_usable(rate: Any) -> bool:
+    return isinstance(rate, torch.Tensor) or 0 <= rate <= MODERATE
 
 
 def _encoded(flags: dict[int, torch.Tensor]) -> torch.Tensor:

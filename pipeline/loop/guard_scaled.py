@@ -68,7 +68,7 @@ class ScaledGuard(Guard):
         is_kept = self._update_scaled()
         has_overflow = self._overflow > 0
         scaler.update()
-        is_spoiled = (has_overflow & is_low) | self._is_bad | self._of_buffers
+        is_spoiled = (has_overflow & is_low) | self._is_bad | self._of_buffers | self._has_tripped
         self._is_bad = False
         if self._is_on_host:
             is_spoiled = bool(is_spoiled) or not is_kept
