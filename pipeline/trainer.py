@@ -109,7 +109,8 @@ class Trainer(Settings):
             ConfigError: For settings that do not fit each other or the data, before the first step.
             StageError: If a batch, a loss or the data is not what it should be.
             CheckpointError: If the run is to be resumed and cannot be.
-            NonFiniteError: If the loss becomes NaN or infinite, unless ``on_nonfinite='ignore'``.
+            NonFiniteError: If the loss, a gradient or a buffer becomes NaN or infinite, unless
+                ``on_nonfinite`` says otherwise.
             Exception: The user's own, from any stage, with a note that says where.
             KeyboardInterrupt: At the second Ctrl-C or SIGTERM. After the first one the step is finished
                 and saved, and `FitResult.stop_reason` says which it was.
