@@ -39,31 +39,30 @@ class BufferKeeper:
         self._before: list[tuple[torch.nn.Module, dict[str, torch.Tensor | None]]] = []
         self._ids: list[int] = []
         self._groups: list[list[torch.Tensor]] = []  # those of before, by dtype; large ones alone
-        self._shapes: list[list[torch.Size]] = []
+        self._shapes: list[list[torch.Size]] = []  # as they were: a tensor's memory may be exchanged
         self._kept: list[torch.Tensor] = []  # each group's values in one piece
         self._places: dict[tuple[torch.nn.Module, str], torch.Tensor] | None = None
         self.is_kept = False
 
-    @torch.no_grad()
     def keep(self) -> None:
         """Keep the buffers as they are now."""
         self._before = [
-            (module, dict(module._buffers.items()) if module._buffers else _NONE)
-            for module in self._modules()
+            (each, dict(each._buffers.items()) if each._buffers else _NONE) for each in self._modules()
         ]
-        tensors = [
-            each
-            for _, buffers in self._before
-            for each in buffers.values()
-            if each is not None and not is_lazy(each)
-        ]
+        tensors = [each for _, buffers in self._before if buffers for each in buffers.values()]
+        self._group([each for each in tensors if each is not None and not is_lazy(each)])
+        self._places = None
+        self.is_kept = True
+
+    def _group(self, tensors: list[torch.Tensor]) -> None:
         ids = [*map(id, tensors)]
         if ids != self._ids:  # the groups hold their tensors, so no other has the same id
             self._ids, self._groups = ids, _grouped(tensors)
-        self._shapes = [[each.shape for each in group] for group in self._groups]
-        self._kept = [_flat(group) for group in self._groups]
-        self._places = None
-        self.is_kept = True
+        self._shapes, self._kept = [], []
+        if tensors:
+            self._shapes = [[each.shape for each in group] for group in self._groups]
+            with torch.no_grad():  # which takes 2 µs
+                self._kept = [_flat(group) for group in self._groups]
 
     def forget(self) -> None:
         """Say that the step is over."""

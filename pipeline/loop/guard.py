@@ -136,7 +136,7 @@ class Guard:
             return True
         self._copy.take()
         if not has_no_risk:
-            self._say_cost("is none of torch's usual ones, or has hooks, or settings that may overflow")
+            self._say_why()
         self._make_update()
         if self._copy.is_finite():
             return True
@@ -162,6 +162,9 @@ class Guard:
     def _note_left_out(self) -> None:
         optimizer: Any = self._state.optimizer
         optimizer._opt_called = True  # or torch warns of a scheduler that moves before its optimizer
+
+    def _say_why(self) -> None:
+        self._say_cost("is none of torch's usual ones, or has hooks, or settings that may overflow")
 
     def _say_cost(self, reason: str, remedy: str = "") -> None:
         if self._has_said:

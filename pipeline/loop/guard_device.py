@@ -105,6 +105,9 @@ class DeviceGuard(Guard):
         self._copy.select(is_left_out | of_update)
         return of_update
 
+    def _say_why(self) -> None:
+        """Say nothing of a copy for one step."""
+
     def _begins_something(self) -> bool:
         if self._buffers.is_kept and self._buffers.has_other_places():
             return True

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from pipeline.batch import Scalars
-from pipeline.loop.finite import dense
+from pipeline.loop.finite import are_moderate, dense
 from pipeline.loop.guard import BUFFERS, GRADIENTS, LEFT_OUT, SCALED, SKIPPED, UPDATE, Guard
 from pipeline.loop.update import gradients_of
 
@@ -81,7 +81,7 @@ class ScaledGuard(Guard):
 
     def _update_scaled(self) -> bool:
         if self._is_on_host:
-            return self._update(is_moderate=True)
+            return self._update(are_moderate(gradients_of(self._state.optimizer)))
         self._make_update()
         return True
 

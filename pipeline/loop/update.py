@@ -125,7 +125,7 @@ class UpdateCopy:
             for group in self._optimizer.param_groups
             if not (group.get("fused") or group.get("capturable"))
             for each in group["params"]
-            if (count := self._optimizer.state.get(each, {}).get("step")) is not None
+            if (count := _count_of(self._optimizer.state.get(each))) is not None
         }
 
     def is_finite(self) -> bool:
@@ -143,8 +143,9 @@ class UpdateCopy:
 
     def spoiled(self) -> torch.Tensor:
         """Return the same as a flag on the device, waiting for nothing: whether it has left others."""
+        device = parameters_of(self._optimizer)[0].device
         known = [each for each in self.live() if id(each) in self._memory and id(each) not in self._counts]
-        now = [each for each in known if has_numbers(each) and each.numel()]
+        now = [each for each in known if has_numbers(each) and each.numel() and each.device == device]
         before = [self._memory[id(each)][1] for each in now]
         return appeared(now, before, counts_infinity=True)
 
@@ -174,6 +175,10 @@ class UpdateCopy:
             state[key] = _from_outline(outline)
         for group, before in zip(self._optimizer.param_groups, self._groups, strict=False):
             group.update(before)
+
+
+def _count_of(state: Any) -> Any:
+    return state.get("step") if isinstance(state, dict) else None
 
 
 def _memory_for(tensor: torch.Tensor, old: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
