@@ -18,14 +18,7 @@ from pipeline.device import select_backend
 from pipeline.loop import setup, wiring
 from pipeline.loop.callback import Callback
 from pipeline.loop.callback_list import CallbackList
-from pipeline.loop.check import (
-    check_lazy,
-    check_listeners,
-    check_model,
-    check_targets,
-    resolve_limit,
-    split_batching,
-)
+from pipeline.loop.check import check_listeners, check_model, check_targets, resolve_limit, split_batching
 from pipeline.loop.clock import StepClock
 from pipeline.loop.evaluate import Evaluation, forward_inputs, predict_batches
 from pipeline.loop.fit import fit
@@ -121,8 +114,7 @@ class Trainer(Settings):
         """
         refuse_in_nursery()
         objective = setup.make_objective(loss_fn, step)
-        check_model(model, optimizer, scheduler, val_data)
-        check_lazy(self, model)
+        check_model(model, optimizer, scheduler, val_data, self)
         metrics, train_metrics = metrics or {}, train_metrics or {}
         check_listeners(callbacks, loggers, (metrics, train_metrics), val_data)
         check_targets(self.monitor, loss_fn, val_data, metrics, scheduler_interval)

@@ -21,8 +21,9 @@ def check_model(
     optimizer: torch.optim.Optimizer,
     scheduler: Scheduler | None,
     val_data: Any,
+    settings: Settings,
 ) -> None:
-    """Refuse what could only train nothing.
+    """Refuse what could only train nothing, or not from the first step on.
 
     Raises:
         ConfigError: Naming every problem found.
@@ -52,26 +53,21 @@ def check_model(
         )
     if isinstance(scheduler, ReduceLROnPlateau) and val_data is None:
         problems.append("ReduceLROnPlateau looks at validations, and there are none: pass val_data=.")
+    problems += _lazy_problems(settings, model)
     if problems:
         raise ConfigError(problems)
 
 
-def check_lazy(settings: Settings, model: torch.nn.Module) -> None:
-    """Refuse what needs a lazy module's tensors before its first batch has made them.
-
-    Raises:
-        ConfigError: Naming every setting.
-    """
+def _lazy_problems(settings: Settings, model: torch.nn.Module) -> list[str]:
+    """Return what needs a lazy module's tensors before its first batch has made them."""
     lazy = next((name for name, each in model.named_parameters() if is_lazy(each)), None)
     wanted = {"ema_decay": settings.ema_decay is not None, "channels_last": settings.channels_last}
-    problems = [
+    return [
         f"{name} needs every tensor of the model, and {lazy} is made by the first batch. Run one through the "
         "model before fit: with torch.no_grad(): model(inputs)."
         for name, is_wanted in wanted.items()
         if is_wanted and lazy is not None
     ]
-    if problems:
-        raise ConfigError(problems)
 
 
 def check_listeners(
