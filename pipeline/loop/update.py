@@ -129,25 +129,24 @@ class UpdateCopy:
         }
 
     def is_finite(self) -> bool:
-        """Say whether the step has left only finite numbers, but where there were others; waits."""
-        live = [each for each in self.live() if has_numbers(each)]
-        if are_moderate(live):
-            return True
-        return all(are_finite([each]) or self._may_be_infinite(each) for each in live)
+        """Say whether the step has left only finite numbers, but where there were others; waits.
 
-    def _may_be_infinite(self, tensor: torch.Tensor) -> bool:
-        """Say whether infinity was there before, or is meant: a single number that the step made anew."""
-        if id(tensor) in self._memory:
-            return not are_finite([self._memory[id(tensor)][1]])
-        return tensor.ndim == 0 and not bool(tensor.isnan().item())
+        A single infinite number that the step made anew is taken to be meant, such as a least loss so far.
+        """
+        matched = [(now, copy) for now, copy in self._matched() if has_numbers(now)]
+        if are_moderate(now for now, _ in matched):
+            return True
+        return all(are_finite([now]) or _may_be_infinite(now, copy) for now, copy in matched)
 
     def spoiled(self) -> torch.Tensor:
         """Return the same as a flag on the device, waiting for nothing: whether it has left others."""
         device = parameters_of(self._optimizer)[0].device
-        known = [each for each in self.live() if id(each) in self._memory and id(each) not in self._counts]
-        now = [each for each in known if has_numbers(each) and each.numel() and each.device == device]
-        before = [self._memory[id(each)][1] for each in now]
-        return appeared(now, before, counts_infinity=True)
+        pairs = [
+            (now, copy)
+            for now, copy in self._matched()
+            if copy is not None and has_numbers(now) and now.numel() and now.device == device
+        ]
+        return appeared([now for now, _ in pairs], [copy for _, copy in pairs], counts_infinity=True)
 
     @torch.no_grad()
     def select(self, is_bad: torch.Tensor) -> None:
@@ -155,13 +154,24 @@ class UpdateCopy:
 
         The host's own count of steps goes on: it is read by the next step, when nobody knows the flag yet.
         """
-        for each in self.live():
-            if id(each) in self._counts or each.device != is_bad.device:
-                continue
-            copy = self._memory.get(id(each))
-            # A first step is never made here, and what an optimizer begins later begins with zeros.
-            before = torch.zeros_like(each) if copy is None else copy[1]
-            torch.where(is_bad, before, each, out=each)
+        for now, copy in self._matched():
+            if now.device == is_bad.device:
+                # A first step is never made here, and what an optimizer begins later begins with zeros.
+                torch.where(is_bad, torch.zeros_like(now) if copy is None else copy, now, out=now)
+
+    def _matched(self) -> list[tuple[torch.Tensor, torch.Tensor | None]]:
+        """Return each tensor that is there now, but for the host's counts, and the copy of what it was."""
+        pairs: list[tuple[torch.Tensor, Any]] = [(each, each) for each in parameters_of(self._optimizer)]
+        for key, state in self._optimizer.state.items():
+            pairs += _paired(state, self._state.get(key))
+        for group, before in zip(self._optimizer.param_groups, self._groups, strict=False):
+            pairs += _paired({name: group[name] for name in before}, _Outline(group, before))
+        unique = {id(now): (now, self._copy_of(now, before)) for now, before in pairs}
+        return [each for each in unique.values() if id(each[0]) not in self._counts]
+
+    def _copy_of(self, now: torch.Tensor, before: Any) -> torch.Tensor | None:
+        _, copy = self._memory.get(id(before), (None, None))
+        return copy if copy is not None and copy.shape == now.shape and copy.dtype == now.dtype else None
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -194,6 +204,28 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     if isinstance(value, dict):
         value = list(value.values())
     return [each for part in value for each in _tensors(part)] if isinstance(value, (list, tuple)) else []
+
+
+def _paired(now: Any, before: Any) -> list[tuple[torch.Tensor, Any]]:
+    """Return the tensors in a part of a state, each with what an outline has in its place, or None."""
+    if isinstance(now, torch.Tensor):
+        return [(now, before)]
+    places = range(len(now)) if isinstance(now, (list, tuple)) else now if isinstance(now, dict) else ()
+    parts = before.parts if isinstance(before, _Outline) else before
+    return [pair for place in places for pair in _paired(now[place], _part(parts, place))]
+
+
+def _part(parts: Any, place: Any) -> Any:
+    if isinstance(parts, dict):
+        return parts.get(place)
+    is_there = isinstance(parts, (list, tuple)) and isinstance(place, int) and place < len(parts)
+    return parts[place] if is_there else None
+
+
+def _may_be_infinite(now: torch.Tensor, copy: torch.Tensor | None) -> bool:
+    if copy is not None:
+        return not are_finite([copy])
+    return now.ndim == 0 and not bool(now.isnan().item())
 
 
 def _outline(value: Any) -> Any:

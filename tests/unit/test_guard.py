@@ -275,16 +275,31 @@ class Remembering(torch.optim.Optimizer):
                 each.copy_(state["parts"][0]["slow"])
 
 
+class Replacing(torch.optim.Optimizer):
+    """An optimizer that makes its state anew at each step."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {"lr": 0.1})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for each in self.param_groups[0]["params"]:
+            before = self.state[each].get("moments", (torch.ones_like(each),))[0]
+            self.state[each] = {"moments": (0.9 * before + each.grad,)}
+            each -= 0.1 * self.state[each]["moments"][0]
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("bad", [(0,), (3,), (0, 1, 4)])
-def test_an_optimizer_of_ones_own_is_guarded(bad, device):
+@pytest.mark.parametrize("kind", [Remembering, Replacing])
+def test_an_optimizer_of_ones_own_is_guarded(kind, bad, device):
     """Whatever its state is made of, and whenever: as if the bad steps had not been made."""
     model = Scaling(gradient=float("nan"), bad=bad)
     model.inner = torch.nn.Linear(6, 3)
     expected = torch.nn.Linear(6, 3)
     expected.load_state_dict(model.inner.state_dict())
-    train(model, Remembering(model.parameters()), device, "skip")
-    optimizer = Remembering(expected.parameters())
+    train(model, kind(model.parameters()), device, "skip")
+    optimizer = kind(expected.parameters())
     for step, (inputs, target) in enumerate(zip(*(each.split(4) for each in data().tensors), strict=True)):
         if step not in bad:
             F.cross_entropy(expected(inputs), target).backward()

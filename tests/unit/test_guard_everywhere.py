@@ -35,6 +35,7 @@ class Job:
     mode: str = "skip"
     device: str = "cpu"
     schedule: str = "auto"
+    precision: str = "32-true"
 
     @property
     def bad_batch(self):
@@ -177,7 +178,8 @@ def by_hand(job, num_steps=NUM_STEPS):
             batches = range(step * job.accumulate, min((step + 1) * job.accumulate, job.num_batches))
             for batch in batches:
                 model.calls = batch if batch != job.bad_batch else -1
-                loss = F.cross_entropy(model(inputs[batch]), target[batch])
+                with torch.autocast("cpu", torch.bfloat16, enabled=job.precision == "bf16-mixed"):
+                    loss = F.cross_entropy(model(inputs[batch]), target[batch])
                 (loss / job.accumulate if job.accumulate > 1 else loss).backward()
             if job.clip == "norm":
                 torch.nn.utils.clip_grad_norm_(model.parameters(), 0.1)
@@ -213,6 +215,7 @@ def by_trainer(job):
     keeper = KeepsAverage()
     trainer = Trainer(
         run_dir=None, enable_progress_bar=False, on_nonfinite=job.mode, schedule=job.schedule,
+        precision=job.precision,
         device="cpu" if job.device == "cpu" else SimulatedBackend(), accumulate_grad_batches=job.accumulate,
         gradient_clip_val=None if job.clip == "none" else 0.1, log_grad_norm=job.logs_norm,
         gradient_clip_algorithm="norm" if job.clip == "none" else job.clip,
@@ -269,7 +272,8 @@ jobs = st.builds(
     is_sparse=st.booleans(),
     optimizer=st.sampled_from([*OPTIMIZERS]),
     device=st.sampled_from(["cpu", "simulated"]),
-    schedule=st.sampled_from(["auto", "overlap"]),
+    schedule=st.sampled_from(["auto", "overlap", "textbook"]),
+    precision=st.sampled_from(["32-true", "bf16-mixed"]),
 )
 
 
