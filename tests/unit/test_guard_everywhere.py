@@ -285,7 +285,7 @@ def is_seen(job):
 
 
 @given(jobs.filter(is_seen))
-@settings(max_examples=120)
+@settings(max_examples=60)
 @example(Job(site="state", optimizer="spoiling", step=0, device="simulated"))
 @example(Job(site="gradient", optimizer="fused sgd", step=0, device="simulated"))
 @example(Job(site="gradient", optimizer="rprop", step=0, device="simulated"))
@@ -300,7 +300,7 @@ def test_a_skipped_step_is_as_if_it_had_not_been_made(job):
 
 
 @given(jobs.filter(is_seen))
-@settings(max_examples=120)
+@settings(max_examples=60)
 def test_a_run_that_stops_has_changed_nothing_since(job):
     """The first bad step is named; weights, state and buffers are those before it, the average is finite."""
     job = replace(job, mode="stop")
