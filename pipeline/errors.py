@@ -5,7 +5,7 @@ PipelineError
 ├── StageError                 a stage failed without an exception of the user's own
 │   └── WorkerDiedError        a process that belongs to the run has gone
 ├── StallError (TimeoutError)  a stage that hangs: where, with its stack and its channel's statistics
-├── NonFiniteError             the loss became NaN or infinite
+├── NonFiniteError             loss, gradients, a buffer or an update became NaN or infinite
 ├── GilAccountError            the GIL cannot be sampled here, or no longer
 └── CheckpointError            unreadable, incomplete, or from another model
 
@@ -19,6 +19,8 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Literal, TypeAlias
 
 
 class PipelineError(Exception):
@@ -100,28 +102,73 @@ class StallError(PipelineError, TimeoutError):
         return "\n".join(lines)
 
 
+NonFiniteCause: TypeAlias = Literal["loss", "gradients", "size", "buffers", "update"]
+
+_FOUND: dict[NonFiniteCause, str] = {
+    "loss": "the loss became {loss}",
+    "gradients": "the gradients became NaN or infinite (the loss is {loss})",
+    "size": "a gradient became too large for the optimizer to square or add (the loss is {loss})",
+    "buffers": "a buffer of the model became NaN, or infinite in a norm layer (the loss is {loss})",
+    "update": "the optimizer made weights or its own state NaN or infinite (the loss is {loss})",
+}
+
+
 class NonFiniteError(PipelineError):
-    """The training loss or its gradients became NaN or infinite.
+    """The loss, a gradient, a buffer or what an update would have made became NaN or infinite.
 
     Args:
-        first_step: The first optimizer step (counted from 0) whose loss was not finite.
+        first_step: The first optimizer step (counted from 0) that was not finite.
         last_step: The last step that had been started when the host learned of it.
         value: The loss found.
-        is_gradient: Whether it was the gradients.
+        cause: What became NaN or infinite.
+
+    Attributes:
+        was_left_out: Whether the step's update was not made, or had no effect.
+        spoiled_part: What was found not to be finite when the run ended: ``weights`` or ``optimizer's
+            state``; nothing if both were, None if nobody looked.
+        samples_path: The file with the samples of the step; None if there is none.
     """
 
-    def __init__(self, first_step: int, last_step: int, value: float, *, is_gradient: bool = False) -> None:
-        self.first_step, self.last_step = first_step, last_step
-        what = (
-            f"the gradients became NaN or infinite (the loss is {value})"
-            if is_gradient
-            else (f"the loss became {value}")
+    was_left_out: bool = False
+    spoiled_part: str | None = None
+    samples_path: Path | None = None
+
+    def __init__(
+        self, first_step: int, last_step: int, value: float, *, cause: NonFiniteCause = "loss"
+    ) -> None:
+        super().__init__(first_step, last_step, value)
+        self.first_step, self.last_step, self.value, self.cause = first_step, last_step, value, cause
+
+    def __str__(self) -> str:
+        found = _FOUND[self.cause].format(loss=self.value)
+        return " ".join(
+            part
+            for part in (
+                f"{found} at step {self.first_step}; training was stopped at step {self.last_step}.",
+                self._weights(),
+                "" if self.samples_path is None else f"{self.samples_path} has its samples.",
+                self._advice(),
+            )
+            if part
         )
-        super().__init__(
-            f"{what} at step {first_step}; training was stopped at step {last_step}. The weights are those "
-            f"before step {first_step}; nonfinite.jsonl in the run folder has its samples. Lower the "
-            "learning rate, set gradient_clip_val, or pass on_nonfinite='skip' to leave such steps out."
-        )
+
+    def _weights(self) -> str:
+        if self.spoiled_part is None:
+            return ""
+        if self.spoiled_part:
+            return (
+                f"The {self.spoiled_part} held NaN or infinity before that step already, which no loss and "
+                "no gradient had shown: go on from the newest checkpoint that is clean."
+            )
+        if self.was_left_out:
+            return f"The weights are those before step {self.first_step}."
+        return "Its update was made, since its gradients are finite; the weights are finite."
+
+    def _advice(self) -> str:
+        remedy = "Lower the learning rate, set gradient_clip_val"
+        if self.spoiled_part:
+            return f"{remedy}, or look at what else changes the weights."
+        return f"{remedy}, or pass on_nonfinite='skip' to leave such steps out."
 
 
 class CheckpointError(PipelineError):

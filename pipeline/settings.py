@@ -110,9 +110,9 @@ class Settings:
         channels_last: Keep model and images in channels-last memory format.
         deterministic: Use torch's deterministic algorithms for the length of the run.
         on_nonfinite: ``stop`` with a NonFiniteError when a step is not finite; ``skip`` its update and go
-            on, which ``train/skipped`` says in its row; or ``ignore`` it. Looked at is the loss, with
-            ``skip`` and on a device that runs ahead the gradients too. The weights stay clean, and
-            ``nonfinite.jsonl`` in the run folder has the samples.
+            on, which ``train/skipped`` says in its row; or ``ignore`` it. Looked at are the loss, the
+            gradients, the buffers, and what an update makes where that may overflow. Weights, optimizer
+            and buffers stay clean, and ``nonfinite.jsonl`` in the run folder has the samples.
         schedule: ``textbook`` fetches, steps, reads the loss and logs, one after the other on one
             thread; the loggers are told every 50 ms or so. ``overlap`` fetches ahead on a prefetch
             thread and reads and logs behind on a writer thread. Losses and weights are the same.

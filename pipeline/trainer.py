@@ -104,7 +104,8 @@ class Trainer(Settings):
             ConfigError: For settings that do not fit each other or the data, before the first step.
             StageError: If a batch, a loss or the data is not what it should be.
             CheckpointError: If the run cannot be resumed, or has something that no checkpoint can hold.
-            NonFiniteError: If the loss becomes NaN or infinite, unless ``on_nonfinite='ignore'``.
+            NonFiniteError: If the loss, a gradient or a buffer becomes NaN or infinite, unless
+                ``on_nonfinite`` says otherwise.
             Exception: The user's own, from any stage, with a note that says where.
             KeyboardInterrupt: At the second Ctrl-C or SIGTERM. After the first one the step is finished
                 and saved, and `FitResult.stop_reason` says which it was.
@@ -115,7 +116,7 @@ class Trainer(Settings):
         """
         refuse_in_nursery()
         objective = setup.make_objective(loss_fn, step)
-        check_model(model, optimizer, scheduler, val_data)
+        check_model(model, optimizer, scheduler, val_data, self)
         metrics, train_metrics, hparams = metrics or {}, train_metrics or {}, hparams or {}
         check_listeners(callbacks, loggers, (metrics, train_metrics), val_data)
         check_targets(self, loss_fn, val_data, batch_size, metrics, scheduler_interval)
@@ -154,7 +155,7 @@ class Trainer(Settings):
             told = CallbackList(callbacks)
             train_step = wiring.make_step(
                 self, state, called_model, objective, belts.backend, scheduler_interval, clock, train_metrics,
-                keeps_tensors=told.has_step_listeners, count_samples=count_samples,
+                keeps_tensors=told.has_step_listeners, count_samples=count_samples, user_code=(loss_fn, step),
             )  # fmt: skip
             journal = wiring.make_journal(self, state, group, belts.device, train_step)
             detector = wiring.make_detector(self, belts.backend, state)

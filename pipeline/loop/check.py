@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 
@@ -23,8 +24,9 @@ def check_model(
     optimizer: torch.optim.Optimizer,
     scheduler: Scheduler | None,
     val_data: Any,
+    settings: Settings,
 ) -> None:
-    """Refuse what could only train nothing.
+    """Refuse what could only train nothing, or not from the first step on.
 
     Raises:
         ConfigError: Naming every problem found.
@@ -54,6 +56,7 @@ def check_model(
         )
     if isinstance(scheduler, ReduceLROnPlateau) and val_data is None:
         problems.append("ReduceLROnPlateau looks at validations, and there are none: pass val_data=.")
+    problems += _lazy_problems(settings, model)
     if problems:
         raise ConfigError(problems)
 
@@ -78,6 +81,18 @@ def _step_problems(optimizer: Any) -> list[str]:
         "one forward and one backward a step. Pass another, such as torch.optim.AdamW(model.parameters()), "
         "or write the loop: for batch in pipeline.Loader(train_data, batch_size=64): "
         f"optimizer.step({given})."
+    ]
+
+
+def _lazy_problems(settings: Settings, model: torch.nn.Module) -> list[str]:
+    """Return what needs a lazy module's tensors before its first batch has made them."""
+    lazy = next((name for name, each in model.named_parameters() if is_lazy(each)), None)
+    wanted = {"ema_decay": settings.ema_decay is not None, "channels_last": settings.channels_last}
+    return [
+        f"{name} needs every tensor of the model, and {lazy} is made by the first batch. Run one through the "
+        "model before fit: with torch.no_grad(): model(inputs)."
+        for name, is_wanted in wanted.items()
+        if is_wanted and lazy is not None
     ]
 
 

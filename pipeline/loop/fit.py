@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
+from math import isfinite
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -43,6 +44,9 @@ def fit(run: Run) -> None:
     except BaseException as error:
         run.journal.loggers.has_failed = True
         cause = _earlier_cause(run, error)
+        with noting_on(cause):
+            if isinstance(cause, NonFiniteError):
+                cause.spoiled_part = run.step.spoiled_part()
         with noting_on(cause):
             run.tell(FitFailed, cause)
         if cause is not error:
@@ -161,6 +165,7 @@ def _finish_epoch(run: Run) -> None:
     run.outbound.flush()
     if run.collector is not None:
         run.collector.idle()
+    _check_weights(run)
     run.clock.training_paused()  # what the device was still busy with is training time too
     run.tell(EpochFinished)
     losses = run.journal.losses[run.epoch_first_step : state.step]
@@ -180,6 +185,18 @@ def _finish_epoch(run: Run) -> None:
         scheduler.step()
     state.epoch += 1
     run.position, run.is_epoch_open = 0, False
+
+
+def _check_weights(run: Run) -> None:
+    """Refuse to skip for ever: an epoch whose last loss is not finite may have NaN in its weights.
+
+    Raises:
+        NonFiniteError: If it has.
+    """
+    step, losses = run.state.step - 1, run.journal.losses
+    is_bad = run.settings.on_nonfinite == "skip" and bool(losses) and not isfinite(losses[-1])
+    if is_bad and run.step.spoiled_part() == "weights":
+        raise NonFiniteError(step, step, losses[-1])
 
 
 def _validate(run: Run, means: dict[str, float]) -> None:

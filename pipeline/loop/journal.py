@@ -6,16 +6,23 @@ from array import array
 from collections import deque
 from collections.abc import Callable
 from math import isfinite
+from pathlib import Path
 
 from pipeline.batch import Media, Row
-from pipeline.errors import NonFiniteError
+from pipeline.errors import NonFiniteCause, NonFiniteError
 from pipeline.loggers import LoggerGroup
-from pipeline.loop.guard import SKIPPED
+from pipeline.loop.guard import BUFFERS, GRADIENTS, HUGE, LEFT_OUT, SCALED, SKIPPED, SPOILED, UPDATE
 from pipeline.loop.rates import Rates, StepDone
 from pipeline.report import SaveReport
 from pipeline.settings import Settings
 
 RECENT_STEPS = 256
+_CAUSES: tuple[tuple[int, NonFiniteCause], ...] = (
+    (GRADIENTS, "gradients"),
+    (HUGE, "size"),
+    (BUFFERS, "buffers"),
+    (UPDATE, "update"),
+)
 
 
 class Journal:
@@ -29,7 +36,7 @@ class Journal:
         last_step: Returns the step that the loop has reached.
 
     Attributes:
-        on_nonfinite: Told of each step whose loss or gradients are not finite.
+        on_nonfinite: Told of each step that was not finite; returns the file that it has written, if any.
         on_step: Told of every step's numbers, in order, a row or not; None for nobody.
         losses: Of every step, whatever becomes of its row.
         step_s: The time of every step, in seconds.
@@ -56,7 +63,7 @@ class Journal:
         self.last_step = last_step
         self.on_step: Callable[[StepDone, dict[str, float]], None] | None = None
         self._rows: list[Row] = []
-        self.on_nonfinite: Callable[[StepDone, float], None] | None = None
+        self.on_nonfinite: Callable[[StepDone, float], Path | None] | None = None
         self.losses, self.step_s, self.wait_s = array("d"), array("d"), array("d")
         self.recent: deque[StepDone] = deque(maxlen=RECENT_STEPS)
         self.last_values: dict[str, float] = {}
@@ -76,13 +83,13 @@ class Journal:
             reached: The step that the loop had reached when it put them here; the last one unless told.
         """
         loss = values["train/loss"]
-        was_skipped = bool(values.pop(SKIPPED, 0.0))
+        found = int(values.pop(SKIPPED, 0.0))
         self.losses.append(loss)
         self.step_s.append(done.step_ns / 1e9)
         self.wait_s.append(done.data_wait_ns / 1e9)
         self.recent.append(done)
         self.last_values = values
-        if was_skipped and self._on_nonfinite == "skip":
+        if found & LEFT_OUT and self._on_nonfinite == "skip":
             values[SKIPPED] = 1.0
         if self.on_step is not None:
             self.on_step(done, values)
@@ -95,18 +102,17 @@ class Journal:
                     values |= self._of_save
                     self._of_save = {}
                 self._rows.append(Row(done.step, done.epoch, values))
-        if was_skipped or not isfinite(loss):
-            self._note_nonfinite(done, loss, was_skipped)
+        if not isfinite(loss) or (found and not found & SCALED):
+            self._note_nonfinite(done, loss, found)
 
-    def _note_nonfinite(self, done: StepDone, loss: float, was_skipped: bool) -> None:
+    def _note_nonfinite(self, done: StepDone, loss: float, found: int) -> None:
         if self._on_nonfinite == "ignore":
             return
-        if self.on_nonfinite is not None:
-            self.on_nonfinite(done, loss)
-        if self._on_nonfinite == "stop":
-            raise NonFiniteError(
-                done.step - 1, self.last_step() - 1, loss, is_gradient=was_skipped and isfinite(loss)
-            )
+        path = None if self.on_nonfinite is None else self.on_nonfinite(done, loss)
+        if self._on_nonfinite == "stop" or found & SPOILED:
+            error = NonFiniteError(done.step - 1, self.last_step() - 1, loss, cause=_cause(found, loss))
+            error.was_left_out, error.samples_path = bool(found & LEFT_OUT), path
+            raise error
 
     def note_save(self, report: SaveReport) -> None:
         """Take what a checkpoint cost; it stands in the next step's row."""
@@ -131,3 +137,7 @@ class Journal:
         """Tell them, and make what was written readable by others."""
         self.deliver()
         self.loggers.flush()
+
+
+def _cause(found: int, loss: float) -> NonFiniteCause:
+    return "loss" if not isfinite(loss) else next((name for bit, name in _CAUSES if found & bit), "loss")

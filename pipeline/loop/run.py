@@ -132,17 +132,23 @@ class Run:
         """Tell the callbacks of a step's numbers; the thread of the loggers."""
         self.callbacks.tell_read(StepRead(done.step, done.epoch, values, self.stop))
 
-    def note_nonfinite(self, done: StepDone, loss: float) -> None:
-        """Write which batches and samples a step had that was not finite; the thread of the loggers."""
+    def note_nonfinite(self, done: StepDone, loss: float) -> Path | None:
+        """Write which batches and samples a step had that was not finite, and return where.
+
+        Runs on:
+            The thread of the loggers.
+        """
         if self.run_dir is None or self.data is None:
-            return
+            return None
         each = self.settings.accumulate_grad_batches
         first = (done.step - 1 - self.epoch_first_step) * each
         batches = list(range(first, first + each))
         samples = [self.data.sample_indices(position) for position in batches]
         line = {"step": done.step - 1, "epoch": done.epoch, "loss": str(loss), "batches": batches}
-        with (self.run_dir / "nonfinite.jsonl").open("a", encoding="utf-8") as file:
+        path = self.run_dir / "nonfinite.jsonl"
+        with path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**line, "samples": samples}) + "\n")
+        return path
 
     def log_media(self, kind: MediaKind, name: str, data: torch.Tensor | str) -> None:
         """Send an image, a histogram or a text to the loggers."""

@@ -58,7 +58,8 @@ class TrainStep:
         self._state, self._model, self._objective = state, forward_model, objective
         self._settings, self.device, self.metrics = settings, device, metrics
         self._guard = guard
-        self._keep_buffers = guard.begin if guard is not None and guard.has_buffers else None
+        self._keep_buffers = None if guard is None else guard.begin
+        self._settle_guard = None if guard is None or state.scaler is None else guard.settle
         self._num_accumulated = settings.accumulate_grad_batches
         self._reads_at_once = reads_at_once and self._num_accumulated == 1
         self._autocast_dtype = AUTOCAST_DTYPE[settings.precision]
@@ -127,6 +128,7 @@ class TrainStep:
         gradients = [None if each.grad is None else each.grad for each in self._parameters()]
         return {
             "num_pending": self.num_pending,
+            "guard": None if self._guard is None else self._guard.state_dict(),
             "scalars": dict(self._scalars),
             "counts": dict(self._counts),
             "gradients": gradients,
@@ -137,6 +139,8 @@ class TrainStep:
         self.num_pending = state["num_pending"]
         if not self.num_pending:
             return
+        if self._guard is not None and state.get("guard") is not None:
+            self._guard.load_state_dict(state["guard"])
         self._counts = dict(state["counts"])
         self._scalars = {
             name: value.to(self.device) if isinstance(value, torch.Tensor) else value
@@ -144,6 +148,10 @@ class TrainStep:
         }
         for parameter, gradient in zip(self._parameters(), state["gradients"], strict=True):
             parameter.grad = None if gradient is None else gradient.to(parameter.device)
+
+    def spoiled_part(self) -> str | None:
+        """Say what is not finite by now, if there is a guard; nothing if all is. Waits for the device."""
+        return None if self._guard is None else self._guard.spoiled_part()
 
     def _parameters(self) -> list[torch.Tensor]:
         """Return every parameter once: the model's, and those that only the optimizer knows."""
@@ -166,6 +174,8 @@ class TrainStep:
         # A tensor is what a scheduler changes in place: keep it as it was for this update.
         scalars["train/lr"] = rate if isinstance(rate, float) else _kept(rate)
         try:
+            if self._settle_guard is not None:
+                self._settle_guard()
             if self._handles_gradients:
                 self._handle_gradients(scalars)
             if self._guard is not None:
@@ -175,7 +185,7 @@ class TrainStep:
             else:
                 state.scaler.step(state.optimizer)
                 state.scaler.update()
-                self._is_unscaled = False
+            self._is_unscaled = False
             clear_gradients(state.optimizer)
             if self._steps_scheduler and state.scheduler is not None:
                 state.scheduler.step()

@@ -21,12 +21,14 @@ from pipeline.loop.clock import StepClock
 from pipeline.loop.collector import Collector
 from pipeline.loop.evaluate import Evaluation
 from pipeline.loop.guard import Guard
+from pipeline.loop.guard_device import DeviceGuard
+from pipeline.loop.guard_scaled import ScaledGuard
 from pipeline.loop.journal import Journal
 from pipeline.loop.objective import Objective
 from pipeline.loop.rates import CountingStep, Rates
 from pipeline.loop.saver import Saver
 from pipeline.loop.schedule import Belts
-from pipeline.loop.setup import at_most, is_rank_zero, make_autocast
+from pipeline.loop.setup import at_most, has_ranks, is_rank_zero, make_autocast
 from pipeline.loop.step import TrainStep
 from pipeline.loop.train_metrics import TrainMetrics
 from pipeline.protocols import Logger, Metrics, RunInfo
@@ -47,16 +49,15 @@ def make_step(
     *,
     keeps_tensors: bool,
     count_samples: Callable[[Batch], int],
+    user_code: Sequence[Any] = (),
 ) -> TrainStep:
     """Return the step; one that counts FLOPs where they are asked for.
 
-    Its numbers stay tensors for callbacks that are told of each step (`keeps_tensors`).
+    Its numbers stay tensors for callbacks that are told of each step (`keeps_tensors`). The buffers of a loss
+    or a step that is a module (in `user_code`) are guarded like the model's.
     """
     kind = TrainStep if settings.peak_tflops is None else partial(CountingStep, count_samples)
     of_batches = TrainMetrics(metrics, count_samples) if metrics else None
-    guard: Guard | None = None
-    if settings.on_nonfinite != "ignore" and state.scaler is None:  # which guards its updates itself
-        guard = Guard(state, backend, settings.on_nonfinite)
     return kind(
         state,
         called_model,
@@ -66,7 +67,7 @@ def make_step(
         scheduler_interval,
         clock,
         of_batches,
-        guard,
+        _make_guard(settings, state, backend, user_code),
         reads_at_once=is_host(backend) and not keeps_tensors,
     )
 
@@ -92,6 +93,21 @@ def make_evaluation(
         merges_ranks=merges_ranks,
         num_batches=at_most(source.num_batches, limit),
     )
+
+
+def _make_guard(
+    settings: Settings, state: TrainState, backend: Backend, user_code: Sequence[Any]
+) -> Guard | None:
+    """Return what keeps weights and buffers clean of NaN; None if nobody asked for it."""
+    if settings.on_nonfinite == "ignore":
+        return None
+    owners = [state.model, *(getattr(each, "__self__", each) for each in user_code)]
+    modules = [each for each in owners if isinstance(each, torch.nn.Module)]
+    clips_norm = settings.gradient_clip_val is not None and settings.gradient_clip_algorithm == "norm"
+    keywords: Any = {"knows_norm": settings.log_grad_norm or clips_norm, "has_ranks": has_ranks()}
+    if state.scaler is not None:
+        return ScaledGuard(state, settings.on_nonfinite, modules, is_on_host=is_host(backend), **keywords)
+    return (Guard if is_host(backend) else DeviceGuard)(state, settings.on_nonfinite, modules, **keywords)
 
 
 def make_rows(run_dir: Path | None) -> JsonlLogger | None:
