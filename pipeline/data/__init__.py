@@ -3,9 +3,11 @@
 from pipeline.data.generator_mode import UnhookableDrawError
 from pipeline.data.iterable import IterableReader, IterableSource
 from pipeline.data.main_module import refuse_in_nursery
-from pipeline.data.processes import Processes, ProcessReader
+from pipeline.data.map_style import MapReader, MapSource
+from pipeline.data.process_reader import ProcessReader
+from pipeline.data.processes import Processes
 from pipeline.data.ranks import ranks
-from pipeline.data.reader import END, EVALUATION_EPOCH, MapReader, MapSource, Reader, Source
+from pipeline.data.reader import END, EVALUATION_EPOCH, Reader, Source
 from pipeline.data.several import several_sets_problem
 from pipeline.data.shards import ShardedReader, ShardedSource
 from pipeline.data.source import as_source, is_shared_out, own_generators

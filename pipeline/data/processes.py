@@ -18,13 +18,25 @@ from pipeline.batch import Batch
 from pipeline.concurrency import Answer, NurseryDiedError, Pinning, Slot, SlotFile, WorkerPool
 from pipeline.data.death import death_error, death_warning
 from pipeline.data.main_module import packed_for_process
+from pipeline.data.map_style import MapSource
 from pipeline.data.packing import Packed, reaches_all, unpack
-from pipeline.data.reader import END, MapSource, TurnReader
+from pipeline.data.reader import END, TurnReader
 from pipeline.data.shards import ShardedSource
 from pipeline.data.worker import ANSWER, JOB, TorchDefaults
 from pipeline.errors import ConfigError, StageError, StallError, WorkerDiedError
 
 MODULES = ("numpy", "torch", "torch.utils.data", "pipeline.data.worker")
+
+
+class Repeated(Protocol):
+    """Takes batches that were made in the loop before, and are made in a process once more."""
+
+    @property
+    def turns(self) -> Sequence[Any]:
+        """Which batches."""
+
+    def take(self, turn: Any, open_batch: Callable[[], Batch]) -> None:
+        """Look at one; to open it raises what the dataset raised."""
 
 
 @dataclass(slots=True, eq=False)
@@ -253,60 +265,6 @@ class Processes:
                 return os.pread(self._stacks, 1 << 16, written).decode(errors="replace")
             time.sleep(0.02)  # what hangs has been waited for much longer than this
         return None
-
-
-class Repeated(Protocol):
-    """Takes batches that were made in the loop before, and are made in a process once more."""
-
-    @property
-    def turns(self) -> Sequence[Any]:
-        """Which batches."""
-
-    def take(self, turn: Any, open_batch: Callable[[], Batch]) -> None:
-        """Look at one; to open it raises what the dataset raised."""
-
-
-class ProcessReader:
-    """An epoch, its batches made by worker processes; a `Reader`.
-
-    Args:
-        processes: That make them.
-        reader: The epoch, which this moves.
-        depth: Batches that are asked for ahead.
-        goes_on: Asked before each further batch is; once not, those asked for are the last.
-        repeated: Batches to ask for first, that are not read.
-    """
-
-    is_random_access, is_threadable, is_known = False, True, True
-    max_processes: int | None = None
-    turn: Any = None
-
-    def __init__(
-        self,
-        processes: Processes,
-        reader: TurnReader,
-        depth: int,
-        goes_on: Callable[[], bool],
-        repeated: Repeated | None = None,
-    ) -> None:
-        self._reader, self._batches = reader, processes.batches(reader, depth, goes_on, repeated)
-        self.position = reader.position
-
-    @property
-    def is_exhausted(self) -> bool:
-        return self._reader.is_exhausted
-
-    def first(self) -> Batch:
-        return self.read()
-
-    def read(self) -> Batch:
-        return next(self._batches, END)
-
-    def thread_maker(self) -> Callable[[int], Batch]:
-        return lambda position: self.read()
-
-    def close(self) -> None:
-        self._batches.close()
 
 
 @contextmanager

@@ -16,8 +16,9 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeline.batch import Batch
+from pipeline.data.map_style import IsolatedReader
 from pipeline.data.randomness import SampleRandomness
-from pipeline.data.reader import END, IsolatedReader
+from pipeline.data.reader import END
 from pipeline.data.shard_fetch import ShardFetcher
 from pipeline.errors import ConfigError
 from pipeline.seeding import Epoch

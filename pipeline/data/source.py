@@ -23,7 +23,8 @@ from torch.utils.data import (
 from pipeline.data.fetch import CollateFn, Fetcher
 from pipeline.data.iterable import IterableSource
 from pipeline.data.loaders import length_or_none
-from pipeline.data.reader import MapSource, Source
+from pipeline.data.map_style import MapSource
+from pipeline.data.reader import Source
 from pipeline.data.sampler import BatchPlan, SamplerPlan, num_batches
 from pipeline.data.several import several_sets_problem
 from pipeline.data.shard_fetch import ShardFetcher

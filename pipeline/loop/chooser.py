@@ -17,13 +17,13 @@ from pipeline.data import Reader
 from pipeline.errors import PipelineError
 from pipeline.loop.placement import (
     INLINE,
-    MIN_GAIN,
     TEXTBOOK,
     Job,
     Place,
-    at_best_ms,
     best_place,
     is_doubtful,
+    may_be,
+    missed,
     next_trial,
     to_time_again,
 )
@@ -77,13 +77,7 @@ class Auto:
 
     def _may_be(self, place: Place, reader: Reader) -> bool:
         """Say whether batches may be made in a place."""
-        limits = self._workers.limits()
-        if place == TEXTBOOK:
-            return True
-        if place.name == "process":
-            return limits.has_processes
-        is_one_enough = limits.num_threads == 1 and not reader.is_random_access
-        return reader.is_threadable and (limits.num_threads is None or is_one_enough)
+        return may_be(place, self._workers.limits(), reader.is_threadable, reader.is_random_access)
 
     def goes_on(self) -> bool:
         """Say whether to stay in the place chosen last."""
@@ -302,15 +296,8 @@ class Auto:
             else f"a batch takes {self._job.fetch_ms:.3g} ms of {textbook_ms:.3g}: no other place was faster"
         )
         if limit := self._workers.limits().reason:
-            self._reason = f"{limit}{self._missed(place)}"
+            self._reason = f"{limit}{missed(self._job, self._tried[place])}"
         logger.info("%s: batches made in %s", self._name, self.report)
-
-    def _missed(self, place: Place) -> str:
-        """Say what reading ahead would win at best, where the data does not let it be tried."""
-        assert self._job is not None
-        best_ms, now_ms = at_best_ms(replace(self._job, has_threads=True), INLINE), self._tried[place]
-        saved = 1 - best_ms / now_ms
-        return f", which would take {saved:.0%} less time at best" if saved > MIN_GAIN else ""
 
 
 _TIMES = ("fetch_ms", "fetch_core_ms", "step_ms")

@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from pipeline.checks import Limits
 from pipeline.report.ceilings import HANDOFF_MS, StepCost, predict
 from pipeline.settings import PlaceName
 
@@ -129,6 +130,22 @@ def is_doubtful(job: Job, tried: Mapping[Place, float]) -> bool:
     """
     promised = _candidates(job, {TEXTBOOK: tried[TEXTBOOK]}).values()
     return min(tried.values()) > DOUBTFUL_RATIO * min(promised, default=math.inf)
+
+
+def may_be(place: Place, limits: Limits, is_threadable: bool, is_random_access: bool) -> bool:
+    """Say whether what was found in the data lets its batches be made in a place."""
+    if place == TEXTBOOK:
+        return True
+    if place.name == "process":
+        return limits.has_processes
+    is_one_enough = limits.num_threads == 1 and not is_random_access
+    return is_threadable and (limits.num_threads is None or is_one_enough)
+
+
+def missed(job: Job, now_ms: float) -> str:
+    """Say what reading ahead would win at best, where the data does not let it be tried."""
+    saved = 1 - at_best_ms(replace(job, has_threads=True), INLINE) / now_ms
+    return f", which would take {saved:.0%} less time at best" if saved > MIN_GAIN else ""
 
 
 def _candidates(job: Job, tried: Mapping[Place, float]) -> dict[Place, float]:
