@@ -17,6 +17,7 @@ import torch
 
 _MAX_KEPT_BYTES = 1 << 16
 _PLAIN = (type(None), bool, int, str, bytes, type, torch.dtype, torch.device, torch.Size, torch.layout)
+_COUNTED = (list, tuple, Mapping, set, frozenset)
 _MAX_DEPTH = 32
 
 
@@ -29,6 +30,10 @@ class _Kind:
     """The type of a part that has parts itself."""
 
     found: type
+    length: int | None
+
+    def __str__(self) -> str:
+        return self.found.__name__ + ("" if self.length is None else f" of {self.length}")
 
 
 class Record:
@@ -73,7 +78,7 @@ def _parts(path: str, found: Any, depth: int, above: list[int]) -> Iterator[tupl
         yield path, (type(found), "what it lies in")
     else:
         above.append(id(found))
-        yield path, _Kind(type(found))
+        yield path, _Kind(type(found), len(found) if isinstance(found, _COUNTED) else None)
         for name, part in _inside(found):
             yield from _parts(f"{path}{name}", part, depth + 1, above)
         above.pop()
@@ -85,7 +90,6 @@ def _inside(found: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"[{number}]", part) for number, part in enumerate(found))
         yield from _attributes(found)
     elif isinstance(found, Mapping) and hasattr(found, "keys"):
-        yield "", len(found)
         yield from ((f"[{key!r}]", found[key]) for key in found)
         yield from _attributes(found)
     elif isinstance(found, (set, frozenset)):
@@ -175,7 +179,7 @@ def _digest(data: Any) -> bytes | tuple[int, int]:
 def _named(part: Any) -> str:
     """Name a part in few words: its values if they are few, else its type and shape."""
     if isinstance(part, _Kind):
-        return part.found.__name__
+        return str(part)
     kind, *rest = part
     if isinstance(kind, type) and len(rest) == 1:
         return f"{kind.__name__} {rest[0]!r}"[:60]

@@ -24,7 +24,7 @@ is read in turn, by one thread. ``leaf``: nothing that could matter. ``state``: 
 
 _LEAVES: tuple[Any, ...] = (
     type(None), bool, int, float, complex, str, bytes, range, slice, types.ModuleType, types.CodeType,
-    types.BuiltinFunctionType, types.GetSetDescriptorType, types.MemberDescriptorType, property, torch.dtype,
+    types.GetSetDescriptorType, types.MemberDescriptorType, property, torch.dtype,
     torch.device, torch.Size, torch.layout, torch.memory_format, numpy.generic, numpy.dtype, weakref.ref,
     logging.Logger, logging.Handler, logging.Filterer, threading.Event, threading.Condition, threading.local,
     threading.Thread, staticmethod, classmethod,
@@ -46,6 +46,9 @@ def kind_of(found: Any) -> Kind:
     Raises nothing, and changes nothing but what pickling an object without attributes may change.
     """
     kind = type(found)
+    if isinstance(found, types.BuiltinFunctionType):  # perhaps a method of something, such as rng.random
+        owner = found.__self__
+        return "leaf" if owner is None or kind_of(owner) == "leaf" else "state"
     if isinstance(found, _LEAVES) or kind.__module__.startswith(_LEAF_MODULES) or _is_process_wide(found):
         return "leaf"
     if isinstance(found, (*GENERATORS, *_FILES)):

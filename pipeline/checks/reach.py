@@ -160,6 +160,8 @@ def _parts(path: str, found: Any) -> Iterator[_Found]:
     """Yield what one object leads to."""
     if isinstance(found, types.FunctionType):
         yield from _of_function(path, found)
+    elif isinstance(found, types.BuiltinFunctionType):
+        yield path, found.__self__
     elif isinstance(found, types.MethodType):
         yield path, found.__self__
         yield f"{path}.__func__", found.__func__
