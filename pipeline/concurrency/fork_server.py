@@ -9,9 +9,10 @@ a **nursery** is forked in milliseconds, is given the dataset once, and forks wo
 it, page by page, until they write to it. A worker that has died is replaced as quickly.
 
 Nobody outlives this process. The fork server sees it end, by a descriptor of the process and not by its
-parent's death, which would be reported when the *thread* ends that started it. Nurseries and workers are
-killed by the kernel when their parent dies; each parent has one thread. All are deaf to Ctrl-C, which a
-terminal sends to every process and which is the trainer's to handle.
+parent's death, which would be reported when the *thread* ends that started it, and kills the nurseries. A
+nursery whose server was killed goes on, until its pool is closed or its owner has ended. Workers are killed
+by the kernel when their nursery dies, which has one thread. All are deaf to what is sent to every process
+of a program and is the trainer's to handle (`deafness`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from collections.abc import Callable
 from multiprocessing import spawn
 from typing import TypeAlias
 
+from pipeline.concurrency.deafness import become_deaf, hear_in_forks
+
 RunWorker: TypeAlias = Callable[[socket.socket, int], None]
 """Runs in a worker, given the socket of its jobs and its number of threads."""
 
@@ -49,7 +52,7 @@ def is_nursery() -> bool:
 
 def serve(control_file: int, owner: int, modules: list[str]) -> None:
     """Fork a nursery for each message, until the owner is gone; runs in the fork server."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    become_deaf()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries nurseries
     try:
         control, owner_file = socket.socket(fileno=control_file), os.pidfd_open(owner)
@@ -57,22 +60,39 @@ def serve(control_file: int, owner: int, modules: list[str]) -> None:
         return  # it has ended already
     for name in modules:
         importlib.import_module(name)
-    poller = select.poll()
+    nurseries = _serve(control, owner_file)
+    for nursery in nurseries:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(nursery, signal.SIGKILL)
+
+
+def _serve(control: socket.socket, owner_file: int) -> set[int]:
+    """Fork until there is nobody to fork for; return the nurseries, each by a descriptor of its process."""
+    poller, nurseries = select.poll(), set[int]()
     for file in (control.fileno(), owner_file):
         poller.register(file, select.POLLIN)
     while True:
-        if any(file == owner_file for file, _ in poller.poll()):
-            return
+        ready = {file for file, _ in poller.poll()}
+        for ended in ready & nurseries:
+            poller.unregister(ended)
+            nurseries.remove(ended)
+            os.close(ended)
+        if owner_file in ready:
+            return nurseries
+        if control.fileno() not in ready:
+            continue
         message, files = receive(control)
         if not message:
-            return
-        if not _is_open(files[0]):  # the pool was closed before its turn came
-            os.close(files[0])
-            continue
-        if os.fork() == 0:
-            control.close()
-            os.close(owner_file)
-            run_to_the_end(lambda: _nurse(socket.socket(fileno=files[0])))  # noqa: B023
+            return nurseries
+        if _is_open(files[0]):  # else the pool was closed before its turn came
+            if (child := os.fork()) == 0:
+                control.close()
+                for file in (owner_file, *nurseries):
+                    os.close(file)
+                run_to_the_end(lambda: _nurse(socket.socket(fileno=files[0])))  # noqa: B023
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                nurseries.add(nursery := os.pidfd_open(child))
+                poller.register(nursery, select.POLLIN)
         os.close(files[0])
 
 
@@ -86,7 +106,6 @@ def _nurse(control: socket.socket) -> None:
     """Get the pool's program and data, then fork a worker for each socket that is sent."""
     global _nursery_pid
     _nursery_pid = os.getpid()
-    _die_with_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with contextlib.suppress(BrokenPipeError):
         control.send(pickle.dumps(("born", os.getpid())))
@@ -140,6 +159,7 @@ def _fork_workers(control: socket.socket, run_worker: RunWorker) -> None:
 
 def _work(run_worker: RunWorker, requests: socket.socket, num_threads: int) -> None:
     _die_with_parent()
+    hear_in_forks()
     run_worker(requests, num_threads)
 
 

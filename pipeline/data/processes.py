@@ -15,13 +15,13 @@ from typing import Any
 
 from pipeline.batch import Batch
 from pipeline.concurrency import Answer, NurseryDiedError, Pinning, Slot, SlotFile, WorkerPool
-from pipeline.data.death import death_error, death_warning
+from pipeline.data.death import death_error, death_warning, nursery_error
 from pipeline.data.main_module import packed_for_process
 from pipeline.data.packing import Packed, reaches_all, unpack
 from pipeline.data.reader import END, MapSource, TurnReader
 from pipeline.data.shards import ShardedSource
 from pipeline.data.worker import ANSWER, JOB, TorchDefaults
-from pipeline.errors import ConfigError, StageError, StallError, WorkerDiedError
+from pipeline.errors import ConfigError, StageError, StallError
 
 MODULES = ("numpy", "torch", "torch.utils.data", "pipeline.data.worker")
 
@@ -69,10 +69,11 @@ class Processes:
         self._is_closed, self.in_order = False, True
         payload, prepare = packed_for_process(source.fetcher)
         self._slots, self._stacks = SlotFile(pinning), os.memfd_create("stacks")
+        self._payload = payload.overflow  # for the pool, which may need it again
         try:
             self._pool = WorkerPool(
                 ("pipeline.data.worker", "open_worker"),
-                (payload.overflow, self._slots.file, self._stacks),
+                (self._payload, self._slots.file, self._stacks),
                 (payload.offset, payload.nbytes, TorchDefaults.of_process()),
                 num_workers,
                 MODULES,
@@ -82,8 +83,6 @@ class Processes:
         except BaseException:
             self._close_files()
             raise
-        finally:
-            os.close(payload.overflow)
 
     @property
     def num_slots(self) -> int:
@@ -100,7 +99,7 @@ class Processes:
         Raises:
             PipelineError: If they never will be; it says why.
         """
-        with _explained():
+        with self._explained():
             return self._pool.is_ready() and self._pool.resize(num_workers, num_threads)
 
     def is_stale(self, source: MapSource | ShardedSource) -> bool:
@@ -109,7 +108,7 @@ class Processes:
 
     def wait_until_ready(self) -> bool:
         """Wait until the workers are there; False after the time-out. Raises as `is_ready` does."""
-        with _explained():
+        with self._explained():
             return self._pool.wait_until_ready(self._stall_timeout_s)
 
     def close(self) -> None:
@@ -120,6 +119,7 @@ class Processes:
             self._close_files()
 
     def _close_files(self) -> None:
+        os.close(self._payload)
         os.close(self._stacks)
         self._slots.close()
 
@@ -134,7 +134,8 @@ class Processes:
             goes_on: Asked before each further batch is; once not, those asked for are the last.
 
         Raises:
-            WorkerDiedError: If workers died of a batch, again when it was tried again.
+            WorkerDiedError: If workers died of a batch, again when it was tried again; or the process that
+                has the dataset, again.
             StallError: If there was no batch for too long.
             Exception: The dataset's own.
         """
@@ -155,6 +156,8 @@ class Processes:
                 batch = self._open(asker, turn, *asker.ready.pop(turn))
                 if reader.take(turn, batch):
                     yield batch
+        except NurseryDiedError as error:
+            raise nursery_error(error) from error
         finally:
             asker.is_gone = True
             for answer, slot in asker.ready.values():
@@ -220,6 +223,19 @@ class Processes:
                 stage="fetch",
             )
 
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except NurseryDiedError as error:
+            raise nursery_error(error) from error
+        except Exception as error:
+            raise ConfigError(
+                f"the dataset cannot be unpickled in a process: {type(error).__name__}: {error}. Set "
+                "placement=thread, or see why with pickle.loads(pickle.dumps(dataset))."
+            ) from error
+        self._warn_of_deaths()
+
     def _warn_of_deaths(self) -> None:
         for tickets, exit_code in self._pool.died:
             suspects = [self._tickets[each] for each in tickets]
@@ -281,19 +297,6 @@ class ProcessReader:
 
     def close(self) -> None:
         self._batches.close()
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except NurseryDiedError as error:
-        raise WorkerDiedError("the process that has the dataset is gone", stage="fetch") from error
-    except Exception as error:
-        raise ConfigError(
-            f"the dataset cannot be unpickled in a process: {type(error).__name__}: {error}. Set "
-            "placement=thread, or see why with pickle.loads(pickle.dumps(dataset))."
-        ) from error
 
 
 def _error_in(message: bytes) -> BaseException:
