@@ -48,6 +48,7 @@ class IterableSource:
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> IterableReader:
         generator = torch.Generator().manual_seed(sample_seed(self._seed, epoch, 0))
         is_plain = type(self._batches) in (list, tuple)  # nothing that could draw
+        _let_dead_workers_go(self._batches)
         position, limit = self._go_to(start), max_batches
         batches = itertools.islice(iter(self._batches), None if limit is None else limit - position)
         mode = None if is_plain else GeneratorMode(generator)
@@ -165,6 +166,13 @@ class IterableReader:
         if (state := self._source.keep_state()) is not None:
             self.states.append((self.position, state))
         return batch
+
+
+def _let_dead_workers_go(batches: Any) -> None:
+    """Have a DataLoader that keeps its workers start others, if one of those that it has is dead."""
+    kept = getattr(batches, "_iterator", None) if isinstance(batches, DataLoader) else None
+    if any(not worker.is_alive() for worker in getattr(kept, "_workers", [])):
+        batches._iterator = None
 
 
 def length_or_none(data: Any) -> int | None:

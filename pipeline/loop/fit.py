@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
+from functools import partial
 
 import torch
 from torch.optim.lr_scheduler import ReduceLROnPlateau
@@ -20,6 +21,7 @@ from pipeline.loop.callback import (
     monitored,
 )
 from pipeline.loop.clock import DATA_WAIT, LOG, VALIDATE
+from pipeline.loop.cut_off import stopping_where_data_ends, validated
 from pipeline.loop.rates import StepDone
 from pipeline.loop.resume import open_epoch, resume
 from pipeline.loop.run import Run
@@ -67,7 +69,10 @@ def _train(run: Run) -> None:
     while run.is_epoch_open or not run.is_ending:
         try:
             if not run.is_ending:
-                with closing(open_epoch(run, _batches_left(run))) as batches:
+                with (
+                    stopping_where_data_ends(run),
+                    closing(open_epoch(run, _batches_left(run))) as batches,
+                ):
                     _train_epoch(run, batches)
                 _check_progress(run)
             if is_cut_short := run.is_ending:
@@ -185,7 +190,7 @@ def _validate(run: Run, means: dict[str, float]) -> None:
     run.clock.enter(VALIDATE)
     run.validated_step = run.state.step
     try:
-        found = run.validate(run.outbound.put_progress)
+        found = validated(run, partial(run.validate, run.outbound.put_progress))
     except Exception as error:
         add_stage_note(error, "validate", step=run.state.step)
         raise
@@ -233,7 +238,7 @@ def _check_progress(run: Run) -> None:
     Raises:
         StageError: If the epoch had no batch.
     """
-    if run.position:
+    if run.position or run.interrupted_by:
         return
     if run.state.step:
         save(run)
