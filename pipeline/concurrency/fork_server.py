@@ -110,7 +110,7 @@ def _nurse(control: socket.socket) -> None:
     with contextlib.suppress(BrokenPipeError):
         control.send(pickle.dumps(("born", os.getpid())))
     try:
-        message, files = receive(control, 2 * MAX_MESSAGE_BYTES)  # with the whole environment
+        message, files = receive(control, 3 * MAX_MESSAGE_BYTES)  # with the whole environment
         preparation, environment, home, name, arguments = pickle.loads(message)
         os.environ.clear()
         os.environ.update(environment)

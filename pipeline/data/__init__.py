@@ -3,7 +3,8 @@
 from pipeline.data.generator_mode import UnhookableDrawError
 from pipeline.data.iterable import IterableSource
 from pipeline.data.main_module import refuse_in_nursery
-from pipeline.data.processes import Processes, ProcessReader
+from pipeline.data.process_reader import ProcessReader
+from pipeline.data.processes import Processes
 from pipeline.data.ranks import ranks
 from pipeline.data.reader import END, EVALUATION_EPOCH, MapReader, MapSource, Reader, Source
 from pipeline.data.shards import ShardedReader, ShardedSource

@@ -116,7 +116,7 @@ class _Packer(pickle.Pickler):
         self._put_before: dict[tuple[int, int], tuple[torch.Tensor, tuple[bool, int]]] = {}
 
     def persistent_id(self, found: Any) -> Any:
-        if type(found) is torch.Tensor and _is_plain(found):
+        if type(found) is torch.Tensor and is_plain(found):
             flat, stride = _flat(found)
             return "tensor", *self._put(flat), found.dtype, flat.numel(), tuple(found.shape), stride
         if type(found) is numpy.ndarray and found.flags.c_contiguous and not found.dtype.hasobject:
@@ -236,7 +236,8 @@ def _sparse_coo(indices: Any, values: Any, shape: torch.Size, is_coalesced: bool
     return torch.sparse_coo_tensor(indices, values, shape, is_coalesced=is_coalesced, check_invariants=False)
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor is its numbers and no more."""
     return (
         tensor.layout is torch.strided
         and tensor.device.type == "cpu"

@@ -18,9 +18,11 @@ from pipeline.concurrency import Answer, NurseryDiedError, Pinning, Slot, SlotFi
 from pipeline.data.death import death_error, death_warning, nursery_error
 from pipeline.data.main_module import packed_for_process
 from pipeline.data.packing import Packed, reaches_all, unpack
+from pipeline.data.process_state import ProcessState
 from pipeline.data.reader import END, MapSource, TurnReader
 from pipeline.data.shards import ShardedSource
-from pipeline.data.worker import ANSWER, JOB, TorchDefaults
+from pipeline.data.talk import hear
+from pipeline.data.worker import ANSWER, JOB
 from pipeline.errors import ConfigError, StageError, StallError
 
 MODULES = ("numpy", "torch", "torch.utils.data", "pipeline.data.worker")
@@ -67,14 +69,16 @@ class Processes:
         self._given = source.fetcher.plain_state()
         self._tickets: dict[int, tuple[Any, Slot, _Asker]] = {}
         self._is_closed, self.in_order = False, True
-        payload, prepare = packed_for_process(source.fetcher)
+        self._warned: dict[Any, Any] = {}
+        self._state = ProcessState.capture(source.fetcher)
+        payload, prepare = packed_for_process(source.fetcher, self._state)
         self._slots, self._stacks = SlotFile(pinning), os.memfd_create("stacks")
         self._payload = payload.overflow  # for the pool, which may need it again
         try:
             self._pool = WorkerPool(
                 ("pipeline.data.worker", "open_worker"),
                 (self._payload, self._slots.file, self._stacks),
-                (payload.offset, payload.nbytes, TorchDefaults.of_process()),
+                (payload.offset, payload.nbytes, self._state.settings),
                 num_workers,
                 MODULES,
                 prepare,
@@ -103,8 +107,11 @@ class Processes:
             return self._pool.is_ready() and self._pool.resize(num_workers, num_threads)
 
     def is_stale(self, source: MapSource | ShardedSource) -> bool:
-        """Say whether the dataset is, by its plain attributes, no longer what the workers were given."""
-        return source.fetcher.plain_state() != self._given
+        """Say whether the dataset, or a global of its code, is no longer what the workers were given.
+
+        Numbers, texts and flags are looked at.
+        """
+        return source.fetcher.plain_state() != self._given or self._state.globals.has_changed
 
     def wait_until_ready(self) -> bool:
         """Wait until the workers are there; False after the time-out. Raises as `is_ready` does."""
@@ -178,18 +185,26 @@ class Processes:
         if not answers and not self._pool.died:
             raise self._stalled(asker)
         self._warn_of_deaths()
-        for answer in answers:
+        for answer in map(self._heard, answers):
             answered, slot, whose = self._tickets.pop(answer.ticket)
             if whose.is_gone:
                 self._drop(answer, slot)
             else:
                 whose.ready[answered] = answer, slot
 
+    def _heard(self, answer: Answer) -> Answer:
+        """Give on what a worker said meanwhile."""
+        if answer.message[1:2] != b"\1":
+            return answer
+        *files, talk = answer.files
+        hear(talk, self._warned)
+        return answer._replace(files=files)
+
     def _open(self, asker: _Asker, turn: Any, answer: Answer, slot: Slot) -> Batch:
         if answer.exit_code is not None:
             self._slots.release(slot)
             raise death_error(asker.reader.describe(turn), answer.exit_code)
-        is_batch, offset, nbytes, wanted_bytes = ANSWER.unpack_from(answer.message)
+        is_batch, _, offset, nbytes, wanted_bytes = ANSWER.unpack_from(answer.message)
         if not is_batch:
             self._slots.release(slot)
             if len(answer.message) == ANSWER.size:
@@ -229,6 +244,8 @@ class Processes:
             yield
         except NurseryDiedError as error:
             raise nursery_error(error) from error
+        except ConfigError:
+            raise  # it says itself what a process cannot have
         except Exception as error:
             raise ConfigError(
                 f"the dataset cannot be unpickled in a process: {type(error).__name__}: {error}. Set "
@@ -261,42 +278,6 @@ class Processes:
                 return os.pread(self._stacks, 1 << 16, written).decode(errors="replace")
             time.sleep(0.02)  # what hangs has been waited for much longer than this
         return None
-
-
-class ProcessReader:
-    """An epoch, its batches made by worker processes; a `Reader`.
-
-    Args:
-        processes: That make them.
-        reader: The epoch, which this moves.
-        depth: Batches that are asked for ahead.
-        goes_on: Asked before each further batch is; once not, those asked for are the last.
-    """
-
-    is_random_access, is_threadable, is_known = False, True, True
-    max_processes: int | None = None
-
-    def __init__(
-        self, processes: Processes, reader: TurnReader, depth: int, goes_on: Callable[[], bool]
-    ) -> None:
-        self._reader, self._batches = reader, processes.batches(reader, depth, goes_on)
-        self.position = reader.position
-
-    @property
-    def is_exhausted(self) -> bool:
-        return self._reader.is_exhausted
-
-    def first(self) -> Batch:
-        return self.read()
-
-    def read(self) -> Batch:
-        return next(self._batches, END)
-
-    def thread_maker(self) -> Callable[[int], Batch]:
-        return lambda position: self.read()
-
-    def close(self) -> None:
-        self._batches.close()
 
 
 def _error_in(message: bytes) -> BaseException:
