@@ -21,6 +21,8 @@ import array
 import contextlib
 import ctypes
 import importlib
+import importlib.util
+import io
 import os
 import pickle
 import select
@@ -28,9 +30,10 @@ import signal
 import socket
 import sys
 import traceback
+import types
 from collections.abc import Callable
 from multiprocessing import spawn
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from pipeline.concurrency.deafness import become_deaf, hear_in_forks
 
@@ -89,7 +92,7 @@ def _serve(control: socket.socket, owner_file: int) -> set[int]:
                 control.close()
                 for file in (owner_file, *nurseries):
                     os.close(file)
-                run_to_the_end(lambda: _nurse(socket.socket(fileno=files[0])))  # noqa: B023
+                run_to_the_end(lambda: _nurse(files[0]))  # noqa: B023
             with contextlib.suppress(ProcessLookupError):  # it has ended already
                 nurseries.add(nursery := os.pidfd_open(child))
                 poller.register(nursery, select.POLLIN)
@@ -102,8 +105,13 @@ def _is_open(file: int) -> bool:
     return not poller.poll(0)  # nothing but the end of the other side is reported
 
 
-def _nurse(control: socket.socket) -> None:
+def _nurse(control_file: int) -> None:
     """Get the pool's program and data, then fork a worker for each socket that is sent."""
+    with socket.socket(fileno=control_file) as control:
+        _nurse_by(control)
+
+
+def _nurse_by(control: socket.socket) -> None:
     global _nursery_pid
     _nursery_pid = os.getpid()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -114,7 +122,7 @@ def _nurse(control: socket.socket) -> None:
         preparation, environment, home, name, arguments = pickle.loads(message)
         os.environ.clear()
         os.environ.update(environment)
-        spawn.prepare(preparation)
+        _prepare(preparation)
         run_worker: RunWorker = getattr(importlib.import_module(home), name)(*files, *arguments)
     except BaseException as error:
         with contextlib.suppress(BrokenPipeError):
@@ -123,6 +131,29 @@ def _nurse(control: socket.socket) -> None:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody wants it any more
         control.send(pickle.dumps(("ready", None)))
         _fork_workers(control, run_worker)
+
+
+def _prepare(preparation: dict[str, Any]) -> None:
+    """Do as `multiprocessing.spawn.prepare` does, but import the started script so that it can be changed.
+
+    There its functions have other globals than the module `__main__` has: to set one would change nothing.
+    """
+    path, name = (preparation.pop(f"init_main_from_{each}", None) for each in ("path", "name"))
+    spawn.prepare(preparation)
+    if path is not None:
+        with io.open_code(path) as file:
+            _run_as_main(compile(file.read(), path, "exec"), __file__=path, __package__="")
+    elif name is not None and name.rpartition(".")[2] != "__main__":
+        spec: Any = importlib.util.find_spec(name)
+        code = spec.loader.get_code(name)
+        _run_as_main(code, __file__=spec.origin, __package__=spec.parent, __spec__=spec)
+
+
+def _run_as_main(code: types.CodeType, **names: Any) -> None:
+    main = types.ModuleType("__mp_main__")
+    vars(main).update(names)
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main
+    exec(code, vars(main))
 
 
 def _fork_workers(control: socket.socket, run_worker: RunWorker) -> None:

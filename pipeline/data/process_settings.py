@@ -217,7 +217,7 @@ def _set_context(found: tuple[Any, ...]) -> None:
     decimal.setcontext(decimal.Context(precision, rounding, low, high, capitals, clamp, [], list(traps)))
 
 
-def _set_zone(name: str | None) -> None:
+def _set_zone(names: tuple[str, str]) -> None:
     time.tzset()  # the environment has it already
 
 
@@ -244,7 +244,7 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "socket": (socket.getdefaulttimeout, socket.setdefaulttimeout),
     "decimal": (_context, _set_context),
     "locale": (lambda: locale.setlocale(locale.LC_ALL), _set_locale),
-    "time zone": (lambda: os.environ.get("TZ"), _set_zone),
+    "time zone": (lambda: time.tzname, _set_zone),
     "umask": (_umask, os.umask),
     "limits": (_limits, _set_limits),
     "cores": (_affinity, _set_affinity),

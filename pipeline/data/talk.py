@@ -3,8 +3,8 @@
 A worker has the levels of the script's loggers, and its filters of warnings; handlers it has none. What is
 not filtered goes along with the answer to the job, in a file of its own, and is given to the script's own
 loggers and to its `warnings.showwarning`: so it comes to every handler there is, once, and no file is opened
-twice. It is heard when the batch is taken in, in the order of the worker; what a worker said of a batch that it
-died of is lost with it.
+twice. It is heard when the batch is taken in, in the order of the worker; what a worker said of a batch that
+it died of is lost with it.
 """
 
 from __future__ import annotations
