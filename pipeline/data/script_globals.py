@@ -27,7 +27,8 @@ from pipeline.data.code_walk import PLAIN, CodeWalk, Place
 from pipeline.data.packing import is_plain
 from pipeline.errors import ConfigError
 
-MAX_CARRIED_BYTES = 16 << 20  # of one global, pickled
+# Of one global, pickled: small objects take some 0.1 s a megabyte, the numbers of an array no time.
+MAX_CARRIED_BYTES, MAX_ARRAY_BYTES = 1 << 20, 16 << 20
 _SAMPLED = 256  # numbers of a large one that are compared
 _MISSING = "nothing of this name"
 
@@ -131,9 +132,10 @@ def _tensor(data: bytes, dtype: torch.dtype, shape: tuple[int, ...]) -> torch.Te
 
 def _pickled(value: Any) -> bytes | None:
     """Return something pickled, or None if it cannot be or is large."""
-    if _is_large(value):
+    is_array = isinstance(value, (torch.Tensor, numpy.ndarray))
+    if is_array and value.nbytes > MAX_ARRAY_BYTES:
         return None
-    file = _Limited()
+    file = _Limited(MAX_ARRAY_BYTES + MAX_CARRIED_BYTES if is_array else MAX_CARRIED_BYTES)
     try:
         _Pickler(file, pickle.HIGHEST_PROTOCOL).dump(value)
     except Exception:
@@ -141,14 +143,13 @@ def _pickled(value: Any) -> bytes | None:
     return file.getvalue()
 
 
-def _is_large(value: Any) -> bool:
-    nbytes = getattr(value, "nbytes", 0) if isinstance(value, (torch.Tensor, numpy.ndarray)) else 0
-    return nbytes > MAX_CARRIED_BYTES
-
-
 class _Limited(io.BytesIO):
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__()
+        self._max_bytes = max_bytes
+
     def write(self, data: Any) -> int:
-        if self.tell() + len(memoryview(data).cast("B")) > MAX_CARRIED_BYTES:
+        if self.tell() + memoryview(data).nbytes > self._max_bytes:
             raise OverflowError
         return super().write(data)
 
