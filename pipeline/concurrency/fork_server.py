@@ -23,6 +23,7 @@ import ctypes
 import importlib
 import importlib.util
 import io
+import logging
 import os
 import pickle
 import select
@@ -138,6 +139,8 @@ def _prepare(preparation: dict[str, Any]) -> None:
 
     There its functions have other globals than the module `__main__` has: to set one would change nothing.
     """
+    # A module that opens its log file when it is imported must not cut off what the script has written there.
+    logging.FileHandler._open = _open_nothing  # type: ignore[method-assign, assignment]
     path, name = (preparation.pop(f"init_main_from_{each}", None) for each in ("path", "name"))
     spawn.prepare(preparation)
     if path is not None:
@@ -147,6 +150,10 @@ def _prepare(preparation: dict[str, Any]) -> None:
         spec: Any = importlib.util.find_spec(name)
         code = spec.loader.get_code(name)
         _run_as_main(code, __file__=spec.origin, __package__=spec.parent, __spec__=spec)
+
+
+def _open_nothing(handler: logging.FileHandler) -> io.TextIOWrapper:
+    return open(os.devnull, "w", encoding="utf-8")
 
 
 def _run_as_main(code: types.CodeType, **names: Any) -> None:

@@ -24,6 +24,7 @@ import numpy
 import torch
 
 MAX_OBJECTS, MAX_ITEMS = 10_000, 100  # that are looked at; of one container
+_FILLING = {"add", "append", "appendleft", "extend", "setdefault", "update"}  # methods of containers
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 
 
@@ -57,6 +58,8 @@ class CodeWalk:
         self.places: dict[Place, Any] = {}
         self._seen: dict[int, Any] = {}  # kept, or an address would be used again
         self._seen_modules = set[tuple[str, frozenset[str]]]()
+        self._set: set[str] | None = None
+        self._filled = set[str]()
         self._queue = collections.deque(roots)
         while self._queue and len(self._seen) < MAX_OBJECTS:
             found = self._queue.popleft()
@@ -64,13 +67,14 @@ class CodeWalk:
                 self._seen[id(found)] = found
                 self._visit(found)
 
-    def is_set_by_code(self, place: Place) -> bool:
-        """Say whether the code itself sets a global: then it is made in each process when it is needed."""
-        functions = [each for each in self._seen.values() if isinstance(each, types.FunctionType)]
-        return not place.owner and any(
-            each.__globals__.get("__name__") == place.module and _stores(each.__code__, place.name)
-            for each in functions
-        )
+    def is_made_by_code(self, place: Place, value: Any) -> bool:
+        """Say whether the code may set a global, or fill it: then each process makes its own as it goes."""
+        if self._set is None:
+            functions = [each for each in self._seen.values() if isinstance(each, types.FunctionType)]
+            self._set = {name for each in functions for name in _set_names(each.__code__)}
+            self._filled = {name for each in functions for name in _filled_names(each.__code__)}
+        is_container = isinstance(value, (dict, list, set, collections.deque))
+        return place.name in self._set or (is_container and place.name in self._filled)
 
     def _visit(self, found: Any) -> None:
         if isinstance(found, types.FunctionType):
@@ -81,15 +85,13 @@ class CodeWalk:
             self._queue.extend((found.__self__, found.__func__))
         elif isinstance(found, functools.partial):
             self._queue.extend((found.func, found.args, found.keywords))
-        elif isinstance(found, dict):
-            self._queue.extend(itertools.islice(found.values(), MAX_ITEMS))
-        elif isinstance(found, (list, tuple, set, frozenset, collections.deque)):
-            self._queue.extend(itertools.islice(found, MAX_ITEMS))
         elif not isinstance(found, types.ModuleType):
+            if isinstance(found, dict):
+                self._queue.extend(itertools.islice(found.values(), MAX_ITEMS))
+            elif isinstance(found, (list, tuple, set, frozenset, collections.deque)):
+                self._queue.extend(itertools.islice(found, MAX_ITEMS))
             self._queue.append(type(found))
-            self._queue.extend(itertools.islice(_attributes(found).values(), MAX_ITEMS))
-            if (inner := getattr(type(found), "__wrapped__", None)) is not None:
-                self._queue.append(inner)
+            self._queue.extend(itertools.islice(_attributes(found), MAX_ITEMS))
 
     def _visit_class(self, found: type) -> None:
         if not _is_users(found.__module__):
@@ -101,7 +103,9 @@ class CodeWalk:
             inner = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
             if isinstance(inner, (types.FunctionType, type)):
                 self._queue.append(inner)
-            elif is_named and not (name.startswith("__") or name == "_abc_impl" or _is_descriptor(value)):
+            elif _is_descriptor(value):
+                self._queue.append(value)  # such as a cached property
+            elif is_named and not (name.startswith("__") or name == "_abc_impl"):
                 self._note(Place(found.__module__, found.__qualname__, name), value)
 
     def _visit_function(self, found: types.FunctionType) -> None:
@@ -152,15 +156,26 @@ def _is_of_library(value: Any) -> bool:
 def _codes(code: types.CodeType) -> Iterator[set[str]]:
     """Yield the names in a function's code, and in that of those inside it."""
     yield {*code.co_names}
-    for each in code.co_consts:
-        if isinstance(each, types.CodeType):
-            yield from _codes(each)
+    for each in _inner(code):
+        yield from _codes(each)
 
 
-def _stores(code: types.CodeType, name: str) -> bool:
-    return any(
-        each.opname == "STORE_GLOBAL" and each.argval == name for each in dis.get_instructions(code)
-    ) or any(_stores(each, name) for each in code.co_consts if isinstance(each, types.CodeType))
+def _set_names(code: types.CodeType) -> set[str]:
+    """Return the globals that a function sets."""
+    found = {each.argval for each in dis.get_instructions(code) if each.opname == "STORE_GLOBAL"}
+    return found.union(*map(_set_names, _inner(code)))
+
+
+def _filled_names(code: types.CodeType) -> set[str]:
+    """Return the names in a function that puts something into a container; which one is not known."""
+    fills = _FILLING & {*code.co_names} or any(
+        each.opname == "STORE_SUBSCR" for each in dis.get_instructions(code)
+    )
+    return ({*code.co_names} if fills else set[str]()).union(*map(_filled_names, _inner(code)))
+
+
+def _inner(code: types.CodeType) -> list[types.CodeType]:
+    return [each for each in code.co_consts if isinstance(each, types.CodeType)]
 
 
 def _contents(cells: tuple[Any, ...]) -> Iterator[Any]:
@@ -171,9 +186,14 @@ def _contents(cells: tuple[Any, ...]) -> Iterator[Any]:
             continue
 
 
-def _attributes(found: Any) -> dict[str, Any]:
+def _attributes(found: Any) -> Iterator[Any]:
     attributes = getattr(found, "__dict__", None)
-    return attributes if isinstance(attributes, dict) else {}
+    if isinstance(attributes, dict):
+        yield from [*attributes.values()]
+    for kind in type(found).__mro__:
+        slots = vars(kind).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            yield getattr(found, name, None)
 
 
 def _is_descriptor(value: Any) -> bool:

@@ -7,9 +7,10 @@ looked up here (`code_walk`), with class attributes among them, and those that p
 they are compared with what importing gave, and set where they differ.
 
 Looked at is the user's code only: not that of packages that are installed, whose flags `process_settings`
-knows. What does not pickle (an open file, a connection) stays as importing gave it, and
-is refused if that is something of another type. Large tensors and arrays are compared by a fingerprint, and
-refused if they differ: nobody copies hundreds of megabytes in the middle of a training.
+knows. What does not pickle (an open file, a connection) stays as importing gave it, and is refused if that is
+something of another type. What is large is compared by a fingerprint, and refused if it differs: nobody
+copies hundreds of megabytes in the middle of a training. What the code itself sets or fills (a cache, a
+connection opened when it is first needed) is neither compared nor refused.
 """
 
 from __future__ import annotations
@@ -58,16 +59,17 @@ class ScriptGlobals:
             data = _pickled(value)
             if data is not None:
                 found.carried[place] = data
-            elif not walk.is_set_by_code(place):
+            elif not walk.is_made_by_code(place, value):
                 found.checked[place] = fingerprint(value)
-            if isinstance(value, PLAIN):
+            if isinstance(value, PLAIN) and not walk.is_made_by_code(place, value):
                 found.plain[place] = value
         return found
 
     @property
     def has_changed(self) -> bool:
         """Whether a number, a text or a flag is another one than it was."""
-        return any(_now(place) != value for place, value in self.plain.items())
+        now = ((_now(place), value) for place, value in self.plain.items())
+        return any(here is not value and here != value for here, value in now)  # NaN is not itself
 
     def apply(self) -> None:
         """Set what differs from what importing gave.
@@ -79,10 +81,10 @@ class ScriptGlobals:
             The nursery.
         """
         for place, data in self.carried.items():
-            holder, wanted = place.holder(), pickle.loads(data)
+            wanted, here = pickle.loads(data), _now(place)
             # What is equal stays the same object, which other names may have too.
-            if _pickled(_now(place)) != _pickled(wanted):
-                setattr(holder, place.name, wanted)
+            if here is _MISSING or _pickled(here) != _pickled(wanted):
+                setattr(place.holder(), place.name, wanted)
         for place, look in self.checked.items():
             if (here := fingerprint(_now(place))) != look:
                 raise ConfigError(_describe(place, look, here))
@@ -95,7 +97,9 @@ def fingerprint(value: Any) -> tuple[Any, ...]:
         return (_MISSING,)
     if isinstance(value, torch.nn.Module):
         return *kind, *(fingerprint(each) for each in value.state_dict().values())
-    if isinstance(value, torch.Tensor) and value.layout is torch.strided:
+    if isinstance(value, torch.Tensor) and (value.layout is not torch.strided or value.device.type != "cpu"):
+        return *kind, str(value.dtype), tuple(value.shape)
+    if isinstance(value, torch.Tensor):
         return *kind, str(value.dtype), tuple(value.shape), _sample(value.detach().reshape(-1))
     if isinstance(value, numpy.ndarray):
         return *kind, str(value.dtype), value.shape, _sample(value.reshape(-1))
@@ -117,6 +121,8 @@ def _sample(values: Any) -> str:
 
 class _Pickler(pickle.Pickler):
     def reducer_override(self, found: Any) -> Any:
+        if isinstance(found, torch.Tensor) and found.device.type != "cpu":
+            raise TypeError("a process that forks must not touch a device")
         # torch's own way writes addresses, so that equal tensors would be different bytes.
         if type(found) is torch.Tensor and is_plain(found):
             flat = found.contiguous().reshape(-1).view(torch.uint8)
@@ -162,9 +168,8 @@ def _now(place: Place) -> Any:
 
 
 def _name_of(found: Any) -> str:
-    return f"{getattr(found, '__module__', '')}.{getattr(found, '__qualname__', '')}".replace(
-        "__mp_main__", "__main__"
-    )
+    module = getattr(found, "__module__", None) or ""
+    return f"{module.replace('__mp_main__', '__main__')}.{getattr(found, '__qualname__', '')}"
 
 
 def _describe(place: Place, wanted: tuple[Any, ...], here: tuple[Any, ...]) -> str:

@@ -42,7 +42,7 @@ def stopping_where_data_ends(run: Run) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if run.worker_death:
+        if run.worker_death and "DataLoader worker" in str(error):
             error.add_note(run.worker_death)
         if run.clock.stage != DATA_WAIT or not _was_signalled(run, error):
             raise

@@ -116,6 +116,14 @@ GLOBALS = {
         "    def __getitem__(self, i): return i * self.one * self.two()\nOTHER = 1",
         lambda made: (setattr(made, "SCALE", 2.0), setattr(made, "OTHER", 5)),
     ),
+    "read by a cached property and by what has slots": (
+        "SCALE = 1.0\nOTHER = 1\nclass Part:\n    __slots__ = ('inner',)\n"
+        "    def __init__(self, inner): self.inner = inner\nclass Deep:\n    def get(self): return OTHER\n"
+        "class Items(list):\n    @functools.cached_property\n    def one(self): return SCALE\n"
+        "class Data(Base):\n    def __init__(self): self.items, self.part = Items(), Part(Deep())\n"
+        "    def __getitem__(self, i): return i * self.items.one * self.part.inner.get()",
+        lambda made: (setattr(made, "SCALE", 2.0), setattr(made, "OTHER", 5)),
+    ),
     "a function that is replaced": (
         "def load(i): return i\ndef double(i): return 2 * i\n"
         "class Data(Base):\n    def __getitem__(self, i): return load(i)",
@@ -236,6 +244,10 @@ ALLOWED = {
         "DB = None\ndef db():\n    global DB\n"
         "    DB = DB or sqlite3.connect(':memory:', check_same_thread=False)\n    return DB\n"
         "class Data(Base):\n    def __getitem__(self, i): return db().execute('select ?', [i]).fetchone()[0]"
+    ),
+    "a cache that has become large": (
+        "CACHE = {}\nclass Data(Base):\n    def __getitem__(self, i):\n"
+        "        if i not in CACHE: CACHE[i] = b'x' * 2_000_000\n        return len(CACHE[i])"
     ),
     "an object that stands for nothing": (
         "class Nothing: pass\nNOTHING, BARE = Nothing(), object()\ndef pick(i, one=NOTHING, two=BARE):\n"
@@ -392,6 +404,23 @@ def test_what_is_logged_in_workers_reaches_the_scripts_handlers(make_module, tmp
     lines = (tmp_path / "mine.log").read_text().splitlines()
     assert lines[0] == "before"
     assert sum(line.startswith("sample") for line in lines) == 15
+
+
+def test_a_log_file_that_a_module_opens_is_not_cut_off(make_module, tmp_path):
+    """It is imported in a process too, where nobody writes to it."""
+    path = tmp_path / "mine.log"
+    made = make_module(
+        f"import logging\nhandler = logging.FileHandler({str(path)!r}, mode='w')\n"
+        "logger = logging.getLogger('cut')\nlogger.addHandler(handler)\n"
+        "class Data(Base):\n    def __getitem__(self, i):\n        logger.error('sample %d', i)\n        return i"
+    )
+    try:
+        made.logger.error("before")
+        made_by_processes(made.Data())
+    finally:
+        made.logger.removeHandler(made.handler)
+        made.handler.close()
+    assert path.read_text().splitlines() == ["before", *(f"sample {index}" for index in range(16))]
 
 
 def test_what_a_worker_warns_of_is_shown_once_and_filtered_by_the_script(make_module):
