@@ -412,7 +412,8 @@ def test_a_log_file_that_a_module_opens_is_not_cut_off(make_module, tmp_path):
     made = make_module(
         f"import logging\nhandler = logging.FileHandler({str(path)!r}, mode='w')\n"
         "logger = logging.getLogger('cut')\nlogger.addHandler(handler)\n"
-        "class Data(Base):\n    def __getitem__(self, i):\n        logger.error('sample %d', i)\n        return i"
+        "class Data(Base):\n    def __getitem__(self, i):\n"
+        "        logger.error('sample %d', i)\n        return i"
     )
     try:
         made.logger.error("before")
