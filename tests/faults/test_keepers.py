@@ -109,13 +109,14 @@ def test_shards_are_read_again_after_the_nursery_was_killed():
 @pytest.mark.filterwarnings("ignore:the process that has the dataset:RuntimeWarning")
 def test_a_nursery_that_is_killed_twice_ends_the_run():
     """The error says which process it was and what to do; closing, and asking again, raise nothing else."""
-    source, processes = opened(Augmented(40))
+    source, processes = opened(Augmented(400))
     try:
         assert processes.wait_until_ready()
         batches = processes.batches(source.open(0), 4)
         next(batches)
         kill_nursery(processes)
-        next(batches), next(batches)
+        for _ in range(10):  # more than were answered before
+            next(batches)
         kill_nursery(processes)
         with pytest.raises(WorkerDiedError, match=r"process that has the dataset.*twice.*oom.*num_workers"):
             list(batches)
