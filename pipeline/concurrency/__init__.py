@@ -5,7 +5,8 @@ from pipeline.concurrency.child import Child, ChildDiedError
 from pipeline.concurrency.cores import available_cores
 from pipeline.concurrency.fork_server import is_nursery, pickled_error
 from pipeline.concurrency.jobs import answer_jobs
-from pipeline.concurrency.pool import Answer, NurseryDiedError, WorkerPool
+from pipeline.concurrency.pool import NurseryDiedError, WorkerPool
+from pipeline.concurrency.pool_state import Answer
 from pipeline.concurrency.scope import Scope, stack_of
 from pipeline.concurrency.server import fork_server, preparation
 from pipeline.concurrency.shared import (

@@ -2,8 +2,8 @@
 
 What holds the GIL of this process for long leaves it nothing by moving to a thread; in a process it has
 a GIL of its own. The child is a fresh interpreter, not a fork: this process has threads. It ends when
-its standard input does, so it cannot outlive its owner, and leaves Ctrl-C, which a terminal sends to
-both, to the owner.
+its standard input does; a fork of its owner may have that too, and what the object does may hang, so it
+looks at the owner's process as well. Signals that are sent to both it leaves to the owner (`deafness`).
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ from __future__ import annotations
 import contextlib
 import os
 import pickle
-import signal
+import select
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO, TypeAlias
 
+from pipeline.concurrency.deafness import become_deaf, starting_deaf
 from pipeline.concurrency.fork_server import pickled_error
 
+LAST_WORDS_S = 5.0  # of a process whose owner was killed
 Call: TypeAlias = tuple[str, tuple[Any, ...]]
 
-_PROGRAM = "import sys; sys.path[:] = {path!r}; from pipeline.concurrency.child import serve; serve()"
+_PROGRAM = "import sys; sys.path[:] = {path!r}; from pipeline.concurrency.child import serve; serve({owner})"
 
 
 class ChildDiedError(Exception):
@@ -48,8 +52,9 @@ class Child:
     """
 
     def __init__(self, make: Callable[[], Any]) -> None:
-        command = [sys.executable, "-c", _PROGRAM.format(path=sys.path)]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        command = [sys.executable, "-c", _PROGRAM.format(path=sys.path, owner=os.getpid())]
+        with starting_deaf():
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         self._is_under_way = False
         self._write(make)
 
@@ -96,9 +101,10 @@ class Child:
         return pipe  # type: ignore[no-any-return]
 
 
-def serve() -> None:
+def serve(owner: int) -> None:
     """Answer an owner's calls until it closes the pipe; runs in the process."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    become_deaf()
+    threading.Thread(target=_end_with, args=(owner,), name="owner", daemon=True).start()
     requests, replies = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)  # what the object prints must not get into the answers
@@ -118,6 +124,18 @@ def serve() -> None:
                 error = raised
         replies.write(pickle.dumps(None) if error is None else pickled_error(error))
         replies.flush()
+
+
+def _end_with(owner: int) -> None:
+    """End this process when its owner has ended, but for what it may still have to write."""
+    if not hasattr(os, "pidfd_open"):
+        return  # not Linux
+    with contextlib.suppress(ProcessLookupError):  # it has ended already
+        poller = select.poll()
+        poller.register(os.pidfd_open(owner), select.POLLIN)
+        poller.poll()
+    time.sleep(LAST_WORDS_S)
+    os._exit(1)
 
 
 def _handle(served: Any, message: Any) -> Any:

@@ -9,9 +9,10 @@ a **nursery** is forked in milliseconds, is given the dataset once, and forks wo
 it, page by page, until they write to it. A worker that has died is replaced as quickly.
 
 Nobody outlives this process. The fork server sees it end, by a descriptor of the process and not by its
-parent's death, which would be reported when the *thread* ends that started it. Nurseries and workers are
-killed by the kernel when their parent dies; each parent has one thread. All are deaf to Ctrl-C, which a
-terminal sends to every process and which is the trainer's to handle.
+parent's death, which would be reported when the *thread* ends that started it, and kills the nurseries. A
+nursery whose server was killed goes on, until its pool is closed or its owner has ended. Workers are killed
+by the kernel when their nursery dies, which has one thread. All are deaf to what is sent to every process
+of a program and is the trainer's to handle (`deafness`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ import array
 import contextlib
 import ctypes
 import importlib
+import importlib.util
+import io
+import logging
 import os
 import pickle
 import select
@@ -27,9 +31,12 @@ import signal
 import socket
 import sys
 import traceback
+import types
 from collections.abc import Callable
 from multiprocessing import spawn
-from typing import TypeAlias
+from typing import Any, TypeAlias
+
+from pipeline.concurrency.deafness import become_deaf, hear_in_forks
 
 RunWorker: TypeAlias = Callable[[socket.socket, int], None]
 """Runs in a worker, given the socket of its jobs and its number of threads."""
@@ -49,7 +56,7 @@ def is_nursery() -> bool:
 
 def serve(control_file: int, owner: int, modules: list[str]) -> None:
     """Fork a nursery for each message, until the owner is gone; runs in the fork server."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    become_deaf()
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel buries nurseries
     try:
         control, owner_file = socket.socket(fileno=control_file), os.pidfd_open(owner)
@@ -57,22 +64,39 @@ def serve(control_file: int, owner: int, modules: list[str]) -> None:
         return  # it has ended already
     for name in modules:
         importlib.import_module(name)
-    poller = select.poll()
+    nurseries = _serve(control, owner_file)
+    for nursery in nurseries:
+        with contextlib.suppress(ProcessLookupError):
+            signal.pidfd_send_signal(nursery, signal.SIGKILL)
+
+
+def _serve(control: socket.socket, owner_file: int) -> set[int]:
+    """Fork until there is nobody to fork for; return the nurseries, each by a descriptor of its process."""
+    poller, nurseries = select.poll(), set[int]()
     for file in (control.fileno(), owner_file):
         poller.register(file, select.POLLIN)
     while True:
-        if any(file == owner_file for file, _ in poller.poll()):
-            return
+        ready = {file for file, _ in poller.poll()}
+        for ended in ready & nurseries:
+            poller.unregister(ended)
+            nurseries.remove(ended)
+            os.close(ended)
+        if owner_file in ready:
+            return nurseries
+        if control.fileno() not in ready:
+            continue
         message, files = receive(control)
         if not message:
-            return
-        if not _is_open(files[0]):  # the pool was closed before its turn came
-            os.close(files[0])
-            continue
-        if os.fork() == 0:
-            control.close()
-            os.close(owner_file)
-            run_to_the_end(lambda: _nurse(socket.socket(fileno=files[0])))  # noqa: B023
+            return nurseries
+        if _is_open(files[0]):  # else the pool was closed before its turn came
+            if (child := os.fork()) == 0:
+                control.close()
+                for file in (owner_file, *nurseries):
+                    os.close(file)
+                run_to_the_end(lambda: _nurse(files[0]))  # noqa: B023
+            with contextlib.suppress(ProcessLookupError):  # it has ended already
+                nurseries.add(nursery := os.pidfd_open(child))
+                poller.register(nursery, select.POLLIN)
         os.close(files[0])
 
 
@@ -82,20 +106,24 @@ def _is_open(file: int) -> bool:
     return not poller.poll(0)  # nothing but the end of the other side is reported
 
 
-def _nurse(control: socket.socket) -> None:
+def _nurse(control_file: int) -> None:
     """Get the pool's program and data, then fork a worker for each socket that is sent."""
+    with socket.socket(fileno=control_file) as control:
+        _nurse_by(control)
+
+
+def _nurse_by(control: socket.socket) -> None:
     global _nursery_pid
     _nursery_pid = os.getpid()
-    _die_with_parent()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     with contextlib.suppress(BrokenPipeError):
         control.send(pickle.dumps(("born", os.getpid())))
     try:
-        message, files = receive(control, 2 * MAX_MESSAGE_BYTES)  # with the whole environment
+        message, files = receive(control, 3 * MAX_MESSAGE_BYTES)  # with the whole environment
         preparation, environment, home, name, arguments = pickle.loads(message)
         os.environ.clear()
         os.environ.update(environment)
-        spawn.prepare(preparation)
+        _prepare(preparation)
         run_worker: RunWorker = getattr(importlib.import_module(home), name)(*files, *arguments)
     except BaseException as error:
         with contextlib.suppress(BrokenPipeError):
@@ -104,6 +132,35 @@ def _nurse(control: socket.socket) -> None:
     with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # nobody wants it any more
         control.send(pickle.dumps(("ready", None)))
         _fork_workers(control, run_worker)
+
+
+def _prepare(preparation: dict[str, Any]) -> None:
+    """Do as `multiprocessing.spawn.prepare` does, but import the started script so that it can be changed.
+
+    There its functions have other globals than the module `__main__` has: to set one would change nothing.
+    """
+    # A module that opens its log file when it is imported must not cut off what the script has written there.
+    logging.FileHandler._open = _open_nothing  # type: ignore[method-assign, assignment]
+    path, name = (preparation.pop(f"init_main_from_{each}", None) for each in ("path", "name"))
+    spawn.prepare(preparation)
+    if path is not None:
+        with io.open_code(path) as file:
+            _run_as_main(compile(file.read(), path, "exec"), __file__=path, __package__="")
+    elif name is not None and name.rpartition(".")[2] != "__main__":
+        spec: Any = importlib.util.find_spec(name)
+        code = spec.loader.get_code(name)
+        _run_as_main(code, __file__=spec.origin, __package__=spec.parent, __spec__=spec)
+
+
+def _open_nothing(handler: logging.FileHandler) -> io.TextIOWrapper:
+    return open(os.devnull, "w", encoding="utf-8")
+
+
+def _run_as_main(code: types.CodeType, **names: Any) -> None:
+    main = types.ModuleType("__mp_main__")
+    vars(main).update(names)
+    sys.modules["__main__"] = sys.modules["__mp_main__"] = main
+    exec(code, vars(main))
 
 
 def _fork_workers(control: socket.socket, run_worker: RunWorker) -> None:
@@ -140,6 +197,7 @@ def _fork_workers(control: socket.socket, run_worker: RunWorker) -> None:
 
 def _work(run_worker: RunWorker, requests: socket.socket, num_threads: int) -> None:
     _die_with_parent()
+    hear_in_forks()
     run_worker(requests, num_threads)
 
 

@@ -11,74 +11,16 @@ import pickle
 import select
 import signal
 import socket
-from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from pipeline.concurrency.fork_server import receive
 from pipeline.concurrency.jobs import TICKET
-from pipeline.concurrency.server import ONE_THREAD, fork_server
+from pipeline.concurrency.pool_state import Answer, Death, Job, WorkerHandle
+from pipeline.concurrency.server import ONE_THREAD, open_nursery
 
-MAX_DEATHS = 2
-_MAX_SENT = 100  # jobs lie in the buffer of a worker's socket, which takes some 270; to fill it would block
+MAX_DEATHS = 2  # of workers by one job, and of nurseries
 _CLOSE_TIMEOUT_S = 1.0
-
-
-class Answer(NamedTuple):
-    """What a worker has answered, or that workers died of the job.
-
-    Args:
-        ticket: Of the job.
-        message: The worker's; empty if workers died.
-        files: Descriptors sent along; whoever takes the answer closes them.
-        exit_code: Of the last worker that died of it; negative for a signal.
-    """
-
-    ticket: int
-    message: bytes
-    files: Sequence[int] = ()
-    exit_code: int | None = None
-
-
-class Death(NamedTuple):
-    """A worker that has ended.
-
-    Args:
-        tickets: Of the jobs that may have been under way; with several nobody knows which one it died of.
-        exit_code: Negative for a signal.
-    """
-
-    tickets: tuple[int, ...]
-    exit_code: int
-
-
-@dataclass(slots=True, eq=False)
-class _Job:
-    ticket: int
-    message: bytes
-    is_suspect: bool = False  # a worker died when it may have been under way
-    num_deaths: int = 0  # of workers that had nothing else under way
-
-
-@dataclass(slots=True, eq=False)
-class _Worker:
-    requests: socket.socket
-    num_threads: int
-    pid: int = 0
-    sent: dict[int, _Job] = field(default_factory=dict)  # by ticket, in the order in which they were sent
-    waiting: deque[_Job] = field(default_factory=deque)
-
-    @property
-    def num_jobs(self) -> int:
-        return len(self.sent) + len(self.waiting)
-
-    def is_free_for(self, job: _Job) -> bool:
-        """Say whether a job may be sent; a suspect is alone with its worker."""
-        if not self.sent:
-            return True
-        is_alone = job.is_suspect or next(iter(self.sent.values())).is_suspect
-        return not is_alone and len(self.sent) < _MAX_SENT
 
 
 class WorkerPool:
@@ -88,11 +30,12 @@ class WorkerPool:
 
     If a worker dies, its jobs are given to another one. If several were under way, nobody knows which one it
     died of: they are done again one at a time. A job is given up once two workers have died that had nothing
-    else under way.
+    else under way. If the nursery dies, its workers do too; another one is forked, once, and takes up all
+    jobs.
 
     Args:
         entry: Module and function, called once; returns what each worker runs.
-        files: Descriptors, the function's first arguments; closed here by their owner.
+        files: Descriptors, the function's first arguments; kept open by their owner until this is closed.
         arguments: Its further arguments.
         num_workers: How many.
         modules: What the fork server imports if it must be started.
@@ -113,16 +56,22 @@ class WorkerPool:
         prepare: dict[str, Any],
         num_threads: int = 1,
     ) -> None:
-        self._num_workers, self._num_threads, self._workers = num_workers, num_threads, list[_Worker]()
-        self._is_ready, self._next_ticket, self._nursery = False, 0, 0
-        self._poller, self._by_file = select.poll(), dict[int, _Worker]()
-        self._owner = os.getpid()
-        self._exit_codes: dict[int, int] = {}  # by process
-        self._control = fork_server(modules).open_nursery()
+        self._num_workers, self._num_threads, self._workers = num_workers, num_threads, list[WorkerHandle]()
+        self._poller, self._by_file = select.poll(), dict[int, WorkerHandle]()
+        self._owner, self._next_ticket, self._num_lost = os.getpid(), 0, 0
+        self._left = list[list[Job]]()  # jobs of the workers of a nursery that has died
         environment = {**os.environ, **ONE_THREAD}  # as it is now, and not when the server was started
-        data = pickle.dumps((prepare, environment, *entry, arguments))
-        socket.send_fds(self._control, [data], list(files))
+        self._program = pickle.dumps((prepare, environment, *entry, arguments))
+        self._files, self._modules = list(files), modules
         self.died: list[Death] = []  # until somebody clears it
+        self._open()
+
+    def _open(self) -> None:
+        self._is_ready, self._nursery = False, 0
+        self._exit_codes: dict[int, int] = {}  # by process
+        self._control = open_nursery(self._modules)
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # seen when it should answer
+            socket.send_fds(self._control, [self._program], self._files)
 
     def is_ready(self) -> bool:
         """Say whether the workers are there, without waiting; raises as `wait_until_ready` does."""
@@ -132,15 +81,20 @@ class WorkerPool:
         """Wait until the workers are there; say whether they are.
 
         Raises:
+            NurseryDiedError: If it has, again.
             Exception: What went wrong where the nursery was made ready.
         """
         while not self._is_ready and _is_readable(self._control, timeout_s):
-            self._start_workers()
+            try:
+                self._start_workers()
+            except NurseryDiedError as error:
+                self._begin_again(error)
         return self._is_ready
 
     def resize(self, num_workers: int, num_threads: int = 1) -> bool:
         """Start workers or let idle ones go; return whether there are as many as wanted."""
         self._num_threads = num_threads  # of those that are started from now on
+        self._num_workers = max(num_workers, 1)
         idle = [each for each in self._workers if not each.num_jobs]
         others = [each for each in idle if each.num_threads != num_threads]
         same = [each for each in idle if each.num_threads == num_threads]
@@ -148,21 +102,28 @@ class WorkerPool:
         for worker in [*others, *same[:num_too_many]]:
             self._let_go(worker)  # which ends it
             self._workers.remove(worker)
-        while len(self._workers) < num_workers:
-            self._workers.append(self._start_worker())
-        return True
+        try:
+            while len(self._workers) < num_workers:
+                self._workers.append(self._start_worker())
+        except NurseryDiedError as error:
+            self._begin_again(error)
+        return self._is_ready
 
     def submit(self, message: bytes, number: int | None = None) -> int:
-        """Give a job to a worker, by its number or the one with the fewest; return its ticket. Never waits.
+        """Give a job to a worker, by its number or the one with the fewest; return its ticket.
+
+        Never waits, but for a nursery that takes another one's place.
 
         Args:
             message: The job.
             number: The worker's; with more workers than numbers, each number has a worker of its own.
         """
+        while not self._is_ready:
+            self.wait_until_ready()
         self._next_ticket += 1
         fewest = min(self._workers, key=lambda each: each.num_jobs)
         worker = fewest if number is None else self._workers[number % len(self._workers)]
-        worker.waiting.append(_Job(self._next_ticket, message))
+        worker.waiting.append(Job(self._next_ticket, message))
         self._feed(worker)
         return self._next_ticket
 
@@ -170,14 +131,24 @@ class WorkerPool:
         """Return the answers that are there; wait for the first.
 
         Returns:
-            An empty list after the time-out, or if a worker has died, which `died` tells.
+            An empty list after the time-out, or if a process has died, which `died` tells.
+
+        Raises:
+            NurseryDiedError: If it has, again.
         """
-        ready = self._poller.poll(None if timeout_s is None else timeout_s * 1e3)
-        return [answer for file, _ in ready for answer in self._take(self._by_file[file])]
+        if not self.wait_until_ready(timeout_s):
+            return []
+        answers: list[Answer] = []
+        try:
+            for file, _ in self._poller.poll(None if timeout_s is None else timeout_s * 1e3):
+                answers += self._take(self._by_file[file])
+        except NurseryDiedError as error:
+            self._begin_again(error)
+        return answers
 
     def pid_of(self, ticket: int) -> int | None:
         """Return the process that has a job, if any has."""
-        jobs = ((each.pid, job) for each in self._workers for job in [*each.sent.values(), *each.waiting])
+        jobs = ((each.pid, job) for each in self._workers for job in each.jobs)
         return next((pid for pid, job in jobs if job.ticket == ticket), None)
 
     def close(self) -> None:
@@ -185,9 +156,23 @@ class WorkerPool:
         if os.getpid() == self._owner:
             self._end_nursery()
         self._control.close()
-        for worker in self._workers:
+        self._let_go_of_all()
+
+    def _let_go_of_all(self) -> None:
+        for worker in [*self._by_file.values()]:
             self._let_go(worker)
         self._workers.clear()
+
+    def _begin_again(self, error: NurseryDiedError) -> None:
+        """Have another nursery forked for one that has died, and its workers with it."""
+        self._left, self._is_ready = [worker.jobs for worker in self._workers] or self._left, False
+        self._let_go_of_all()
+        self._num_lost += 1
+        if self._num_lost >= MAX_DEATHS:
+            raise error
+        self.died.append(Death((), None))
+        self._control.close()
+        self._open()
 
     def _end_nursery(self) -> None:
         with contextlib.suppress(OSError, NurseryDiedError):
@@ -209,15 +194,26 @@ class WorkerPool:
             self._nursery = found
             return
         if kind == "failed":
-            raise pickle.loads(found)
+            error = pickle.loads(found)
+            # What ended the nursery, such as SystemExit, must not end this process.
+            raise error if isinstance(error, Exception) else RuntimeError(repr(error)) from error
         self._workers = [self._start_worker() for _ in range(self._num_workers)]
         self._is_ready = True
+        for number, jobs in enumerate(self._left):
+            worker = self._workers[number % self._num_workers]
+            worker.waiting.extend(jobs)
+            self._feed(worker)
+        self._left = []
 
-    def _start_worker(self) -> _Worker:
+    def _start_worker(self) -> WorkerHandle:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            socket.send_fds(self._control, [b"%d" % self._num_threads], [theirs.fileno()])
-        worker = _Worker(ours, self._num_threads)
+            try:
+                socket.send_fds(self._control, [b"%d" % self._num_threads], [theirs.fileno()])
+            except (BrokenPipeError, ConnectionResetError):
+                ours.close()
+                raise NurseryDiedError(is_born=True) from None
+        worker = WorkerHandle(ours, self._num_threads)
         self._by_file[ours.fileno()] = worker
         self._poller.register(ours, select.POLLIN)
         while not worker.pid:
@@ -228,7 +224,7 @@ class WorkerPool:
                 worker.pid = found[0]
         return worker
 
-    def _let_go(self, worker: _Worker) -> None:
+    def _let_go(self, worker: WorkerHandle) -> None:
         self._poller.unregister(worker.requests)
         del self._by_file[worker.requests.fileno()]
         worker.requests.close()
@@ -236,10 +232,10 @@ class WorkerPool:
     def _next_word(self) -> Any:
         message, _ = receive(self._control)
         if not message:
-            raise NurseryDiedError
+            raise NurseryDiedError(is_born=self._nursery != 0)
         return pickle.loads(message)
 
-    def _feed(self, worker: _Worker) -> None:
+    def _feed(self, worker: WorkerHandle) -> None:
         """Send what waits, as far as it may be sent."""
         while worker.waiting and worker.is_free_for(job := worker.waiting[0]):
             try:
@@ -248,7 +244,7 @@ class WorkerPool:
                 return  # it has died, which `answers` sees
             worker.sent[job.ticket] = worker.waiting.popleft()
 
-    def _take(self, worker: _Worker) -> list[Answer]:
+    def _take(self, worker: WorkerHandle) -> list[Answer]:
         message, files = receive(worker.requests)
         if not message:
             return self._replace(worker)
@@ -257,7 +253,7 @@ class WorkerPool:
         self._feed(worker)
         return [Answer(ticket, message[TICKET.size :], files)]
 
-    def _replace(self, worker: _Worker) -> list[Answer]:
+    def _replace(self, worker: WorkerHandle) -> list[Answer]:
         """Start another worker for one that has died, and give it the jobs that were left."""
         self._let_go(worker)
         while worker.pid not in self._exit_codes:
@@ -271,14 +267,21 @@ class WorkerPool:
             job.is_suspect = True
             job.num_deaths += len(suspects) == 1
         given_up = [job for job in suspects if job.num_deaths >= MAX_DEATHS]
-        left = [*worker.sent.values(), *worker.waiting]
-        replacement.waiting.extend(job for job in left if job not in given_up)
+        replacement.waiting.extend(job for job in worker.jobs if job not in given_up)
         self._feed(replacement)
         return [Answer(job.ticket, b"", exit_code=exit_code) for job in given_up]
 
 
 class NurseryDiedError(Exception):
-    """The process that has the dataset is gone, without a word."""
+    """The process that has the dataset is gone, without a word.
+
+    Args:
+        is_born: Otherwise it may be the fork server that has gone.
+    """
+
+    def __init__(self, *, is_born: bool) -> None:
+        self.is_born = is_born
+        super().__init__()
 
 
 def _is_readable(readable: socket.socket, timeout_s: float | None) -> bool:

@@ -10,9 +10,10 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
+from pipeline.concurrency.deafness import starting_deaf
+
 _PROGRAM = (
-    "import signal, sys; signal.signal(signal.SIGINT, signal.SIG_IGN); "
-    "sys.path[:] = {path!r}; from pipeline.concurrency.fork_server import serve; "
+    "import sys; sys.path[:] = {path!r}; from pipeline.concurrency.fork_server import serve; "
     "serve({file}, {owner}, {modules!r})"
 )
 # A library's pool of threads, started by its import, would make forks unsafe; a worker has one core.
@@ -39,7 +40,7 @@ class ForkServer:
         program = _PROGRAM.format(
             path=_import_path(), file=theirs.fileno(), owner=os.getpid(), modules=list(modules)
         )
-        with theirs:
+        with theirs, starting_deaf():
             self._process = subprocess.Popen(
                 [sys.executable, *subprocess._args_from_interpreter_flags(), "-c", program],  # type: ignore[attr-defined]
                 stdin=subprocess.DEVNULL,
@@ -55,10 +56,18 @@ class ForkServer:
         return self.owner == os.getpid() and self._process.poll() is None
 
     def open_nursery(self) -> socket.socket:
-        """Have a nursery forked; it answers once the server has finished its imports."""
+        """Have a nursery forked; it answers once the server has finished its imports.
+
+        Raises:
+            ServerDiedError: If the server has ended.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs:
-            socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
+        try:
+            with theirs:
+                socket.send_fds(self._control, [b"fork"], [theirs.fileno()])
+        except (BrokenPipeError, ConnectionResetError):
+            ours.close()
+            raise ServerDiedError(self._process.wait()) from None
         return ours
 
     def let_go(self) -> None:
@@ -70,6 +79,10 @@ class ForkServer:
         self._control.shutdown(socket.SHUT_RDWR)  # a fork of this process may have the socket too
         self._control.close()
         self._process.wait()
+
+
+class ServerDiedError(Exception):
+    """The fork server has ended, with this exit code; negative for a signal."""
 
 
 _server: ForkServer | None = None
@@ -86,6 +99,14 @@ def fork_server(modules: Sequence[str] = ()) -> ForkServer:
         if _server is None:
             _server = ForkServer(modules)
         return _server
+
+
+def open_nursery(modules: Sequence[str] = ()) -> socket.socket:
+    """Have a nursery forked; by a new server, if somebody has killed the one that there was."""
+    try:
+        return fork_server(modules).open_nursery()
+    except ServerDiedError:
+        return fork_server(modules).open_nursery()
 
 
 def preparation() -> dict[str, Any]:

@@ -17,7 +17,7 @@ from pipeline.batch import Batch
 from pipeline.data.generator_mode import GeneratorMode
 from pipeline.data.generators import Watch, global_generators
 from pipeline.data.kept_states import KeptStates
-from pipeline.data.loaders import fetching_from, is_known_kind, length_or_none
+from pipeline.data.loaders import fetching_from, is_known_kind, length_or_none, let_dead_workers_go
 from pipeline.data.reader import END
 from pipeline.errors import add_stage_note
 from pipeline.seeding import Epoch, drawing_from, sample_seed
@@ -77,6 +77,7 @@ class IterableSource:
         draws = torch.Generator().manual_seed(sample_seed(begun.seed, epoch, self._rank))
         # Nothing that could draw, or a loader of ours, which sets its draws apart itself.
         is_plain = type(self._batches) in (list, tuple) or getattr(self._batches, "sets_draws_apart", False)
+        let_dead_workers_go(self._batches)
         position, is_over = self._go_to(start, draws)
         iterator, limit = iter(()) if is_over else self._begin(draws), max_batches
         batches = itertools.islice(iterator, None if limit is None else limit - position)

@@ -68,3 +68,10 @@ class _Fetcher:
     def fetch(self, index: Any) -> Any:
         with drawing_from(self.draws):
             return self._fetcher.fetch(index)
+
+
+def let_dead_workers_go(batches: Any) -> None:
+    """Have a DataLoader that keeps its workers start others, if one of those that it has is dead."""
+    kept = getattr(batches, "_iterator", None) if isinstance(batches, DataLoader) else None
+    if any(not worker.is_alive() for worker in getattr(kept, "_workers", [])):
+        batches._iterator = None

@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.concurrency import is_nursery, preparation
 from pipeline.data.packing import Arena, Packed, pack
+from pipeline.data.process_state import Applied, ProcessState
 from pipeline.errors import ConfigError
 
 _GUARD = """Put what the script does under a guard, so that a process can import it:
@@ -24,14 +25,17 @@ _GUARD = """Put what the script does under a guard, so that a process can import
 or move the dataset to a module of its own, or set placement=thread."""
 
 
-def packed_for_process(fetcher: Any) -> tuple[Packed, dict[str, Any]]:
-    """Pack what makes the batches, and find what a process needs to unpack it.
+def packed_for_process(fetcher: Any, state: ProcessState) -> tuple[Packed, dict[str, Any]]:
+    """Pack what makes the batches, behind the globals of its code, and find what is needed to unpack it.
+
+    Returns:
+        What unpacks to a pair, of which the second is the fetcher; and what prepares a process for that.
 
     Raises:
         ConfigError: If it cannot be pickled, or the process could not import it.
     """
     try:
-        packed = pack(fetcher, Arena(None))
+        packed = pack((Applied(state.globals), fetcher), Arena(None))
     except Exception as error:
         raise ConfigError(describe_unpicklable(fetcher.dataset, error)) from error
     try:

@@ -117,7 +117,7 @@ class _Packer(pickle.Pickler):
         self._put_before: dict[tuple[int, int], tuple[torch.Tensor, tuple[bool, int]]] = {}
 
     def persistent_id(self, found: Any) -> Any:
-        if type(found) is torch.Tensor and _is_plain(found):
+        if type(found) is torch.Tensor and is_plain(found):
             flat, stride = _flat(found)
             return "tensor", *self._put(flat), found.dtype, flat.numel(), found.shape, stride
         if type(found) is numpy.ndarray and not found.dtype.hasobject:
@@ -236,7 +236,8 @@ class _Unpacker(pickle.Unpickler):
         return flat.as_strided(shape, layout)
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
+def is_plain(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor is its numbers and no more."""
     is_unusual = tensor.requires_grad or tensor.is_quantized or tensor.is_conj() or tensor.is_neg()
     return (
         tensor.layout is torch.strided

@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from pipeline.batch import Batch
-from pipeline.data.processes import Processes, Repeated
-from pipeline.data.reader import END, TurnReader
+from pipeline.data.processes import Processes
+from pipeline.data.reader import END, Repeated, TurnReader
 
 
 class ProcessReader:

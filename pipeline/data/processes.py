@@ -8,35 +8,26 @@ import signal
 import time
 import warnings
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.batch import Batch
 from pipeline.concurrency import Answer, NurseryDiedError, Pinning, Slot, SlotFile, WorkerPool
-from pipeline.data.death import death_error, death_warning
+from pipeline.data.death import death_error, death_warning, nursery_error
 from pipeline.data.main_module import packed_for_process
 from pipeline.data.map_style import MapSource
 from pipeline.data.packing import Packed, reaches_all, unpack
-from pipeline.data.reader import END, TurnReader
+from pipeline.data.process_state import ProcessState
+from pipeline.data.reader import END, Repeated, TurnReader
 from pipeline.data.shards import ShardedSource
-from pipeline.data.worker import ANSWER, JOB, TorchDefaults
-from pipeline.errors import ConfigError, StageError, StallError, WorkerDiedError
+from pipeline.data.talk import hear
+from pipeline.data.worker import ANSWER, JOB
+from pipeline.errors import ConfigError, StageError, StallError
 
 MODULES = ("numpy", "torch", "torch.utils.data", "pipeline.data.worker")
-
-
-class Repeated(Protocol):
-    """Takes batches that were made in the loop before, and are made in a process once more."""
-
-    @property
-    def turns(self) -> Sequence[Any]:
-        """Which batches."""
-
-    def take(self, turn: Any, open_batch: Callable[[], Batch]) -> None:
-        """Look at one; to open it raises what the dataset raised."""
 
 
 @dataclass(slots=True, eq=False)
@@ -79,13 +70,16 @@ class Processes:
         self._stall_timeout_s, self._batch_bytes = stall_timeout_s, 0
         self._tickets: dict[int, tuple[Any, Slot, _Asker]] = {}
         self._is_closed, self.in_order = False, True
-        payload, prepare = packed_for_process(source.fetcher)
+        self._warned: dict[Any, Any] = {}
+        self._state = ProcessState.capture(source.fetcher)
+        payload, prepare = packed_for_process(source.fetcher, self._state)
         self._slots, self._stacks = SlotFile(pinning), os.memfd_create("stacks")
+        self._payload = payload.overflow  # for the pool, which may need it again
         try:
             self._pool = WorkerPool(
                 ("pipeline.data.worker", "open_worker"),
-                (payload.overflow, self._slots.file, self._stacks),
-                (payload.offset, payload.nbytes, TorchDefaults.of_process()),
+                (self._payload, self._slots.file, self._stacks),
+                (payload.offset, payload.nbytes, self._state.settings),
                 num_workers,
                 MODULES,
                 prepare,
@@ -94,8 +88,6 @@ class Processes:
         except BaseException:
             self._close_files()
             raise
-        finally:
-            os.close(payload.overflow)
 
     @property
     def num_slots(self) -> int:
@@ -112,12 +104,16 @@ class Processes:
         Raises:
             PipelineError: If they never will be; it says why.
         """
-        with _explained():
+        with self._explained():
             return self._pool.is_ready() and self._pool.resize(num_workers, num_threads)
+
+    def is_stale(self) -> bool:
+        """Say whether a global of the dataset's code is no longer what the workers were given."""
+        return self._state.globals.has_changed
 
     def wait_until_ready(self) -> bool:
         """Wait until the workers are there; False after the time-out. Raises as `is_ready` does."""
-        with _explained():
+        with self._explained():
             return self._pool.wait_until_ready(self._stall_timeout_s)
 
     def close(self) -> None:
@@ -128,6 +124,7 @@ class Processes:
             self._close_files()
 
     def _close_files(self) -> None:
+        os.close(self._payload)
         os.close(self._stacks)
         self._slots.close()
 
@@ -147,7 +144,8 @@ class Processes:
             repeated: Batches to ask for first, that are not yielded.
 
         Raises:
-            WorkerDiedError: If workers died of a batch, again when it was tried again.
+            WorkerDiedError: If workers died of a batch, again when it was tried again; or the process that
+                has the dataset, again.
             StallError: If there was no batch for too long.
             Exception: The dataset's own.
         """
@@ -175,6 +173,8 @@ class Processes:
                 batch = self._open(asker, turn, *asker.ready.pop(turn))
                 if reader.take(turn, batch):
                     yield batch
+        except NurseryDiedError as error:
+            raise nursery_error(error) from error
         finally:
             asker.is_gone = True
             for answer, slot in asker.ready.values():
@@ -195,18 +195,26 @@ class Processes:
         if not answers and not self._pool.died:
             raise self._stalled(asker)
         self._warn_of_deaths()
-        for answer in answers:
+        for answer in map(self._heard, answers):
             answered, slot, whose = self._tickets.pop(answer.ticket)
             if whose.is_gone:
                 self._drop(answer, slot)
             else:
                 whose.ready[answered] = answer, slot
 
+    def _heard(self, answer: Answer) -> Answer:
+        """Give on what a worker said meanwhile."""
+        if answer.message[1:2] != b"\1":
+            return answer
+        *files, talk = answer.files
+        hear(talk, self._warned)
+        return answer._replace(files=files)
+
     def _open(self, asker: _Asker, turn: Any, answer: Answer, slot: Slot) -> Batch:
         if answer.exit_code is not None:
             self._slots.release(slot)
             raise death_error(asker.reader.describe(turn), answer.exit_code)
-        is_batch, offset, nbytes, wanted_bytes = ANSWER.unpack_from(answer.message)
+        is_batch, _, offset, nbytes, wanted_bytes = ANSWER.unpack_from(answer.message)
         if not is_batch:
             self._slots.release(slot)
             if len(answer.message) == ANSWER.size:
@@ -240,6 +248,21 @@ class Processes:
                 stage="fetch",
             )
 
+    @contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except NurseryDiedError as error:
+            raise nursery_error(error) from error
+        except ConfigError:
+            raise  # it says itself what a process cannot have
+        except Exception as error:
+            raise ConfigError(
+                f"the dataset cannot be unpickled in a process: {type(error).__name__}: {error}. Set "
+                "placement=thread, or see why with pickle.loads(pickle.dumps(dataset))."
+            ) from error
+        self._warn_of_deaths()
+
     def _warn_of_deaths(self) -> None:
         for tickets, exit_code in self._pool.died:
             suspects = [self._tickets[each] for each in tickets]
@@ -265,19 +288,6 @@ class Processes:
                 return os.pread(self._stacks, 1 << 16, written).decode(errors="replace")
             time.sleep(0.02)  # what hangs has been waited for much longer than this
         return None
-
-
-@contextmanager
-def _explained() -> Iterator[None]:
-    try:
-        yield
-    except NurseryDiedError as error:
-        raise WorkerDiedError("the process that has the dataset is gone", stage="fetch") from error
-    except Exception as error:
-        raise ConfigError(
-            f"the dataset cannot be unpickled in a process: {type(error).__name__}: {error}. Set "
-            "placement=thread, or see why with pickle.loads(pickle.dumps(dataset))."
-        ) from error
 
 
 def _error_in(message: bytes) -> BaseException:

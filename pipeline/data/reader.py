@@ -6,7 +6,7 @@ threads, and can come back; the batches are the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -101,6 +101,17 @@ class TurnReader(Reader, Protocol):
 
     def describe(self, turn: Any) -> str:
         """Name a turn's batch."""
+
+
+class Repeated(Protocol):
+    """Takes batches that were made in the loop before, and are made in a process once more."""
+
+    @property
+    def turns(self) -> Sequence[Any]:
+        """Which batches."""
+
+    def take(self, turn: Any, open_batch: Callable[[], Batch]) -> None:
+        """Look at one; to open it raises what the dataset raised."""
 
 
 class Source(Protocol):

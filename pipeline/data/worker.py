@@ -12,7 +12,6 @@ import signal
 import socket
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,73 +20,50 @@ from pipeline.concurrency import answer_jobs, map_slots, pickled_error, view_slo
 from pipeline.data.fetch import Fetcher, SeedSample
 from pipeline.data.isolation import Isolation
 from pipeline.data.packing import Arena, Packed, pack, unpack, view
+from pipeline.data.process_settings import ProcessSettings
 from pipeline.data.reader import END
 from pipeline.data.recycling import keep_freed_memory
 from pipeline.data.shard_fetch import ShardFetcher
+from pipeline.data.talk import Talk
 from pipeline.seeding import Epoch
 
 JOB = struct.Struct("=qQqqqq")
 """Epoch, its seed, position, samples in the batch, offset of the slot, its bytes."""
-ANSWER = struct.Struct("=?qqq")
-"""Whether it is a batch; the skeleton's offset and bytes; the bytes that a slot should have had. Without
-a batch an error follows, or nothing if the shard has ended."""
-
-
-@dataclass(frozen=True)
-class TorchDefaults:
-    """Settings of a process that decide what a dataset's torch operations return."""
-
-    dtype: torch.dtype
-    matmul_precision: str
-    is_deterministic: bool
-    warns_only: bool
-    num_threads: int
-
-    @classmethod
-    def of_process(cls) -> TorchDefaults:
-        """Return those of this process."""
-        return cls(
-            torch.get_default_dtype(),
-            torch.get_float32_matmul_precision(),
-            torch.are_deterministic_algorithms_enabled(),
-            torch.is_deterministic_algorithms_warn_only_enabled(),
-            torch.get_num_threads(),
-        )
-
-    def apply(self) -> None:
-        """Make them those of this process, but for the number of threads."""
-        torch.set_default_dtype(self.dtype)
-        torch.set_float32_matmul_precision(self.matmul_precision)
-        if self.is_deterministic != torch.are_deterministic_algorithms_enabled():  # imports for a second
-            torch.use_deterministic_algorithms(self.is_deterministic, warn_only=self.warns_only)
+ANSWER = struct.Struct("=??qqq")
+"""Whether it is a batch; whether the last file is what was said meanwhile (`talk`); the skeleton's offset and
+bytes; the bytes that a slot should have had. Without a batch an error follows, or nothing if the shard has
+ended."""
 
 
 def open_worker(
-    payload: int, slots: int, stacks: int, offset: int, nbytes: int, defaults: TorchDefaults
+    payload: int, slots: int, stacks: int, offset: int, nbytes: int, settings: ProcessSettings
 ) -> Callable[[socket.socket, int], None]:
     """Take the dataset, once for all workers; return what each of them runs.
 
     Args:
-        payload: A file with a `Fetcher` or `ShardFetcher`, packed.
+        payload: A file with globals and a `Fetcher` or `ShardFetcher`, packed.
         slots: The file of the slots.
         stacks: A file to which a worker that gets SIGUSR1 writes where it stands.
         offset: Of the skeleton in the payload.
         nbytes: Of the skeleton.
-        defaults: Of the trainer's process.
+        settings: Of the script's process.
 
     Runs on:
         The nursery.
     """
     torch.set_num_threads(1)  # this process forks, and must not have threads
-    defaults.apply()
-    fetcher = unpack(Packed(offset, nbytes, payload, 0), None, is_private=True)
+    settings.apply()
+    _, fetcher = unpack(Packed(offset, nbytes, payload, 0), None, is_private=True)
+    settings.apply()  # what was imported with the dataset may have set something
 
     def run(requests: socket.socket, num_threads: int) -> None:
         faulthandler.enable()
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
-        torch.set_num_threads(defaults.num_threads)
+        settings.apply_in_worker()
         keep_freed_memory()
-        answer_jobs(requests, Worker(fetcher, slots, num_threads).answer, num_threads)
+        worker = Worker(fetcher, slots, num_threads)
+        worker.talk.listen()
+        answer_jobs(requests, worker.answer, num_threads)
 
     return run
 
@@ -99,27 +75,38 @@ class Worker:
         fetcher: Makes them of samples.
         slots: The file of the slots.
         num_threads: That call `answer`, at once.
+
+    Attributes:
+        talk: What was said and goes along with the next answer.
     """
 
     def __init__(self, fetcher: Fetcher | ShardFetcher, slots: int, num_threads: int) -> None:
         self._fetcher, self._memory = fetcher, map_slots(slots)
-        self._isolation = Isolation(num_threads)
+        self._isolation, self.talk = Isolation(num_threads), Talk()
 
     def answer(self, job: bytes) -> tuple[bytes, list[int]]:
-        """Return the answer to a job, and the descriptor of what did not fit its slot, if there is any."""
+        """Return the answer to a job, and descriptors: of what did not fit its slot, and of what was said."""
+        files: list[int] = []
         try:
-            number, seed, position, count, offset, nbytes = JOB.unpack(job)
-            slot = view_slot(self._memory, offset, nbytes)
-            # The indices come first in the slot and stay: another worker may have to do it again.
-            indices = view(slot, 0, torch.int64, count)
-            arena = Arena(slot, start=indices.nbytes)
-            if (batch := self._make(arena, indices, Epoch(number, seed), position)) is END:
-                return ANSWER.pack(False, 0, 0, 0), []
-            packed = pack(batch, arena)
-            files = [packed.overflow] if packed.overflow >= 0 else []
-            return ANSWER.pack(True, packed.offset, packed.nbytes, packed.wanted_bytes), files
+            head, further = self._answer(job, files), b""
         except BaseException as error:
-            return ANSWER.pack(False, 0, 0, 0) + pickled_error(error), []
+            head, further = (False, 0, 0, 0), pickled_error(error)
+        if (talk := self.talk.take()) is not None:
+            files.append(talk)
+        return ANSWER.pack(head[0], talk is not None, *head[1:]) + further, files
+
+    def _answer(self, job: bytes, files: list[int]) -> tuple[bool, int, int, int]:
+        number, seed, position, count, offset, nbytes = JOB.unpack(job)
+        slot = view_slot(self._memory, offset, nbytes)
+        # The indices come first in the slot and stay: another worker may have to do it again.
+        indices = view(slot, 0, torch.int64, count)
+        arena = Arena(slot, start=indices.nbytes)
+        if (batch := self._make(arena, indices, Epoch(number, seed), position)) is END:
+            return False, 0, 0, 0
+        packed = pack(batch, arena)
+        if packed.overflow >= 0:
+            files.append(packed.overflow)
+        return True, packed.offset, packed.nbytes, packed.wanted_bytes
 
     def _make(self, arena: Arena, indices: torch.Tensor, epoch: Epoch, position: int) -> Any:
         fetcher = self._fetcher

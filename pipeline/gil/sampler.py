@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.concurrency.deafness import starting_deaf
 from pipeline.errors import GilAccountError
 from pipeline.gil import calibrate, marks
 from pipeline.gil.interpreter import find_gil, is_gil_enabled
@@ -127,15 +128,17 @@ class Sampler:
         memory_fd = _open_memory()
         try:
             self._config = self._explore(memory_fd)
-            process = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-c", _START.format(root=str(_ROOT)), json.dumps(self._config)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                bufsize=0,
-                pass_fds=[memory_fd],
-                process_group=0,  # a terminal's signals are not for it
-            )
+            command = [sys.executable, "-I", "-S", "-c", _START.format(root=str(_ROOT))]
+            with starting_deaf():
+                process = subprocess.Popen(
+                    [*command, json.dumps(self._config)],
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    bufsize=0,
+                    pass_fds=[memory_fd],
+                    process_group=0,  # a terminal's signals are not for it
+                )
         except OSError as error:
             raise GilAccountError(f"the sampler's process could not be started: {error}") from error
         finally:

@@ -59,6 +59,11 @@ class StageClock:
         self.has_cpu_time = True
         self.since_ns, self._cpu_since_ns = perf_counter_ns(), thread_time_ns()
 
+    @property
+    def stage(self) -> int:
+        """The present stage."""
+        return self._now
+
     def enter(self, stage: int) -> None:
         """End the present stage and begin another."""
         wall_ns = perf_counter_ns()

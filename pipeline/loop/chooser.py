@@ -115,16 +115,15 @@ class Auto:
     def report(self) -> PlacementReport:
         """What was chosen, and why."""
         job = self._job
-        tried_ms = {str(place): ms for place, ms in self._tried.items()}
-        times = {} if job is None else {name: getattr(job, name) for name in _TIMES}
+        times = ("fetch_ms", "fetch_core_ms", "step_ms") if job is not None else ()
         return PlacementReport(
             str(self._place),
             self._reason,
-            tried_ms=tried_ms,
+            tried_ms={str(place): ms for place, ms in self._tried.items()},
             obstacle=self._obstacle,
             num_workers=self._place.num_workers,
             threads_per_worker=self._place.num_threads,
-            **times,
+            **{name: getattr(job, name) for name in times},
         )
 
     def _look(self) -> None:
@@ -298,6 +297,3 @@ class Auto:
         if limit := self._workers.limits().reason:
             self._reason = f"{limit}{missed(self._job, self._tried[place])}"
         logger.info("%s: batches made in %s", self._name, self.report)
-
-
-_TIMES = ("fetch_ms", "fetch_core_ms", "step_ms")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import closing, nullcontext
+from functools import partial
 from math import isfinite
 
 import torch
@@ -21,6 +22,7 @@ from pipeline.loop.callback import (
     monitored,
 )
 from pipeline.loop.clock import DATA_WAIT, LOG, VALIDATE
+from pipeline.loop.cut_off import stopping_where_data_ends, validated
 from pipeline.loop.rates import StepDone
 from pipeline.loop.resume import open_epoch, resume
 from pipeline.loop.run import Run
@@ -71,14 +73,19 @@ def _train(run: Run) -> None:
     _check_limits(run)
     while run.is_epoch_open or not run.is_ending:
         try:
+            is_cut_short = False
             if not run.is_ending:
-                with closing(open_epoch(run, _batches_left(run))) as batches:
+                with (
+                    stopping_where_data_ends(run),
+                    closing(open_epoch(run, _batches_left(run))) as batches,
+                ):
                     _train_epoch(run, batches)
-                    if run.is_ending:
+                    if is_cut_short := run.is_ending:
                         save(run)  # in the middle of its epoch, while its data stands there
                 _check_progress(run)
-            if is_cut_short := run.is_ending:
-                save(run)  # there it goes on, if it is told to
+            if run.is_ending and not is_cut_short:  # its data was cut off: it goes on there, if it is told to
+                is_cut_short = True
+                save(run)
             if run.interrupted_by:
                 return
             _finish_epoch(run)
@@ -207,7 +214,7 @@ def _validate(run: Run, means: dict[str, float]) -> None:
     run.clock.enter(VALIDATE)
     run.validated_step = run.state.step
     try:
-        found = run.validate(run.outbound.put_progress)
+        found = validated(run, partial(run.validate, run.outbound.put_progress))
     except Exception as error:
         add_stage_note(error, "validate", step=run.state.step)
         raise
@@ -255,7 +262,7 @@ def _check_progress(run: Run) -> None:
     Raises:
         StageError: If the epoch had no batch.
     """
-    if run.position:
+    if run.position or run.interrupted_by:
         return
     if run.state.step:
         save(run)

@@ -114,7 +114,7 @@ class Inbound:
 
     def batches(self, epoch: int, max_batches: int | None, start: int = 0) -> Generator[Batch]:
         """Open an epoch, at once, and return its batches, those before `start` left out."""
-        if self._place.processes is not None and self.checks.has_changed():
+        if (kept := self._place.processes) is not None and (self.checks.has_changed() or kept.is_stale()):
             self.stop_processes()  # somebody has changed the dataset: give it to them anew
         self._opened = self._source.open(epoch, max_batches, start)
         if isinstance(self._opened, IterableReader) and not self._source.is_known_kind:

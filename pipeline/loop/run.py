@@ -27,7 +27,8 @@ from pipeline.loop.step import TrainStep
 from pipeline.settings import Settings
 from pipeline.state import TrainState
 
-_REASONS = ("", "max_time", "SIGINT", "SIGTERM")  # of several, the last one counts for all ranks
+STOPPING_SIGNALS = ("SIGINT", "SIGTERM")
+_REASONS = ("", "max_time", *STOPPING_SIGNALS)  # of several, the last one counts for all ranks
 
 
 @dataclass
@@ -55,6 +56,7 @@ class Run:
         asked_by: What asked this rank to stop.
         interrupted_by: The signal, or ``max_time``.
         is_ending: Whether it has one of the two: the loop ends after the step under way.
+        worker_death: What torch said of a worker of the user's DataLoader.
         position: Batches of the epoch that were consumed.
         is_epoch_open: Whether an epoch was begun and not finished.
         epoch_first_step: Steps finished when the epoch began.
@@ -96,6 +98,7 @@ class Run:
     asked_by: str = ""
     interrupted_by: str = ""
     is_ending: bool = False
+    worker_death: str = ""
     position: int = 0
     is_epoch_open: bool = False
     epoch_first_step: int = 0

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from pipeline.loop.run import Run
+from pipeline.loop.cut_off import keeping_deaths
+from pipeline.loop.run import STOPPING_SIGNALS, Run
 
-_STOPPING = (signal.SIGTERM, signal.SIGINT)
+_STOPPING = tuple(signal.Signals[name] for name in STOPPING_SIGNALS)
 _SAVING = getattr(signal, "SIGUSR1", None)  # not on Windows
 
 
@@ -31,14 +32,17 @@ def handling_signals(run: Run) -> Iterator[None]:
         yield
         return
     before: dict[signal.Signals, Any] = {}
+    owner = os.getpid()
 
     def put_back() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:
+            return  # a fork, such as a DataLoader's worker: the step under way needs it
         name = signal.Signals(number).name
-        if run.asked_by in _NAMES:
+        if run.asked_by in STOPPING_SIGNALS:
             put_back()
             raise KeyboardInterrupt(f"{name} after {run.asked_by}: stopped at once")
         run.interrupt(name)
@@ -56,9 +60,7 @@ def handling_signals(run: Run) -> Iterator[None]:
         for number, handler in wanted.items():
             if signal.getsignal(number) not in (signal.SIG_IGN, None):
                 before[number] = signal.signal(number, handler)
-        yield
+        with keeping_deaths(run):
+            yield
     finally:
         put_back()
-
-
-_NAMES = tuple(each.name for each in _STOPPING)

@@ -395,8 +395,10 @@ def all_end(pids, timeout_s=10):
             continue
         poller = select.poll()
         poller.register(file, select.POLLIN)
-        has_ended = bool(poller.poll(timeout_s * 1e3))
-        os.close(file)
+        try:
+            has_ended = bool(poller.poll(timeout_s * 1e3))
+        finally:
+            os.close(file)
         if not has_ended:
             return False
     return True

@@ -26,7 +26,7 @@ REST_FACTOR, SHORT_REST_FACTOR, SHORT_PERIOD_S = 8, 2, 0.0005
 def main() -> None:
     """Sample until told to stop, until standard input is closed, or until the parent is gone."""
     config = json.loads(sys.argv[1])
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is the parent's to handle
+    _become_deaf()
     sampler, priority = Sampler(config), Priority()
     period_s, taken_s = config["period_s"], 0.0
     pending = b""
@@ -53,6 +53,14 @@ def main() -> None:
             if word == "period":
                 period_s = float(value)
             _reply(sampler, word, {"is_realtime": priority.is_realtime, "period_s": period_s})
+
+
+def _become_deaf() -> None:
+    """Ignore what is sent to every process of a program: it is the parent's to handle."""
+    deaf = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2}
+    for number in deaf:
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, deaf)
 
 
 def _reply(sampler: Sampler, word: str, facts: dict[str, Any]) -> None:
