@@ -19,7 +19,7 @@ from pipeline.batch import Batch
 from pipeline.data.randomness import SampleRandomness
 from pipeline.data.reader import END, IsolatedReader
 from pipeline.data.shard_fetch import ShardFetcher
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, listed
 
 
 class Turn(NamedTuple):
@@ -97,7 +97,7 @@ class ShardedSource:
         """
         if self.own_changes:
             raise ConfigError(
-                f"{type(self.fetcher.dataset).__name__} changes its own {', '.join(self.own_changes)} as it "
+                f"{type(self.fetcher.dataset).__name__} changes its own {listed(self.own_changes)} as it "
                 "is iterated, which a process would not share with the trainer's. Keep that in local "
                 "variables of __iter__, or set placement=inline."
             )

@@ -19,7 +19,7 @@ from pipeline.loop.callback import (
     Validated,
     monitored,
 )
-from pipeline.loop.clock import DATA_WAIT, LOG, VALIDATE
+from pipeline.loop.clock import BETWEEN, CALLBACKS, DATA_WAIT, LOG, VALIDATE
 from pipeline.loop.rates import StepDone
 from pipeline.loop.resume import open_epoch, resume
 from pipeline.loop.run import Run
@@ -71,6 +71,9 @@ def _train(run: Run) -> None:
                     _train_epoch(run, batches)
                 _check_progress(run)
             if is_cut_short := run.is_ending:
+                if not run.interrupted_by:
+                    run.outbound.flush()  # what the device is still busy with is training time too
+                run.clock.pause()
                 save(run)  # in the middle of its epoch: there it goes on, if it is told to
             if run.interrupted_by:
                 return
@@ -133,7 +136,9 @@ def _after_step(run: Run, scalars: Scalars) -> bool:
             name: value.detach() if isinstance(value, torch.Tensor) else value
             for name, value in scalars.items()
         }
+        run.clock.enter(CALLBACKS)
         run.tell(StepFinished, plain)
+        run.clock.enter(LOG)
     if settings.max_steps is not None and state.step >= settings.max_steps:
         run.stop("max_steps")
     if run.clock.began_s >= run.ends_at_s:
@@ -143,10 +148,13 @@ def _after_step(run: Run, scalars: Scalars) -> bool:
     every_n = settings.val_check_interval
     is_validated = every_n is not None and state.step % every_n == 0
     if is_validated:
+        run.outbound.flush()
+        run.clock.pause()
         with nullcontext() if run.detector is None else run.detector.reads.paused():
             _validate(run, {})
     if run.saver is None or run.is_ending or not run.saver.is_due(state.step):
         return is_validated
+    run.clock.pause()
     save(run)
     return True
 
@@ -156,7 +164,7 @@ def _finish_epoch(run: Run) -> None:
     run.outbound.flush()
     if run.collector is not None:
         run.collector.idle()
-    run.clock.training_paused()  # what the device was still busy with is training time too
+    run.clock.pause()  # what the device was still busy with is training time too
     run.tell(EpochFinished)
     losses = run.journal.losses[run.epoch_first_step : state.step]
     means = {"train/epoch_loss": sum(losses) / len(losses)}
@@ -189,7 +197,7 @@ def _validate(run: Run, means: dict[str, float]) -> None:
     except Exception as error:
         add_stage_note(error, "validate", step=run.state.step)
         raise
-    run.clock.enter(LOG)
+    run.clock.enter(BETWEEN)
     metrics = {f"val/{name}": value for name, value in found.items()}
     _report(run, {**means, **metrics})
     value = monitored(metrics, run.settings.monitor, "monitor")

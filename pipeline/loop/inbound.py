@@ -22,7 +22,7 @@ from pipeline.data import (
     Source,
 )
 from pipeline.device import Transfer
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, listed
 from pipeline.loop.chooser import Auto
 from pipeline.loop.pinned import Pinned
 from pipeline.loop.placement import Place
@@ -232,6 +232,11 @@ class Inbound:
             return is_ready and source.has_begun  # what data does to itself is seen in this process first
         return is_ready
 
+    @property
+    def source(self) -> Source:
+        """What batches are made from."""
+        return self._source
+
     def stop_processes(self) -> None:
         """End the worker processes, if there are any; they are started again if they are wanted."""
         if self._processes is not None:
@@ -242,7 +247,7 @@ class Inbound:
         if self._has_warned:
             return
         self._has_warned = True
-        names = ", ".join(self._source.unhookable)
+        names = listed(self._source.unhookable)
         warnings.warn(
             f"random numbers were drawn from {names} while a batch was made. Threads share that generator, "
             "so batches are made on the loop thread from here on, with the same numbers and without overlap. "

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pipeline.data import ranks
-from pipeline.loop.clock import CHECKPOINT, LOG
+from pipeline.loop.clock import BETWEEN, CHECKPOINT, LOG
 from pipeline.loop.run import Run
 from pipeline.seeding import generator_states
 from pipeline.settings import Settings
@@ -38,7 +38,7 @@ def save(run: Run) -> None:
     if saver.is_writing:
         run.outbound.flush()
     run.outbound.put_job(saver.take(state.step, capture(run), began_s))
-    run.clock.enter(LOG)
+    run.clock.enter(BETWEEN if run.clock.is_paused else LOG)
 
 
 def save_epoch(run: Run, is_saved: bool) -> None:
@@ -55,7 +55,6 @@ def save_epoch(run: Run, is_saved: bool) -> None:
         run.outbound.put_job(run.saver.take_name(run.state.step))
     else:
         save(run)
-    run.clock.restart()
 
 
 def capture(run: Run) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline.data import is_shared_out, ranks
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, listed
 from pipeline.protocols import Metrics, StatefulMetric
 
 
@@ -55,7 +55,7 @@ def check_ranks(
     ]
     if lonely and found["len(val_data)"]:
         warnings.warn(
-            f"metrics {', '.join(lonely)}: an object with update and compute sees the samples of its own "
+            f"metrics {listed(lonely)}: an object with update and compute sees the samples of its own "
             "rank alone, unless it merges ranks itself. Pass a function, a metric of torchmetrics, or "
             "val_data as a DataLoader, of which each rank sees all.",
             stacklevel=3,
