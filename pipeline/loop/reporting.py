@@ -23,7 +23,7 @@ from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
 from pipeline.loop.setup import is_rank_zero
 from pipeline.protocols import RunInfo
-from pipeline.report.ceilings import WHERE, StepCost, Where, ceilings, predict_all
+from pipeline.report.ceilings import WHERE, Ceiling, StepCost, Where, ceilings, predict_all
 from pipeline.report.costs import RunClocks, stage_lines, step_cost
 from pipeline.report.lanes import lanes_of_trace, make_lanes, make_series, write_trace
 from pipeline.report.outbound import OutboundReport
@@ -31,7 +31,7 @@ from pipeline.report.page import to_html
 from pipeline.report.placement import PlacementReport
 from pipeline.report.possible import DataKind, Possible, places_of
 from pipeline.report.record import Gain, Lane, RunReport, to_dict, to_json
-from pipeline.report.verdict import advise, describe, describe_ceiling, lift
+from pipeline.report.verdict import advise, binding_of, describe, describe_ceiling, lift
 from pipeline.settings import Placement
 
 NOT_TRAINING = ("setup", "validate", "checkpoint", "between")
@@ -95,9 +95,7 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
         stages=stage_lines(clocks, names),
         cost=cost,
         ceilings=bounds,
-        ceiling=describe_ceiling(step_ms, bounds, lift(bounds[0].name, where, possible, bounds[0].step_ms))
-        if bounds
-        else "",
+        ceiling=_ceiling(step_ms, bounds, where, possible),
         predictions=predictions,
         gain=gain,
         verdict=describe(step_ms, wait_ms, cost, where, gain, possible),
@@ -143,6 +141,13 @@ def _possible(belts: Belts, train_data: Any, clocks: RunClocks, callbacks_s: Map
         {part: clocks.step_ms(part) for part in parts} if clocks.num_steps else {},
         max(callbacks_s, key=callbacks_s.__getitem__, default=""),
     )
+
+
+def _ceiling(step_ms: float, bounds: tuple[Ceiling, ...], where: Where, possible: Possible) -> str:
+    if not bounds:
+        return ""
+    bound = binding_of(bounds)
+    return describe_ceiling(step_ms, bounds, lift(bound.name, where, possible, bound.step_ms))
 
 
 def _advice(obstacle: str, found: str) -> str:

@@ -48,7 +48,7 @@ def describe_ceiling(step_ms: float, bounds: tuple[Ceiling, ...], lifts: str | N
     """
     if not bounds or step_ms <= 0:
         return ""
-    binding = bounds[0]
+    binding = binding_of(bounds)
     lifts = lift(binding.name, "textbook", ANYTHING) if lifts is None else lifts
     if binding.step_ms > step_ms:
         figures = f"estimated at {binding.step_ms:.2f} ms, the steps took {step_ms:.2f} on average"
@@ -56,6 +56,13 @@ def describe_ceiling(step_ms: float, bounds: tuple[Ceiling, ...], lifts: str | N
         share = binding.step_ms / step_ms
         figures = f"{binding.step_ms:.2f} of {step_ms:.2f} ms a step ({share:.0%})"
     return f"the ceiling is {BINDS[binding.name]}: {figures}; {lifts}"
+
+
+def binding_of(bounds: tuple[Ceiling, ...]) -> Ceiling:
+    """Return what binds: not the turns of loading and training where loading is next to nothing of them."""
+    first, *others = bounds
+    is_all_step = first.name == "serial" and others and others[0].step_ms > WORTH_RATIO * first.step_ms
+    return others[0] if is_all_step else first
 
 
 def lift(name: str, where: Where, possible: Possible, bound_ms: float = math.inf) -> str:
@@ -226,12 +233,9 @@ def advise(
             f"gil='account': {SETTINGS[best.where]} may take {_range(best)} ms a step instead of "
             f"{step_ms:.2f}, depending on how much of the fetch holds the GIL, which it measures"
         )
-    if (
-        where in by_place
-        and by_place[where].ceilings
-        and step_ms - headspace_ms(cost) > SMALL_RATIO * step_ms
-    ):
-        bound = by_place[where].ceilings[0]
+    bounds = by_place[where].ceilings if where in by_place else ()
+    if bounds and step_ms - headspace_ms(cost) > SMALL_RATIO * step_ms:
+        bound = binding_of(bounds)
         return f"no setting: {lift(bound.name, where, possible, bound.step_ms)}"
     return ""
 
