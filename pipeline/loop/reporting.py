@@ -128,8 +128,7 @@ def _kind(source: Source, train_data: Any) -> DataKind:
 
 def _possible(belts: Belts, train_data: Any, clocks: RunClocks, callbacks_s: Mapping[str, float]) -> Possible:
     """Return where this run's batches could be made, and what of a step is no training."""
-    source = belts.training_source
-    kind = _kind(source, train_data)
+    kind = _kind(source := belts.training_source, train_data)
     places, obstacles = places_of(kind, listed(source.unhookable), belts.placement.obstacle)
     # On a device that runs ahead, a log that reads waits for the device: that is no time of the log's.
     parts = ("callbacks",) if clocks.runs_ahead else ("log", "callbacks")

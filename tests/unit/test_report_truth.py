@@ -15,7 +15,7 @@ from pipeline.loop.clock import BETWEEN, FORWARD, StepClock
 from pipeline.report.ceilings import Ceiling, StepCost, ceilings, predict_all
 from pipeline.report.lanes import MAX_SEGMENTS, make_lanes
 from pipeline.report.possible import PLACES, Possible, places_of
-from pipeline.report.verdict import advise, describe, describe_ceiling, lift
+from pipeline.report.verdict import advise, binding_of, describe, describe_ceiling, lift
 
 LOADS = StepCost(loop_ms=4, fetch_ms=16, fetch_core_ms=16, fetch_held_ms=16, loop_held_ms=1)
 MEETS = {place: f"placement='{place}'" for place in ("thread", "process")}
@@ -33,7 +33,7 @@ def words(cost, where, known, step_ms=None, wait_ms=None):
     predictions = tuple(each for each in predict_all(cost, num_cores=2) if each.where in known.places)
     found = (
         describe(step_ms, cost.fetch_ms if wait_ms is None else wait_ms, cost, where, None, known),
-        describe_ceiling(step_ms, bounds, lift(bounds[0].name, where, known)),
+        describe_ceiling(step_ms, bounds, lift(binding_of(bounds).name, where, known)),
         advise(step_ms, cost, where, predictions, PLACES, None, known),
     )
     return "\n".join(found)
