@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, TypeAlias
@@ -204,6 +204,13 @@ def describe_stage(
     if step is not None:
         words.append(f"step {step}")
     return ", ".join(words)
+
+
+def listed(names: Iterable[object], most: int = 8) -> str:
+    """Return names for a message: each once, in order, of a long list the first and how many more."""
+    each = list(dict.fromkeys(map(str, names)))
+    more = f" and {len(each) - most} more" if len(each) > most else ""
+    return ", ".join(each[:most]) + more
 
 
 def add_stage_note(

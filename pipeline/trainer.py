@@ -115,7 +115,7 @@ class Trainer(Settings):
             started has ended.
         """
         refuse_in_nursery()
-        objective = setup.make_objective(loss_fn, step)
+        objective = setup.make_objective(loss_fn, step, has_metrics=bool(metrics or train_metrics))
         check_model(model, optimizer, scheduler, val_data, self)
         metrics, train_metrics, hparams = metrics or {}, train_metrics or {}, hparams or {}
         check_listeners(callbacks, loggers, (metrics, train_metrics), val_data)
@@ -233,7 +233,7 @@ class Trainer(Settings):
         """
         source = self._evaluation_source(data, batch_size, collate_fn, num_shards)
         belts = self._belts()
-        objective = setup.make_objective(loss_fn, step)
+        objective = setup.make_objective(loss_fn, step, has_metrics=bool(metrics))
         if checkpoint is not None:
             load_model(checkpoint, model)
         setup.place(self, belts.device, model, loss_fn, *(metrics or {}).values())

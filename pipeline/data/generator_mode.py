@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from pipeline.errors import listed
+
 Seed = Callable[[], int]
 """Returns a sample's seed, which takes 3 µs: most samples need none."""
 
@@ -51,7 +53,7 @@ class UnhookableDrawError(BaseException):
 
     def __init__(self, names: Sequence[str], *, is_certain: bool) -> None:
         self.names, self.is_certain = tuple(names), is_certain
-        super().__init__(", ".join(names))
+        super().__init__(listed(names))
 
 
 class GeneratorMode(TorchFunctionMode):

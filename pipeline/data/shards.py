@@ -20,7 +20,7 @@ from pipeline.data.map_style import IsolatedReader
 from pipeline.data.randomness import SampleRandomness
 from pipeline.data.reader import END
 from pipeline.data.shard_fetch import ShardFetcher
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, listed
 from pipeline.seeding import Epoch
 
 
@@ -113,7 +113,7 @@ class ShardedSource:
         """
         if self.own_changes:
             raise ConfigError(
-                f"{type(self.fetcher.dataset).__name__} changes its own {', '.join(self.own_changes)} as it "
+                f"{type(self.fetcher.dataset).__name__} changes its own {listed(self.own_changes)} as it "
                 "is iterated, which a process would not share with the trainer's. Keep that in local "
                 "variables of __iter__, or set placement=inline."
             )

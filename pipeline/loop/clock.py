@@ -4,12 +4,23 @@ from __future__ import annotations
 
 from pipeline.gil.signals import StageClock
 
-SETUP, DATA_WAIT, FORWARD, BACKWARD, OPTIMIZER, LOG, VALIDATE, CHECKPOINT = range(8)
+SETUP, DATA_WAIT, FORWARD, BACKWARD, OPTIMIZER, LOG, VALIDATE, CHECKPOINT, CALLBACKS, BETWEEN = range(10)
 COMPUTE_STAGES = (FORWARD, BACKWARD, OPTIMIZER)
 # Reading it is a system call, which in the middle of a step costs 6 µs where 0.8 are its own: a step of
 # every 20 ms is enough to scale from.
 CPU_TIME_EVERY_NS = 20_000_000
-STAGES = ("setup", "data_wait", "forward", "backward", "optimizer", "log", "validate", "checkpoint")
+STAGES = (
+    "setup",
+    "data_wait",
+    "forward",
+    "backward",
+    "optimizer",
+    "log",
+    "validate",
+    "checkpoint",
+    "callbacks",
+    "between",
+)
 
 
 class StepClock(StageClock):
@@ -20,6 +31,7 @@ class StepClock(StageClock):
         began_s: When the step under way began, by `time.perf_counter`.
         num_pauses: How often the loop did something else between two steps.
         train_s: All time so far that was training: without validations and checkpoints.
+        is_paused: Whether what the loop does now is no training; until `restart`.
 
     Runs on:
         Loop thread; a change of stage takes some 0.2 µs.
@@ -31,7 +43,7 @@ class StepClock(StageClock):
         self._began_ns, self._waited_ns = self.since_ns, 0
         self.began_s = self.since_ns / 1e9
         self.num_steps = self.num_pauses = 0
-        self._cpu_due_ns = 0
+        self._cpu_due_ns, self.is_paused = 0, False
 
     @property
     def train_s(self) -> float:
@@ -43,6 +55,17 @@ class StepClock(StageClock):
         self._began_ns, self._waited_ns = self.since_ns, self._wall_ns[DATA_WAIT]
         self.began_s = self.since_ns / 1e9
         self.num_pauses += 1
+        self.is_paused = False
+
+    def pause(self) -> None:
+        """Count the time so far as training, and none from here on until `restart`.
+
+        Without it the stages would add up to more than the steps that they are parts of.
+        """
+        if not self.is_paused:
+            self.training_paused()
+            self.is_paused = True
+            self.enter(BETWEEN)
 
     def step_ended(self) -> tuple[int, int]:
         """End a step and begin the next with its log; return its time and its data wait, in nanoseconds."""

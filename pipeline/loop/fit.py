@@ -21,7 +21,7 @@ from pipeline.loop.callback import (
     Validated,
     monitored,
 )
-from pipeline.loop.clock import DATA_WAIT, LOG, VALIDATE
+from pipeline.loop.clock import BETWEEN, CALLBACKS, DATA_WAIT, LOG, VALIDATE
 from pipeline.loop.cut_off import stopping_where_data_ends, validated
 from pipeline.loop.rates import StepDone
 from pipeline.loop.resume import open_epoch, resume
@@ -81,11 +81,11 @@ def _train(run: Run) -> None:
                 ):
                     _train_epoch(run, batches)
                     if is_cut_short := run.is_ending:
-                        save(run)  # in the middle of its epoch, while its data stands there
+                        _save_the_rest(run)  # in the middle of its epoch, while its data stands there
                 _check_progress(run)
             if run.is_ending and not is_cut_short:  # its data was cut off: it goes on there, if it is told to
                 is_cut_short = True
-                save(run)
+                _save_the_rest(run)
             if run.interrupted_by:
                 return
             _finish_epoch(run)
@@ -93,6 +93,14 @@ def _train(run: Run) -> None:
         except Exception as error:
             add_stage_note(error, "loop", step=run.state.step)
             raise
+
+
+def _save_the_rest(run: Run) -> None:
+    """Save a run that ends in the middle of an epoch."""
+    if not run.interrupted_by:
+        run.outbound.flush()  # what the device is still busy with is training time too
+    run.clock.pause()
+    save(run)
 
 
 def _train_epoch(run: Run, batches: Iterator[Batch]) -> None:
@@ -149,7 +157,9 @@ def _after_step(run: Run, scalars: Scalars) -> bool:
             name: value.detach() if isinstance(value, torch.Tensor) else value
             for name, value in scalars.items()
         }
+        run.clock.enter(CALLBACKS)
         run.tell(StepFinished, plain)
+        run.clock.enter(LOG)
     if settings.max_steps is not None and state.step >= settings.max_steps:
         run.stop("max_steps")
     if run.clock.began_s >= run.ends_at_s:
@@ -159,10 +169,13 @@ def _after_step(run: Run, scalars: Scalars) -> bool:
     every_n = settings.val_check_interval
     is_validated = every_n is not None and state.step % every_n == 0
     if is_validated:
+        run.outbound.flush()
+        run.clock.pause()
         with nullcontext() if run.detector is None else run.detector.reads.paused():
             _validate(run, {})
     if run.saver is None or run.is_ending or not run.saver.is_due(state.step):
         return is_validated
+    run.clock.pause()
     save(run)
     return True
 
@@ -173,7 +186,7 @@ def _finish_epoch(run: Run) -> None:
     if run.collector is not None:
         run.collector.idle()
     _check_weights(run)
-    run.clock.training_paused()  # what the device was still busy with is training time too
+    run.clock.pause()  # what the device was still busy with is training time too
     run.tell(EpochFinished)
     losses = run.journal.losses[run.epoch_first_step : state.step]
     means = {"train/epoch_loss": sum(losses) / len(losses)}
@@ -218,7 +231,7 @@ def _validate(run: Run, means: dict[str, float]) -> None:
     except Exception as error:
         add_stage_note(error, "validate", step=run.state.step)
         raise
-    run.clock.enter(LOG)
+    run.clock.enter(BETWEEN)
     metrics = {f"val/{name}": value for name, value in found.items()}
     _report(run, {**means, **metrics})
     value = monitored(metrics, run.settings.monitor, "monitor")

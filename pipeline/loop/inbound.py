@@ -73,6 +73,7 @@ class Inbound:
         checks: What may be chosen.
         is_training: Whether a model is trained on the batches, and not only evaluated.
         is_in_place: Whether batches are made where they are wanted; else processes are still starting.
+        source: What the batches are made of.
         age: How many batches were handed over while the newest was being made and waited, if what yields them
             may depend on that.
         num_pauses: Returns how often the loop did something else than train, such as validate.
@@ -96,7 +97,7 @@ class Inbound:
     ) -> None:
         self._times, self.is_training, self._in_order = times, False, in_order
         self.num_pauses: Callable[[], int] = _none
-        self._source, self._transfer = source, transfer
+        self.source, self._transfer = source, transfer
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._opened: Reader | None = None
         self._place = ProcessPlace(source, transfer, depth, stall_timeout_s, in_order=in_order)
@@ -116,26 +117,26 @@ class Inbound:
         """Open an epoch, at once, and return its batches, those before `start` left out."""
         if (kept := self._place.processes) is not None and (self.checks.has_changed() or kept.is_stale()):
             self.stop_processes()  # somebody has changed the dataset: give it to them anew
-        self._opened = self._source.open(epoch, max_batches, start)
-        if isinstance(self._opened, IterableReader) and not self._source.is_known_kind:
+        self._opened = self.source.open(epoch, max_batches, start)
+        if isinstance(self._opened, IterableReader) and not self.source.is_known_kind:
             self._ages, self._num_handed = deque(), 0
             self._opened.on_begin = lambda ages=self._ages: ages.append(self._num_handed)
         return self._batches(self._opened)
 
     def state(self, position: int) -> dict[str, Any] | None:
         """Return the data's own state at a position of the epoch under way; None if it has none."""
-        return self._source.state(position) if isinstance(self._source, _STATEFUL) else None
+        return self.source.state(position) if isinstance(self.source, _STATEFUL) else None
 
     def load_state(self, found: dict[str, Any] | None) -> None:
         """Have the epoch that is resumed opened from such a state."""
-        if isinstance(self._source, _STATEFUL):
-            self._source.load_state(found)
+        if isinstance(self.source, _STATEFUL):
+            self.source.load_state(found)
 
     def keep_states(self, foresees: Callable[[int], bool], check: Callable[[Any], None]) -> None:
         """Have the data keep states of its own for checkpoints; see `IterableSource.keep_states`."""
-        if isinstance(self._source, IterableSource):
+        if isinstance(self.source, IterableSource):
             # Beside those that wait there is one in the making, one on its way, and one in use.
-            self._source.keep_states(foresees, check, self._depth + 3)
+            self.source.keep_states(foresees, check, self._depth + 3)
 
     def sample_indices(self, position: int) -> list[int] | None:
         """Return the samples of a batch of the epoch under way; None where nobody knows. Any thread."""
@@ -213,7 +214,7 @@ class Inbound:
             if reader.is_threadable:
                 ahead = self._made_ahead(place, reader)
                 return _switching_often(ahead) if place.switches_often else ahead
-            self._retreat.warn_of_draws(self._source.unhookable)
+            self._retreat.warn_of_draws(self.source.unhookable)
         return read_in_line(reader, self._transfer, self._goes_on)
 
     def _goes_on(self) -> bool:
@@ -228,7 +229,7 @@ class Inbound:
             self._transfer,
             max(self._depth, 2 * num_threads) if reader.is_random_access else self._depth,
             num_threads if reader.is_random_access else 1,
-            is_fresh=self._source.makes_fresh_batches,
+            is_fresh=self.source.makes_fresh_batches,
             in_order=is_in_order,
             stall_timeout_s=self._stall_timeout_s,
             goes_on=self._goes_on,

@@ -50,8 +50,14 @@ def from_loss_fn(loss_fn: LossFn) -> Objective:
     return compute
 
 
-def from_step(step: Step) -> Objective:
-    """Take any batch; the step returns the loss, or a dict with ``loss`` and numbers to log."""
+def from_step(step: Step, *, has_metrics: bool = False) -> Objective:
+    """Take any batch; the step returns the loss, or a dict with ``loss`` and numbers to log.
+
+    Args:
+        step: The user's.
+        has_metrics: Whether metrics take what the step returned: then it may hold more than numbers. So may
+            a model's own output that is a kind of dict, of which numbers are logged.
+    """
 
     def compute(model: torch.nn.Module, batch: Batch) -> Computed:
         returned = step(model, batch)
@@ -59,13 +65,17 @@ def from_step(step: Step) -> Objective:
             return Computed(_checked(returned), {}, (returned,))
         if "loss" not in returned:
             raise StageError(
-                f"the dict that step returned must have the key 'loss', got {sorted(returned)}.",
+                f"the dict that step returned must have the key 'loss', got {sorted(map(str, returned))}.",
                 stage="step",
             )
+        loss = _checked(returned["loss"])
+        takes_all = has_metrics or type(returned) is not dict
         scalars = {
-            str(name): value for name, value in returned.items() if name != "loss" and _is_scalar(value)
+            str(name): value if _is_scalar(value) else _as_scalar(name, value)
+            for name, value in returned.items()
+            if name != "loss" and (not takes_all or _is_scalar(value))
         }
-        return Computed(_checked(returned["loss"]), scalars, (returned,))
+        return Computed(loss, scalars, (returned,))
 
     return compute
 
@@ -101,6 +111,25 @@ def _is_scalar(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return value.ndim == 0 and not value.is_complex()
     return isinstance(value, numbers.Real)  # NumPy's scalars too
+
+
+def _as_scalar(name: Any, value: Any) -> torch.Tensor | float:
+    """Return the number in a value that holds exactly one; refuse what is none by its name.
+
+    Raises:
+        StageError: If it is no number.
+    """
+    is_complex = isinstance(value, torch.Tensor) and value.is_complex()
+    if isinstance(value, torch.Tensor) and value.numel() == 1 and not is_complex:
+        return value.reshape(())
+    if getattr(value, "size", None) == 1 and getattr(getattr(value, "dtype", None), "kind", "") in "biuf":
+        return float(value.item())  # NumPy's arrays of one
+    raise StageError(
+        f"step returned {name!r} beside the loss, which must be a number to be logged, got "
+        f"{_describe(value)}. Reduce it, as with .mean() or .abs(), or leave it out of the dict; images, "
+        "histograms and texts are logged by a callback, with event.log_image, log_histogram or log_text.",
+        stage="step",
+    )
 
 
 def _describe(found: Any) -> str:

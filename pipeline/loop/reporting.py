@@ -12,25 +12,28 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
+from torch.utils.data import DataLoader
 
 from pipeline.concurrency import available_cores
+from pipeline.data import IterableSource, ShardedSource, Source
 from pipeline.device import StepLimiter
-from pipeline.errors import warn_harmlessly
+from pipeline.errors import listed, warn_harmlessly
 from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
 from pipeline.loop.setup import is_rank_zero
 from pipeline.protocols import RunInfo
-from pipeline.report.ceilings import WHERE, StepCost, Where, ceilings, predict_all
+from pipeline.report.ceilings import WHERE, Ceiling, StepCost, Where, ceilings, predict_all
 from pipeline.report.costs import RunClocks, stage_lines, step_cost
 from pipeline.report.lanes import lanes_of_trace, make_lanes, make_series, write_trace
 from pipeline.report.outbound import OutboundReport
 from pipeline.report.page import to_html
 from pipeline.report.placement import PlacementReport
+from pipeline.report.possible import DataKind, Possible, places_of
 from pipeline.report.record import Gain, Lane, RunReport, to_dict, to_json
-from pipeline.report.verdict import advise, describe
+from pipeline.report.verdict import advise, binding_of, describe, describe_ceiling, lift
 from pipeline.settings import Placement
 
-NOT_TRAINING = ("setup", "validate", "checkpoint")
+NOT_TRAINING = ("setup", "validate", "checkpoint", "between")
 HOW_TO_LEARN_MORE = (
     "who holds the GIL, and who waits for it, was not measured: Trainer(gil='account') does, and lays it "
     "over the lanes"
@@ -57,21 +60,25 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
         reads_ahead=where in ("inline", "thread"),
         runs_ahead=belts.backend.streams is not None,
         device_ms=_mean_ms(device),
-        is_remote=where == "process" or bool(getattr(train_data, "num_workers", 0)),
+        is_remote=where == "process" or _has_own_workers(train_data),
         gil=run.gil.report,
     )
     cost, gain = step_cost(clocks), None if belts.meter is None else belts.meter.gain()
     cost = _undisturbed(_as_measured(cost, placement, settings.accumulate_grad_batches), belts)
     is_auto = settings.placement == "auto" and settings.schedule == "auto"  # it has tried what there is
     settable = set() if is_auto else {"textbook", *get_args(Placement)}
+    possible = _possible(belts, train_data, clocks, run.callbacks.times())
+    num_workers = settings.num_workers or num_cores
     cores = {
         "num_cores": num_cores,
-        "num_workers": settings.num_workers or num_cores,
+        "num_workers": min(num_workers, possible.max_workers or num_workers),
         "threads_per_worker": settings.threads_per_worker,
     }
     chosen = {"num_workers": placement.num_workers, "threads_per_worker": placement.threads_per_worker}
     # What a batch costs is not known here while worker processes make them.
-    predictions = () if cost is None or where == "process" else predict_all(cost, **cores)
+    everywhere = () if cost is None or where == "process" else predict_all(cost, **cores)
+    predictions = tuple(each for each in everywhere if each.where in possible.places | {where})
+    bounds = () if cost is None else ceilings(cost, where, **cores | chosen)
     step_ms = run.clock.train_s / num_steps * 1e3 if num_steps else 0.0
     wait_ms = sum(journal.wait_s) / num_steps * 1e3 if num_steps else 0.0
     names = {loop: "loop"}
@@ -86,16 +93,78 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
         samples_per_s=run.num_samples / run.clock.train_s if run.clock.train_s else 0.0,
         stages=stage_lines(clocks, names),
         cost=cost,
-        ceilings=() if cost is None else ceilings(cost, where, **cores | chosen),
+        ceilings=bounds,
+        ceiling=_ceiling(step_ms, bounds, where, possible),
         predictions=predictions,
         gain=gain,
-        verdict=describe(step_ms, wait_ms, cost, where, gain),
-        advice=placement.obstacle or advise(step_ms, cost, where, predictions, settable, gain),
+        verdict=describe(step_ms, wait_ms, cost, where, gain, possible),
+        advice=_advice(
+            placement.obstacle, advise(step_ms, cost, where, predictions, settable, gain, possible)
+        ),
         placement=placement,
         series=make_series(journal.step_s, journal.wait_s, run.state.step - num_steps),
         lanes=_lanes(run, belts, device, names),
-        notes=(*_belt_notes(belts, gain), *str(outbound).splitlines(), *_gil_notes(run)),
+        notes=(
+            *_belt_notes(belts, gain),
+            *_outside_notes(run),
+            *str(outbound).splitlines(),
+            *_gil_notes(run),
+        ),
     )
+
+
+def _has_own_workers(train_data: Any) -> bool:
+    return isinstance(train_data, DataLoader) and bool(train_data.num_workers)
+
+
+def _kind(source: Source, train_data: Any) -> DataKind:
+    if _has_own_workers(train_data):
+        return "workers"
+    if isinstance(source, ShardedSource):
+        return "shards"
+    return "iterable" if isinstance(source, IterableSource) else "map"
+
+
+def _possible(belts: Belts, train_data: Any, clocks: RunClocks, callbacks_s: Mapping[str, float]) -> Possible:
+    """Return where this run's batches could be made, and what of a step is no training."""
+    kind = _kind(source := belts.training_source, train_data)
+    places, obstacles = places_of(kind, listed(source.unhookable), belts.placement.obstacle)
+    # On a device that runs ahead, a log that reads waits for the device: that is no time of the log's.
+    parts = ("callbacks",) if clocks.runs_ahead else ("log", "callbacks")
+    return Possible(
+        kind,
+        places,
+        obstacles,
+        len(source.shards) if isinstance(source, ShardedSource) else None,
+        {part: clocks.step_ms(part) for part in parts} if clocks.num_steps else {},
+        max(callbacks_s, key=callbacks_s.__getitem__, default=""),
+    )
+
+
+def _ceiling(step_ms: float, bounds: tuple[Ceiling, ...], where: Where, possible: Possible) -> str:
+    if not bounds:
+        return ""
+    bound = binding_of(bounds)
+    return describe_ceiling(step_ms, bounds, lift(bound.name, where, possible, bound.step_ms))
+
+
+def _advice(obstacle: str, found: str) -> str:
+    """Return the advice, or why what promised most could not be tried, where there is no better."""
+    return found if found.startswith("no placement") else obstacle or found
+
+
+def _outside_notes(run: Run) -> tuple[str, ...]:
+    """Say what the loop thread did between steps, which is in no step's time."""
+    spent_s = {each.stage: each.wall_s for each in run.clock.times()}
+    names = {
+        "validate": "validations",
+        "checkpoint": "checkpoints",
+        "between": "ends of epochs, their callbacks",
+    }
+    found = [
+        f"{name} {spent_s[stage]:.2f} s" for stage, name in names.items() if spent_s.get(stage, 0.0) >= 0.005
+    ]
+    return (f"besides the {run.clock.train_s:.2f} s of training: {', '.join(found)}",) if found else ()
 
 
 def publish(report: RunReport, settings: Any, run_dir: Path | None) -> None:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 
 from pipeline.checks import Checks, DifferenceError, DoubtError, Limits
-from pipeline.errors import StageError, warn_harmlessly
+from pipeline.errors import StageError, listed, warn_harmlessly
 from pipeline.loop.placement import INLINE, TEXTBOOK, Place
 
 MAX_CHANGES = 3  # by a step, in a run; then batches stay in the loop
@@ -67,7 +67,7 @@ class Retreat:
             return
         self._has_said_draws = True
         warnings.warn(
-            f"random numbers were drawn from {', '.join(names)} while a batch was made. Threads share that "
+            f"random numbers were drawn from {listed(names)} while a batch was made. Threads share that "
             "generator, so the loop thread makes the batches from here on, with the same numbers and without "
             "overlap. Draw from torch's functions that take a generator, or set placement=process.",
             stacklevel=2,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from pipeline.data import ranks
-from pipeline.loop.clock import CHECKPOINT, LOG
+from pipeline.loop.clock import BETWEEN, CHECKPOINT, LOG
 from pipeline.loop.run import Run
 from pipeline.seeding import generator_states
 from pipeline.settings import Settings
@@ -40,7 +40,7 @@ def save(run: Run) -> None:
         run.outbound.flush()
     if (job := saver.take(state.step, capture(run), began_s)) is not None:
         run.outbound.put_job(job)
-    run.clock.enter(LOG)
+    run.clock.enter(BETWEEN if run.clock.is_paused else LOG)
 
 
 def rehearse(run: Run) -> None:
@@ -80,7 +80,6 @@ def save_epoch(run: Run, is_saved: bool) -> None:
         run.outbound.put_job(run.saver.take_name(run.state.step))
     else:
         save(run)
-    run.clock.restart()
 
 
 def capture(run: Run) -> dict[str, Any]:

@@ -83,6 +83,11 @@ class Belts:
         """Where the batches of the training are made, and why."""
         return next(each for each in self._inbound if each.is_training).placement
 
+    @property
+    def training_source(self) -> Source:
+        """What the batches of the training are made from."""
+        return next(each for each in self._inbound if each.is_training).source
+
     def close(self) -> None:
         """End what the inbound belts keep from epoch to epoch, such as processes."""
         for inbound in self._inbound:

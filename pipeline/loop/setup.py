@@ -21,8 +21,13 @@ from pipeline.settings import AUTO_RUN_DIR, AUTOCAST_DTYPE, Precision, Settings
 from pipeline.state import TrainState
 
 
-def make_objective(loss_fn: LossFn | None, step: Step | None) -> Objective:
+def make_objective(loss_fn: LossFn | None, step: Step | None, *, has_metrics: bool = False) -> Objective:
     """Return the objective that the user described.
+
+    Args:
+        loss_fn: Or `step`.
+        step: Or `loss_fn`.
+        has_metrics: Whether metrics are called with what the step returned.
 
     Raises:
         ConfigError: If neither or both of the two were given.
@@ -35,7 +40,10 @@ def make_objective(loss_fn: LossFn | None, step: Step | None) -> Objective:
             f"give either loss_fn=, for batches of (inputs, target), or step=, a function of (model, "
             f"batch) that returns the loss; got {found}."
         )
-    return from_step(step) if step is not None else from_loss_fn(loss_fn)  # type: ignore[arg-type]
+    if step is not None:
+        return from_step(step, has_metrics=has_metrics)
+    assert loss_fn is not None
+    return from_loss_fn(loss_fn)
 
 
 def at_most(count: int | None, limit: int | None) -> int | None:

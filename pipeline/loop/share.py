@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from pipeline.batch import Batch, map_tensors
 from pipeline.data import IterableSource, Source, is_shared_out, ranks
 from pipeline.device import select_backend
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, listed
 from pipeline.protocols import Metrics, StatefulMetric
 from pipeline.seeding import users_seed
 from pipeline.settings import Settings
@@ -127,7 +127,7 @@ def check_ranks(
     ]
     if lonely and found["len(val_data)"]:
         warnings.warn(
-            f"metrics {', '.join(lonely)}: an object with update and compute sees the samples of its own "
+            f"metrics {listed(lonely)}: an object with update and compute sees the samples of its own "
             "rank alone, unless it merges ranks itself. Pass a function, a metric of torchmetrics, or "
             "val_data as a DataLoader, of which each rank sees all.",
             stacklevel=3,

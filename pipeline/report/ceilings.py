@@ -98,10 +98,9 @@ def ceilings(
         num_workers: Threads or processes that make batches, in those two placements.
         threads_per_worker: Of each process.
     """
-    handoff_ms = HANDOFF_MS[where]
     found = [
         Ceiling("device", cost.device_ms),
-        Ceiling("loop", cost.loop_ms + handoff_ms),
+        Ceiling("loop", cost.loop_ms),
         Ceiling("host", _host_ms(cost) / num_cores),
     ]
     if (held_ms := _held_ms(cost, where)) is not None:

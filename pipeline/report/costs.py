@@ -9,7 +9,7 @@ from pipeline.gil import GilReport, StageShare, StageTime
 from pipeline.report.ceilings import StepCost
 from pipeline.report.record import StageLine
 
-LOOP_STAGES = ("forward", "backward", "optimizer", "log")
+LOOP_STAGES = ("forward", "backward", "optimizer", "log", "callbacks")
 MAKING_STAGES = ("fetch", "collate", "transfer")
 WAIT = "data_wait"
 

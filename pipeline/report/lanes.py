@@ -26,7 +26,10 @@ def make_lanes(segments: Mapping[str, Sequence[tuple[str, int, int]]]) -> tuple[
     if not filled:
         return ()
     end_ns = max(each[-1][2] for each in filled.values())
-    begin_ns = max(next(iter(filled.values()))[0][1], _begin_for(filled))
+    first = next(iter(filled.values()))
+    begin_ns = min(
+        max(first[0][1], _begin_for(filled)), first[-1][1]
+    )  # with a step in it, whatever came after
     begin_ns = min(begin_ns, end_ns - int(MIN_WINDOW_MS * 1e6))
     lanes = (Lane(name, "stages", _cut(each, begin_ns)) for name, each in filled.items())
     return tuple(lane for lane in lanes if lane.segments)

@@ -3,7 +3,7 @@
 const runs = JSON.parse(document.getElementById("runs").textContent);
 const SVG = "http://www.w3.org/2000/svg";
 const COLORS = {
-  data_wait: "wait", forward: "forward", backward: "backward", optimizer: "optimizer", log: "log", fetch: "fetch",
+  data_wait: "wait", forward: "forward", backward: "backward", optimizer: "optimizer", log: "log", callbacks: "put", between: "put", fetch: "fetch",
   collate: "collate", transfer: "transfer", put: "put", step: "step", held: "held", waiting: "waiting",
   native: "native", blocked: "blocked", device: "device", loop: "forward", gil: "held", host: "fetch", belt: "transfer", serial: "wait",
   prefetch: "fetch", writer: "log", validate: "native", checkpoint: "transfer", setup: "put",
@@ -122,7 +122,9 @@ function ceilingChart(report) {
   const rows = report.ceilings.map((each, number) => ({
     name: each.name, value: each.step_ms, low: each.step_ms, high: each.step_ms, color: color(each.name),
     opacity: number ? 0.75 : 1, text: ms(each.step_ms) + (number ? "" : " binds"), tip: `${BOUNDS[each.name]}: ${ms(each.step_ms)} ms a step` }));
-  return el("div", {}, section0("Ceilings", "No step is shorter than the longest bar. The line is the step as it was."),
+  return el("div", {}, section0("Ceilings", report.ceilings[0].step_ms > report.step_ms
+    ? "Estimated from single moments of the run: a bar beyond the line, the mean of all steps, is the estimate's error."
+    : "Steps are no shorter, on average, than the longest bar. The line is the step as it was."),
     bars(rows, report.step_ms, `measured ${ms(report.step_ms)}`));
 }
 function predictionChart(report) {

@@ -55,7 +55,11 @@ function laneChart(report) {
   }
   const height = top + 22, end = Math.max(...report.lanes.flatMap((lane) => lane.segments.map((each) => each[2])));
   const span = Math.min(Math.max(report.step_ms * 14, 1), end);
-  let from = Math.max(0, Math.min(0.45 * end, end - span)), to = from + span;
+  // Begin at a step: the lanes also have what came after the last one, where the loop has nothing to show.
+  const steps = report.lanes.filter((lane) => lane.name === "loop" && lane.kind === "stages").flatMap((lane) => lane.segments)
+    .filter((each) => !["setup", "between", "checkpoint", "validate"].includes(each[0]));
+  const shown = steps[Math.max(0, Math.min(Math.floor(0.45 * steps.length), steps.findIndex((each) => each[1] >= steps[steps.length - 1][2] - span)))];
+  let from = Math.max(0, Math.min(shown ? shown[1] : 0, end - span)), to = from + span;
   const chart = canvas(width, height, "lanes"), inner = svg("g");
   const clip = svg("clipPath", { id: "lanes" }, svg("rect", { x: left, y: 0, width: width - left - right, height }));
   for (const row of rows) chart.append(label(left - 10, row.top + 16, row.name, { "text-anchor": "end" }));

@@ -121,6 +121,7 @@ class RunReport:
         predictions: What a step would take in each placement.
         gain: What overlap won, where it was measured.
         verdict: In words.
+        ceiling: The binding one in words, and what would lift it for this data.
         advice: The one setting to change next; empty for none.
         series: The run over time.
         lanes: Who did what when, for a short stretch.
@@ -140,6 +141,7 @@ class RunReport:
     predictions: tuple[Prediction, ...] = ()
     gain: Gain | None = None
     verdict: str = ""
+    ceiling: str = ""
     advice: str = ""
     series: Series = field(default_factory=Series)
     lanes: tuple[Lane, ...] = ()

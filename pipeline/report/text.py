@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pipeline.report.record import RunReport, StageLine
-from pipeline.report.verdict import describe_ceiling
 
 MIN_SHOWN_MS = 0.0005
 
@@ -13,8 +12,8 @@ def to_text(report: RunReport) -> str:
     lines = [_headline(report), *_stage_table(report)]
     if report.placement is not None:
         lines.append(f"batches  made in {report.placement}")
-    if ceiling := describe_ceiling(report.step_ms, report.ceilings):
-        lines.append(f"ceiling  {ceiling}")
+    if report.ceiling:
+        lines.append(f"ceiling  {report.ceiling}")
     if report.predictions:
         places = (f"{each.where} {_span(each.low_ms, each.high_ms)}" for each in report.predictions)
         lines.append(f"predict  ms a step: {', '.join(places)}")

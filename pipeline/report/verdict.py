@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection
 
 from pipeline.report.ceilings import Ceiling, Prediction, StepCost, Where, headspace_ms
+from pipeline.report.possible import ONE_READER, Possible
 from pipeline.report.record import Gain
 
 WORTH_RATIO = 0.95  # a prediction below this share of the measured step is worth a change
 SMALL_RATIO = 0.05
+LARGE_RATIO = 0.3  # of a step: what is no training and takes as much is what to change
+ANYTHING = Possible()
 BINDS = {
     "device": "the device's own work",
     "loop": "the loop thread's own work",
@@ -21,9 +25,7 @@ LIFTS = {
     "device": "only a faster step on the device lifts it: precision, torch.compile, a smaller model",
     "loop": "only a shorter step lifts it: torch.compile, an optimizer with fused=True, larger batches",
     "gil": "work that holds the GIL leaves it only by moving to a process or by going away",
-    "host": "more cores lift it, or less work a sample",
-    "belt": "more workers lift it, or less work a sample",
-    "serial": "overlap lifts it, where a thread or a process can make batches beside the step",
+    "host": "more cores lift it, or less work a step",
 }
 SETTINGS: dict[Where, str] = {
     "textbook": "schedule='textbook'",
@@ -33,16 +35,103 @@ SETTINGS: dict[Where, str] = {
 }
 
 
-def describe_ceiling(step_ms: float, bounds: tuple[Ceiling, ...]) -> str:
-    """Say which ceiling binds, how close the run is to it, and what would lift it."""
-    if not bounds:
+def describe_ceiling(step_ms: float, bounds: tuple[Ceiling, ...], lifts: str | None = None) -> str:
+    """Say which ceiling binds, how close the run is to it, and what would lift it.
+
+    A ceiling above the step was made of other moments than the mean of all steps, such as the trials of
+    ``auto``; it is then said to be an estimate, and no share of anything.
+
+    Args:
+        step_ms: A step as it was.
+        bounds: The binding one first.
+        lifts: What would, where more is known of the data than the ceiling's name says.
+    """
+    if not bounds or step_ms <= 0:
         return ""
-    binding = bounds[0]
-    share = min(binding.step_ms / step_ms, 1.0) if step_ms else 0.0
-    return (
-        f"the ceiling is {BINDS[binding.name]}: {binding.step_ms:.2f} of {step_ms:.2f} ms a step "
-        f"({share:.0%}); {LIFTS[binding.name]}"
-    )
+    binding = binding_of(bounds)
+    lifts = lift(binding.name, "textbook", ANYTHING) if lifts is None else lifts
+    if binding.step_ms > step_ms:
+        figures = f"estimated at {binding.step_ms:.2f} ms, the steps took {step_ms:.2f} on average"
+    else:
+        share = binding.step_ms / step_ms
+        figures = f"{binding.step_ms:.2f} of {step_ms:.2f} ms a step ({share:.0%})"
+    return f"the ceiling is {BINDS[binding.name]}: {figures}; {lifts}"
+
+
+def binding_of(bounds: tuple[Ceiling, ...]) -> Ceiling:
+    """Return what binds: not the turns of loading and training where loading is next to nothing of them."""
+    first, *others = bounds
+    is_all_step = first.name == "serial" and others and others[0].step_ms > WORTH_RATIO * first.step_ms
+    return others[0] if is_all_step else first
+
+
+def lift(name: str, where: Where, possible: Possible, bound_ms: float = math.inf) -> str:
+    """Say what lifts a ceiling, for data and places as they are.
+
+    Args:
+        name: Of the ceiling.
+        where: Where batches were made.
+        possible: What holds for the data.
+        bound_ms: The ceiling itself.
+    """
+    if name == "belt":
+        return _lift_belt(where, possible)
+    if name == "serial":
+        return _lift_serial(possible)
+    if name == "gil" and where != "process" and "process" not in possible.places:
+        return f"only less Python on any thread lifts it: {_why_not('process', possible)}"
+    if name == "loop" and (part := _large_part(possible, LARGE_RATIO, bound_ms)):
+        return f"a shorter step lifts it, and {_lift_part(part, possible)}"
+    return LIFTS[name]
+
+
+def _lift_belt(where: Where, possible: Possible) -> str:
+    if possible.kind == "workers":
+        return (
+            "the DataLoader's own workers make them: a higher num_workers lifts it, a larger "
+            "prefetch_factor, persistent_workers=True, or less work a sample"
+        )
+    if possible.kind == "iterable":
+        return f"{ONE_READER}: only less work a batch lifts it, or a dataset with indices"
+    if where in ("thread", "process"):
+        if possible.max_workers is not None:
+            return (
+                f"less work a sample lifts it, or more shards: no more than {possible.max_workers} can share"
+            )
+        return "more workers lift it (num_workers), or less work a sample"
+    others = [SETTINGS[place] for place in ("thread", "process") if place in possible.places]
+    if others:
+        return f"more workers lift it, with {' or '.join(others)}, or less work a sample"
+    return f"only less work a sample lifts it: {_why_not('process', possible)}"
+
+
+def _lift_serial(possible: Possible) -> str:
+    if possible.kind == "workers":
+        return f"a batch waits for the step before it: {_lift_belt('textbook', possible)}"
+    if possible.places - {"textbook"}:
+        return "overlap lifts it, where a thread or a process can make batches beside the step"
+    return f"only less work a sample lifts it: {_why_not('inline', possible)}"
+
+
+def _why_not(place: str, possible: Possible) -> str:
+    return possible.obstacles.get(place, "nothing else can make these batches")
+
+
+def _large_part(possible: Possible, ratio: float, step_ms: float) -> str:
+    """Return which of `parts_ms` takes that share of a step and the most of them; empty for none."""
+    large = {name: ms for name, ms in possible.parts_ms.items() if ms > ratio * step_ms}
+    return max(large, key=large.__getitem__) if large else ""
+
+
+def _lift_part(part: str, possible: Possible) -> str:
+    ms = possible.parts_ms[part]
+    if part == "callbacks":
+        which = possible.slowest_callback or "they"
+        return (
+            f"callbacks take {ms:.2f} ms of it, {which} most: tell it of fewer steps with its every=, or "
+            "read numbers in on_step_read, which runs where the loggers do"
+        )
+    return f"logging takes {ms:.2f} ms of it: set log_every_n_steps higher"
 
 
 def describe_gain(gain: Gain) -> str:
@@ -60,7 +149,12 @@ def describe_gain(gain: Gain) -> str:
 
 
 def describe(
-    step_ms: float, data_wait_ms: float, cost: StepCost | None, where: Where, gain: Gain | None
+    step_ms: float,
+    data_wait_ms: float,
+    cost: StepCost | None,
+    where: Where,
+    gain: Gain | None,
+    possible: Possible = ANYTHING,
 ) -> str:
     """Return the verdict on a run.
 
@@ -70,6 +164,7 @@ def describe(
         cost: What a step costs.
         where: Where its batches were made.
         gain: What was measured in the run, if it was.
+        possible: What holds for the data.
     """
     if gain is not None:
         return describe_gain(gain)
@@ -87,10 +182,12 @@ def describe(
             f"{data_wait_ms:.2f} of {step_ms:.2f} ms a step"
         )
     verb = "makes its own batches" if where == "textbook" else "waits for batches"
-    possible = step_ms / max(headspace_ms(cost), 1e-9)
+    if possible.kind == "workers":
+        verb = "waits for the DataLoader's workers"
+    speedup = step_ms / max(headspace_ms(cost), 1e-9)
     return (
         f"the loop {verb} {share:.0%} of the time, {data_wait_ms:.2f} of {step_ms:.2f} ms a step; with every "
-        f"batch already there it would be {possible:.2f} times as fast, and no loader does better"
+        f"batch already there it would be {speedup:.2f} times as fast, and no loader does better"
     )
 
 
@@ -101,6 +198,7 @@ def advise(
     predictions: tuple[Prediction, ...],
     settable: Collection[str],
     gain: Gain | None,
+    possible: Possible = ANYTHING,
 ) -> str:
     """Return the one setting to change next; empty for none.
 
@@ -111,13 +209,19 @@ def advise(
         predictions: For every place.
         settable: The places that a user can choose.
         gain: What was measured in the run, if it was.
+        possible: What holds for the data: no other place is advised.
     """
     if cost is None or step_ms <= 0:
         return ""
     if gain is not None and gain.high < 0.98:
         return f"{SETTINGS['textbook']}: overlap loses here"
+    part = _large_part(possible, LARGE_RATIO, step_ms)
+    if part and possible.parts_ms[part] > step_ms - headspace_ms(cost):
+        return f"no placement: {_lift_part(part, possible)}"
     by_place = {each.where: each for each in predictions}
-    others = [each for each in predictions if each.where != where and each.where in settable]
+    others = [
+        each for each in predictions if each.where != where and each.where in {*settable} & possible.places
+    ]
     worth = [each for each in others if each.high_ms < WORTH_RATIO * step_ms]
     if worth:
         best = min(worth, key=lambda each: each.high_ms)
@@ -129,8 +233,10 @@ def advise(
             f"gil='account': {SETTINGS[best.where]} may take {_range(best)} ms a step instead of "
             f"{step_ms:.2f}, depending on how much of the fetch holds the GIL, which it measures"
         )
-    if where in by_place and step_ms - headspace_ms(cost) > SMALL_RATIO * step_ms:
-        return f"no setting: {LIFTS[by_place[where].ceilings[0].name]}"
+    bounds = by_place[where].ceilings if where in by_place else ()
+    if bounds and step_ms - headspace_ms(cost) > SMALL_RATIO * step_ms:
+        bound = binding_of(bounds)
+        return f"no setting: {lift(bound.name, where, possible, bound.step_ms)}"
     return ""
 
 
