@@ -138,9 +138,9 @@ class Checks:
             self._look_at_making(reader)
             if controls:
                 self._keep(turn, batch)
+            self._num_looked_at += 1  # the loop may be left with this one
             yield brought(batch)
             self._look_at_step()
-            self._num_looked_at += 1
         self._restrict(limits_of(self._watch.reached, self.trained, self._source.name))
         self._looked_at = id(reader), reader.position
         is_enough = self._num_looked_at >= NUM_LOOKED_AT
@@ -170,7 +170,7 @@ class Checks:
     def _look_at_step(self) -> None:
         """Draw conclusions from what moved between two batches."""
         names = self._moved()
-        if names and self._num_looked_at:
+        if names and self._num_looked_at > 1:
             self._restrict(in_the_loop(f"{names} changes between two batches, which may depend on it"))
 
     def _moved(self) -> str:

@@ -163,8 +163,7 @@ class Inbound:
         batches = self.checks.looked_at(reader, bring, controls=place != TEXTBOOK)
         if place.name != "process":
             return batches
-        self.is_in_place = False
-        self.start_processes(place.num_workers, place.num_threads)  # nobody waits for them
+        self.is_in_place = self.start_processes(place.num_workers, place.num_threads)  # nobody waits for them
         return self._counted(batches)
 
     @property
@@ -265,7 +264,7 @@ class Inbound:
         if not self._num_in_line:
             return report
         if self.is_in_place:
-            waited = f"{self._num_in_line} made by the loop thread, while processes started"
+            waited = f"{self._num_in_line} made by the loop thread, while processes started and were compared"
             return replace(report, reason=f"{report.reason}; {waited}")
         missed = f"all {self._num_in_line} made by the loop thread: its processes were not ready in time"
         return replace(report, place="textbook", reason=f"and not {report.place}, {report.reason}; {missed}")

@@ -68,10 +68,9 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
     is_auto = settings.placement == "auto" and settings.schedule == "auto"  # it has tried what there is
     settable = set() if is_auto else {"textbook", *get_args(Placement)}
     possible = _possible(belts, train_data, clocks, run.callbacks.times())
-    num_workers = settings.num_workers or num_cores
     cores = {
         "num_cores": num_cores,
-        "num_workers": min(num_workers, possible.max_workers or num_workers),
+        "num_workers": min(filter(None, (settings.num_workers or num_cores, possible.max_workers))),
         "threads_per_worker": settings.threads_per_worker,
     }
     chosen = {"num_workers": placement.num_workers, "threads_per_worker": placement.threads_per_worker}
@@ -128,7 +127,8 @@ def _kind(source: Source, train_data: Any) -> DataKind:
 def _possible(belts: Belts, train_data: Any, clocks: RunClocks, callbacks_s: Mapping[str, float]) -> Possible:
     """Return where this run's batches could be made, and what of a step is no training."""
     kind = _kind(source := belts.training_source, train_data)
-    places, obstacles = places_of(kind, listed(source.unhookable), belts.placement.obstacle)
+    draws, obstacle = listed(source.unhookable), belts.placement.obstacle
+    places, obstacles = places_of(kind, draws, obstacle, belts.training_limits)
     # On a device that runs ahead, a log that reads waits for the device: that is no time of the log's.
     parts = ("callbacks",) if clocks.runs_ahead else ("log", "callbacks")
     return Possible(

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from pipeline.checks import Limits
 from pipeline.concurrency import Scope, available_cores
 from pipeline.data import Source
 from pipeline.device import Backend, StepLimiter, make_transfer
@@ -82,6 +83,11 @@ class Belts:
     def placement(self) -> PlacementReport:
         """Where the batches of the training are made, and why."""
         return next(each for each in self._inbound if each.is_training).placement
+
+    @property
+    def training_limits(self) -> Limits:
+        """What was found in the training data."""
+        return next(each for each in self._inbound if each.is_training).checks.limits
 
     @property
     def training_source(self) -> Source:

@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal, TypeAlias
 
+from pipeline.checks import Limits
+
 DataKind: TypeAlias = Literal["map", "iterable", "shards", "workers"]
 PLACES = frozenset({"textbook", "inline", "thread", "process"})
+NO_LIMITS = Limits()
 ONE_READER = "an iterable is read by one thread, in its order"
 
 
@@ -38,7 +41,7 @@ class Possible:
 
 
 def places_of(
-    kind: DataKind, unhookable: str = "", obstacle: str = ""
+    kind: DataKind, unhookable: str = "", obstacle: str = "", limits: Limits = NO_LIMITS
 ) -> tuple[frozenset[str], dict[str, str]]:
     """Return the places for a kind of data, and why not the others.
 
@@ -46,6 +49,7 @@ def places_of(
         kind: Of the data; see `Possible`.
         unhookable: What its draws come from that threads would share; empty for none.
         obstacle: Why no process can make its batches; empty for no such reason.
+        limits: What was found in the data.
     """
     found: dict[str, str] = {}
     if kind in ("iterable", "workers"):
@@ -57,4 +61,8 @@ def places_of(
         found |= {"inline": drawn, "thread": drawn}
     if obstacle:
         found.setdefault("process", obstacle)
+    if limits.num_threads is not None:
+        found |= {"inline": limits.reason, "thread": limits.reason}
+    if not limits.has_processes:
+        found["process"] = limits.reason
     return PLACES - set(found), found
