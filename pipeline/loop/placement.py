@@ -145,7 +145,7 @@ def may_be(place: Place, limits: Limits, is_threadable: bool, is_random_access: 
 def missed(job: Job, now_ms: float) -> str:
     """Say what reading ahead would win at best, where the data does not let it be tried."""
     saved = 1 - at_best_ms(replace(job, has_threads=True), INLINE) / now_ms
-    return f", which would take {saved:.0%} less time at best" if saved > MIN_GAIN else ""
+    return f". To read it ahead would take {saved:.0%} less time at best" if saved > MIN_GAIN else ""
 
 
 def _candidates(job: Job, tried: Mapping[Place, float]) -> dict[Place, float]:
