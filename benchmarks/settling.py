@@ -1,7 +1,7 @@
 """Where does `auto` settle, how soon, and what do its checks cost?
 
-Baseline: another checkout, if one is named. Unit: seconds of the run until it has settled, milliseconds a step
-after that, and the checks' share of the run's time.
+Baseline: another checkout, if one is named. Unit: seconds until a run has settled, milliseconds a step after
+that, and the checks' share of the run's time.
 
     python -m benchmarks.settling [--only NAME,…] [--seconds 20] [--against CHECKOUT] [--rounds 1]
 
@@ -137,9 +137,7 @@ def main() -> None:
 
     names = given.only.split(",") if given.only else [*(each.name for each in WORKLOADS), *EVERYDAY]
     codes = {"this": HERE} if given.against is None else {"before": given.against.resolve(), "this": HERE}
-    print(
-        "| job | code | batches made in | settled after s | ms a step then | first batch ms | checks | compared |"
-    )
+    print("| job | code | made in | settled after s | ms a step then | first batch ms | checks | compared |")
     print("|---|---|---|---|---|---|---|---|")
     for name in names:
         found: dict[str, list[dict[str, Any]]] = {code: [] for code in codes}
