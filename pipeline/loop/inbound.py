@@ -151,7 +151,7 @@ class Inbound:
         checks = self.checks
         with closing(opened) as reader:
             while not reader.is_exhausted:
-                place = self._retreat.allowed(self.chooser.choose(reader))
+                place = self._retreat.allowed(self.chooser.choose(reader), reader)
                 if checks.is_looked_at(place, reader, is_loop=place == TEXTBOOK):
                     yield from self._made_and_watched(place, reader)
                 else:

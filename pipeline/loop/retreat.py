@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from pipeline.checks import Checks, DifferenceError, DoubtError, Limits
+from pipeline.checks import Checks, DifferenceError, DoubtError
+from pipeline.data import Reader
 from pipeline.errors import StageError, listed, warn_harmlessly
-from pipeline.loop.placement import INLINE, TEXTBOOK, Place
+from pipeline.loop.placement import TEXTBOOK, Place, may_be
 
 MAX_CHANGES = 3  # by a step, in a run; then batches stay in the loop
 
@@ -28,14 +29,16 @@ class Retreat:
         self._checks, self._name, self._is_pinned = checks, name, is_pinned
         self._num_changes, self._has_warned, self._has_said_draws = 0, False, False
 
-    def allowed(self, place: Place) -> Place:
-        """Return a place, or what may be had of it; a user who named it is told."""
-        allowed = _allowed(place, self._checks.limits)
-        if allowed != place and self._is_pinned:
-            where = "on one thread" if allowed == INLINE else "in the loop"
-            reason = self._checks.limits.reason
-            self._warn(f"batches are made {where}, and not in {place}, with the same numbers: {reason}.")
-        return allowed
+    def allowed(self, place: Place, reader: Reader) -> Place:
+        """Return a place, or the loop if batches may not be made there; a user who named it is told."""
+        limits = self._checks.limits
+        # A thread makes these in order, too; but what it has made may have to be made again, for its draws.
+        if may_be(place, limits, is_threadable=True, is_random_access=reader.is_random_access):
+            return place
+        if self._is_pinned:
+            reason = limits.reason
+            self._warn(f"batches are made in the loop, and not in {place}, with the same numbers: {reason}.")
+        return TEXTBOOK
 
     def after(self, doubt: DoubtError, place: Place) -> None:
         """Go back to the loop: for good, or to look again, where only a step has changed something.
@@ -77,13 +80,3 @@ class Retreat:
         if not self._has_warned:
             self._has_warned = True
             warn_harmlessly(message)
-
-
-def _allowed(place: Place, limits: Limits) -> Place:
-    if place == TEXTBOOK or not limits.reason:
-        return place
-    if place.name == "process":
-        return place if limits.has_processes else TEXTBOOK
-    if limits.num_threads is None:
-        return place
-    return INLINE if limits.num_threads else TEXTBOOK

@@ -6,6 +6,7 @@ import random
 import warnings
 from contextlib import closing, contextmanager
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -23,6 +24,7 @@ from tests.stateful import (
     CountingInClass,
     Drawing,
     Plain,
+    Stateful,
     Tabled,
     Tuned,
 )
@@ -330,3 +332,76 @@ def test_rows_say_how_old_a_batch_is_that_yields_itself(placement, oldest):
     assert len(ages) == 40
     assert max(ages) <= oldest
     assert placement == "auto" or max(ages) > 0
+
+
+class Frames(Stateful):
+    """Takes frames from a stream, and turns some of them over; counts how often it was asked."""
+
+    def __init__(self, size=32):
+        super().__init__(size)
+        self.stream, self.num_asked = iter(range(10**6)), 0
+
+    def value(self, index):
+        self.num_asked += 1
+        return next(self.stream) * (1 if random.random() < 0.5 else -1)
+
+
+@pytest.mark.parametrize("placement", ["textbook", "auto", "inline", "thread"])
+def test_each_sample_of_a_stream_is_asked_for_once(placement):
+    """A dataset that draws is not asked again for its first samples: what it reads is used."""
+    data = Frames()
+    settings = {"schedule": "textbook"} if placement == "textbook" else {}
+    name = "auto" if placement == "textbook" else placement
+    found, _, _ = batches_of(data, name, **settings)
+    assert data.num_asked == 32
+    assert torch.cat(found)[:, 1].abs().tolist() == list(range(32))
+
+
+class Mined(Stateful):
+    """Reads a list, an array and a tensor in shared memory, which a callback changes between epochs."""
+
+    def __init__(self, size=48):
+        super().__init__(size)
+        self.items, self.table, self.shared = [0.0] * 4, np.zeros(3), torch.zeros(1).share_memory_()
+        self.numbers = {"a": 0.0}
+
+    def value(self, index):
+        return self.items[index % 4] + self.table[0] + float(self.shared) + self.numbers["a"]
+
+
+@pytest.mark.parametrize("placement", ["auto", "thread", "process"])
+def test_what_changes_between_epochs_is_that_of_the_next_one(placement):
+    """New lists, arrays written in place, shared tensors, values of a dict: wherever batches are made."""
+    data, found = Mined(), []
+    with Loader(data, batch_size=4, placement=placement, num_workers=2) as loader:
+        if placement == "process":
+            while not loader._inbound.is_ready():
+                list(loader)
+        for epoch in range(4):
+            value = float(epoch)
+            data.items, data.numbers["a"] = [value] * 4, value
+            data.table[:] = value
+            data.shared.fill_(value)
+            found.append({float(each[1]) for batch in loader for each in batch})
+    assert found == [{0.0}, {4.0}, {8.0}, {12.0}]
+
+
+@pytest.mark.parametrize("placement", ["auto", "inline", "thread"])
+def test_a_dataset_that_grows_is_as_long_as_it_is_at_each_epoch(placement):
+    """As in a plain loop; a callback adds samples at the end of an epoch."""
+    data, seen, model = Plain(16), [], torch.nn.Linear(2, 1)
+
+    class Grow(Callback):
+        def on_epoch_finished(self, event):
+            data.size += 8
+
+    def step(model, batch):
+        seen.extend(batch[:, 0].tolist())
+        return model(batch).square().mean() * 1e-6
+
+    trainer = Trainer(
+        max_epochs=3, run_dir=None, enable_progress_bar=False, device="cpu", placement=placement
+    )
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
+    trainer.fit(model, optimizer, data, step=step, batch_size=4, callbacks=[Grow()])
+    assert seen == [*range(16), *range(24), *range(32)]
