@@ -53,9 +53,11 @@ class Checks:
         self._source, self._is_trusted, self._is_off, self._clock = source, is_trusted, is_off, clock
         self.limits, self.trained = Limits(), list[torch.nn.Module]()
         if not is_trusted and not source.is_known_kind:
-            self.limits = in_the_loop(
-                f"{source.name} yields batches itself, and they may depend on what a step changes, so it is "
-                "read in its turn. If they do not, set placement='inline' to read it ahead"
+            self.limits = Limits(
+                0,
+                False,
+                f"{source.name} yields batches itself, and what it yields may depend on the step before",
+                "placement='inline' reads it ahead: set it if no batch depends on what a step changes",
             )
         self.num_compared, self.spent_s = 0, 0.0
         self._watch: StateWatch | None = None

@@ -17,17 +17,20 @@ class Limits(NamedTuple):
         num_threads: Besides the loop; None for any number.
         has_processes: Whether they may be made in processes.
         reason: What was found; empty if nothing was.
+        remedy: What to type for more, and when that is right; empty if nothing helps.
     """
 
     num_threads: int | None = None
     has_processes: bool = True
     reason: str = ""
+    remedy: str = ""
 
     def restricted(self, other: Limits) -> Limits:
         """Return what both of two allow; the first reason stands."""
         counts = [each.num_threads for each in (self, other) if each.num_threads is not None]
         has_processes = self.has_processes and other.has_processes
-        return Limits(min(counts, default=None), has_processes, self.reason or other.reason)
+        first = self if self.reason else other
+        return Limits(min(counts, default=None), has_processes, first.reason, first.remedy)
 
 
 def in_the_loop(reason: str) -> Limits:

@@ -7,6 +7,7 @@ passes inside is the wait for a batch. That costs a step three looks at the cloc
 from __future__ import annotations
 
 import logging
+import sys
 import time
 from collections.abc import Callable, Generator
 from dataclasses import replace
@@ -30,10 +31,11 @@ from pipeline.loop.placement import (
 from pipeline.loop.places import Workers
 from pipeline.report.placement import PlacementReport
 
-LOOK_S, TRIAL_S, WATCH_S = 0.05, 0.3, 2.0
-SEE_MS = 50.0
-MIN_BATCHES = 6
-WARM_UP_BATCHES = 2  # of a place: threads start, belts fill, memory is touched for the first time
+LOOK_S, TRIAL_S, WATCH_S, SEE_MS = 0.05, 0.3, 2.0, 50.0
+MIN_BATCHES, WARM_UP_BATCHES = (
+    6,
+    2,
+)  # of a place: threads start, belts fill, memory is touched for the first time
 GIVE_UP_RATIO = 1.5  # a trial that is so much slower than the best ends at once
 CHANGED_RATIO = 1.3  # a job so much slower than when its place was chosen is looked at again
 FIRST_PAUSE_S = 10.0  # before it is looked at again; doubled each time
@@ -294,6 +296,8 @@ class Auto:
             if place != TEXTBOOK
             else f"a batch takes {self._job.fetch_ms:.3g} ms of {textbook_ms:.3g}: no other place was faster"
         )
-        if limit := self._workers.limits().reason:
-            self._reason = f"{limit}{missed(self._job, self._tried[place])}"
+        if (limits := self._workers.limits()).reason:
+            self._reason = limits.reason + missed(self._job, self._tried[place], limits.remedy)
+            if limits.remedy:
+                print(self._reason, file=sys.stderr)
         logger.info("%s: batches made in %s", self._name, self.report)

@@ -142,10 +142,12 @@ def may_be(place: Place, limits: Limits, is_threadable: bool, is_random_access: 
     return is_threadable and (limits.num_threads is None or is_one_enough)
 
 
-def missed(job: Job, now_ms: float) -> str:
-    """Say what reading ahead would win at best, where the data does not let it be tried."""
+def missed(job: Job, now_ms: float, remedy: str) -> str:
+    """Say what reading ahead would win at best, where it could not be tried, and how to have it."""
     saved = 1 - at_best_ms(replace(job, has_threads=True), INLINE) / now_ms
-    return f". To read it ahead would take {saved:.0%} less time at best" if saved > MIN_GAIN else ""
+    if saved <= MIN_GAIN:
+        return ""
+    return f"; to read it ahead would take {saved:.0%} less time at best{f' ({remedy})' if remedy else ''}"
 
 
 def _candidates(job: Job, tried: Mapping[Place, float]) -> dict[Place, float]:

@@ -127,17 +127,17 @@ def _kind(source: Source, train_data: Any) -> DataKind:
 def _possible(belts: Belts, train_data: Any, clocks: RunClocks, callbacks_s: Mapping[str, float]) -> Possible:
     """Return where this run's batches could be made, and what of a step is no training."""
     kind = _kind(source := belts.training_source, train_data)
-    draws, obstacle = listed(source.unhookable), belts.placement.obstacle
-    places, obstacles = places_of(kind, draws, obstacle, belts.training_limits)
+    draws, limits = listed(source.unhookable), belts.training_limits
+    places, obstacles = places_of(kind, draws, belts.placement.obstacle, limits)
     # On a device that runs ahead, a log that reads waits for the device: that is no time of the log's.
     parts = ("callbacks",) if clocks.runs_ahead else ("log", "callbacks")
+    found = kind, places, obstacles
     return Possible(
-        kind,
-        places,
-        obstacles,
+        *found,
         len(source.shards) if isinstance(source, ShardedSource) else None,
         {part: clocks.step_ms(part) for part in parts} if clocks.num_steps else {},
         max(callbacks_s, key=callbacks_s.__getitem__, default=""),
+        limits.remedy,
     )
 
 

@@ -30,6 +30,7 @@ class Possible:
         max_workers: The most that can share in them; None for any number.
         parts_ms: Of a step, what is no training: ``log`` and ``callbacks``, each where it was timed.
         slowest_callback: The class of the callback that took most of the loop's time.
+        remedy: What to type so that batches can be made elsewhere, and when that is right.
     """
 
     kind: DataKind = "map"
@@ -38,6 +39,7 @@ class Possible:
     max_workers: int | None = None
     parts_ms: Mapping[str, float] = field(default_factory=dict)
     slowest_callback: str = ""
+    remedy: str = ""
 
 
 def places_of(

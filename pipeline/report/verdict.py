@@ -108,6 +108,8 @@ def _lift_belt(where: Where, possible: Possible) -> str:
 def _lift_serial(possible: Possible) -> str:
     if possible.kind == "workers":
         return f"a batch waits for the step before it: {_lift_belt('textbook', possible)}"
+    if possible.remedy:
+        return possible.remedy
     if possible.places - {"textbook"}:
         return "overlap lifts it, where a thread or a process can make batches beside the step"
     return f"only less work a sample lifts it: {_why_not('inline', possible)}"
@@ -236,6 +238,8 @@ def advise(
     bounds = by_place[where].ceilings if where in by_place else ()
     if bounds and step_ms - headspace_ms(cost) > SMALL_RATIO * step_ms:
         bound = binding_of(bounds)
+        if possible.remedy and bound.name in ("serial", "belt"):
+            return possible.remedy
         return f"no setting: {lift(bound.name, where, possible, bound.step_ms)}"
     return ""
 
