@@ -32,10 +32,7 @@ from pipeline.loop.places import Workers
 from pipeline.report.placement import PlacementReport
 
 LOOK_S, TRIAL_S, WATCH_S, SEE_MS = 0.05, 0.3, 2.0, 50.0
-MIN_BATCHES, WARM_UP_BATCHES = (
-    6,
-    2,
-)  # of a place: threads start, belts fill, memory is touched for the first time
+MIN_BATCHES, WARM_UP_BATCHES = 6, 2  # of a place: threads start, belts fill, memory is first touched
 GIVE_UP_RATIO = 1.5  # a trial that is so much slower than the best ends at once
 CHANGED_RATIO = 1.3  # a job so much slower than when its place was chosen is looked at again
 FIRST_PAUSE_S = 10.0  # before it is looked at again; doubled each time
