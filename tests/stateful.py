@@ -59,8 +59,8 @@ class Cached(Plain):
 
     def value(self, index):
         if index not in self.cache:
-            self.cache[index] = index * 3
-        return self.cache[index]
+            self.cache[index] = (index * 3,)
+        return self.cache[index][0]
 
 
 class Recent(Plain):

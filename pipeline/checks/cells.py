@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 import random
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ import torch
 
 Change = Literal["", "grown", "moved"]
 _SMALL = 64
+_MAX_ELEMENTS, _MAX_BYTES = 100_000, 16 << 20  # looked at in full
 _PLAIN = (bool, int, float, str, bytes, type(None))
 
 
@@ -36,8 +38,12 @@ class Cell:
         """Return what it is now; the values in it are kept alive, so that no other takes their place."""
         raise NotImplementedError
 
+    def look_in_full(self) -> Any:
+        """Return all of what it is now, if it is not very large."""
+        return self.look()
+
     def change(self, before: Any, after: Any) -> Change:
-        """Say what lies between two looks."""
+        """Say what lies between two looks of one sort."""
         return "" if before == after else "moved"
 
     def name(self, before: Any, after: Any) -> str:
@@ -85,13 +91,15 @@ class SequenceCell(Cell):
     def look(self) -> tuple[int, list[Any]]:
         return len(self.found), sampled(self.found)
 
+    def look_in_full(self) -> tuple[int, list[Any]]:
+        return (len(self.found), list(self.found)) if len(self.found) <= _MAX_ELEMENTS else self.look()
+
     def change(self, before: Any, after: Any) -> Change:
-        is_quiet = before[0] == after[0] and all(map(is_same, before[1], after[1]))
-        return "" if is_quiet else "moved"
+        return "" if before[0] == after[0] and are_same(before[1], after[1]) else "moved"
 
 
 class DictCell(Cell):
-    """A dict: one that only gets new keys has grown, as a cache does."""
+    """A dict: one that only gets new keys has grown, as a cache does; one that gets numbers may count."""
 
     def look(self) -> tuple[int, list[Any], list[Any]]:
         if len(self.found) <= _SMALL:
@@ -99,13 +107,19 @@ class DictCell(Cell):
         keys = [*_first(self.found, _SMALL // 2), next(reversed(self.found))]
         return len(self.found), keys, [self.found.get(key) for key in keys]
 
+    def look_in_full(self) -> tuple[int, list[Any], list[Any]]:
+        if len(self.found) > _MAX_ELEMENTS:
+            return self.look()
+        return len(self.found), list(self.found), list(self.found.values())
+
     def change(self, before: Any, after: Any) -> Change:
         if before[0] == after[0]:
-            same = all(map(operator.is_, before[2], after[2])) and before[1] == after[1]
-            return "" if same or all(map(is_same, before[2], after[2])) else "moved"
-        count = min(before[0], _SMALL // 2)
-        is_kept = before[1][:count] == after[1][:count] and all(map(is_same, before[2][:count], after[2]))
-        return "grown" if after[0] > before[0] and is_kept else "moved"
+            return "" if before[1] == after[1] and are_same(before[2], after[2]) else "moved"
+        is_whole = len(before[1]) == before[0] and len(after[1]) == after[0]
+        count = before[0] if is_whole else min(before[0], _SMALL // 2)
+        is_kept = before[1][:count] == after[1][:count] and are_same(before[2][:count], after[2][:count])
+        is_counter = isinstance(after[2][-1] if after[2] else None, (bool, int, float))
+        return "grown" if after[0] > before[0] and is_kept and not is_counter else "moved"
 
     def newest(self) -> Any:
         """Return the value put in last; None if there is none."""
@@ -113,13 +127,19 @@ class DictCell(Cell):
 
 
 class SetCell(Cell):
-    """A set, by its length: one that only gets more has grown."""
+    """A set: one that only gets more has grown."""
 
-    def look(self) -> int:
-        return len(self.found)
+    def look(self) -> tuple[int, frozenset[Any]]:
+        return len(self.found), frozenset(self.found) if len(self.found) <= _SMALL else frozenset()
+
+    def look_in_full(self) -> tuple[int, frozenset[Any]]:
+        is_large = len(self.found) > _MAX_ELEMENTS
+        return len(self.found), frozenset() if is_large else frozenset(self.found)
 
     def change(self, before: Any, after: Any) -> Change:
-        return "" if before == after else "grown" if after > before else "moved"
+        if before == after:
+            return ""
+        return "grown" if after[0] > before[0] and before[1] <= after[1] else "moved"
 
 
 class TensorCell(Cell):
@@ -144,6 +164,10 @@ class TensorCell(Cell):
             self._address, self._bytes = tensor.data_ptr(), _sampled_bytes(tensor)
         return tensor._version, self._address, self._bytes()
 
+    def look_in_full(self) -> Any:
+        is_read = self.found.device.type == "cpu" and self.found.nbytes <= _MAX_BYTES
+        return self.look(), _checked(self.found) if is_read else 0
+
 
 class ArrayCell(Cell):
     """An array that can be written to, by its address, shape and bytes."""
@@ -155,6 +179,25 @@ class ArrayCell(Cell):
         flat = array.reshape(-1) if array.flags.c_contiguous else array.ravel()[: 1 << 16]
         some = flat if flat.nbytes <= 1024 else flat[:: max(1, flat.size // 32)]
         return array.shape, array.__array_interface__["data"][0], some.tobytes()
+
+    def look_in_full(self) -> Any:
+        array = self.found
+        is_read = array.flags.writeable and array.flags.c_contiguous and not array.dtype.hasobject
+        checked = checksum(array.reshape(-1).view("u1")) if is_read and array.nbytes <= _MAX_BYTES else 0
+        return self.look(), checked
+
+
+class BufferCell(Cell):
+    """Bytes that can be written to: an array of Python's, of ctypes, a bytearray."""
+
+    def look(self) -> int:
+        return self._checked(1 << 16)
+
+    def look_in_full(self) -> int:
+        return self._checked(_MAX_BYTES)
+
+    def _checked(self, most: int) -> int:
+        return checksum(self.found) if memoryview(self.found).nbytes <= most else 0
 
 
 class GeneratorCell(Cell):
@@ -188,6 +231,16 @@ def _state_of(generator: random.Random) -> Any:
         return None
 
 
+def checksum(memory: Any) -> int:
+    """Return a checksum of some bytes; 0.3 ms a MB, the GIL released."""
+    return zlib.crc32(memory)
+
+
+def are_same(left: Sequence[Any], right: Sequence[Any]) -> bool:
+    """Say whether two rows of values are the same, one by one."""
+    return len(left) == len(right) and (all(map(operator.is_, left, right)) or all(map(is_same, left, right)))
+
+
 def is_same(left: Any, right: Any) -> bool:
     """Say whether two values are one object, or plain and equal."""
     if left is right:
@@ -210,6 +263,14 @@ def _sampled_bytes(tensor: torch.Tensor) -> Callable[[], bytes]:
     except (RuntimeError, TypeError):  # it is not contiguous, or of a type that has no bytes of its own
         return _no_bytes
     return (flat if flat.size <= 512 else flat[:: max(1, flat.size // 64)]).tobytes
+
+
+def _checked(tensor: torch.Tensor) -> int:
+    """Return a checksum of a tensor; 0 if its bytes cannot be read."""
+    try:
+        return checksum(tensor.detach().as_subclass(torch.Tensor).view(-1).view(torch.uint8).numpy())
+    except (RuntimeError, TypeError):
+        return 0
 
 
 def _no_bytes() -> bytes:

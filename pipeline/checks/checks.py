@@ -78,9 +78,8 @@ class Checks:
 
     def has_changed(self) -> bool:
         """Say whether the dataset is no longer what it was at the last look; asked between two epochs."""
-        if self._watch is None or self._watch.is_quiet():
+        if self._watch is None or not any(each.change == "moved" for each in self._watch.moved()):
             return False
-        self._watch.search()
         self._verified.clear()
         return True
 
@@ -138,7 +137,7 @@ class Checks:
             if batch is END:
                 return
             self._look_at_making(reader)
-            if controls:
+            if controls and reader.max_processes != 0:  # else it is read once, and never again
                 self._keep(turn, batch)
             self._num_looked_at += 1  # the loop may be left with this one
             yield brought(batch)

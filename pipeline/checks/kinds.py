@@ -32,11 +32,12 @@ _LEAVES: tuple[Any, ...] = (
 _LEAF_MODULES = (
     "_thread", "abc", "asyncio", "concurrent", "datetime", "decimal", "enum", "fractions", "importlib",
     "logging", "multiprocessing.synchronize", "multiprocessing.context", "pathlib", "pyarrow", "re", "tqdm",
-    "pipeline.testing", "typing", "uuid", "warnings", "zoneinfo", "pandas", "polars",
+    "pipeline.testing", "typing", "uuid", "warnings", "zoneinfo", "polars",
 )  # fmt: skip
 GENERATORS = (numpy.random.Generator, numpy.random.RandomState, random.Random, torch.Generator)
 _FILES = (io.IOBase, socket.socket)
 _LIBRARIES = tuple({sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")})
+_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
 _OPAQUE: dict[type, bool] = {}  # types without attributes: whether they refuse to be pickled
 
 
@@ -49,7 +50,10 @@ def kind_of(found: Any) -> Kind:
     if isinstance(found, types.BuiltinFunctionType):  # perhaps a method of something, such as rng.random
         owner = found.__self__
         return "leaf" if owner is None or kind_of(owner) == "leaf" else "state"
-    if isinstance(found, _LEAVES) or kind.__module__.startswith(_LEAF_MODULES) or _is_process_wide(found):
+    if _is_process_wide(found):
+        return "leaf"
+    is_of_leaf = any(f"{kind.__module__}.".startswith(f"{each}.") for each in _LEAF_MODULES)
+    if (isinstance(found, _LEAVES) or is_of_leaf) and not is_user_code(kind.__module__):
         return "leaf"
     if isinstance(found, (*GENERATORS, *_FILES)):
         return "ordered"
@@ -99,7 +103,8 @@ def _process_wide() -> tuple[Any, ...]:
 def _refuses_pickle(found: Any) -> bool:
     """Say whether an object without attributes is one that cannot be pickled, as a database's connection."""
     kind = type(found)
-    if isinstance(found, (functools._lru_cache_wrapper, types.CellType)) or hasattr(found, "__slots__"):
+    harmless = (functools._lru_cache_wrapper, types.CellType, types.MappingProxyType, *_VIEWS)
+    if isinstance(found, harmless) or hasattr(found, "__slots__"):
         return False
     if kind not in _OPAQUE:
         try:

@@ -7,8 +7,11 @@ modules of libraries, and what is further away than `MAX_DEPTH` or than `MAX_OBJ
 
 from __future__ import annotations
 
+import array
+import ctypes
 import functools
 import io
+import sys
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
@@ -20,6 +23,7 @@ import torch
 
 from pipeline.checks.cells import (
     ArrayCell,
+    BufferCell,
     Cell,
     DictCell,
     FileCell,
@@ -33,7 +37,9 @@ from pipeline.checks.cells import (
 from pipeline.checks.kinds import GENERATORS, is_user_code, kind_of, pickles_itself
 
 MAX_DEPTH, MAX_OBJECTS = 12, 3000
+_TORCHS_OWN = frozenset(vars(torch.nn.Module()))
 _MODULE_FIELDS = ("_parameters", "_buffers", "_modules")  # what a torch module has of its own
+_OF_CLASS = (types.FunctionType, types.MemberDescriptorType, property, classmethod, staticmethod)
 _Found = tuple[str, Any]
 
 
@@ -79,7 +85,7 @@ def reach(roots: Iterable[_Found]) -> Reached:
         if kind == "leaf":
             continue
         seen.add(id(each))
-        if depth and kind == "ordered":
+        if (depth and kind == "ordered") or _seeks(each):
             found.ordered[path] = each
         elif depth and kind == "bound" and not is_vouched_for:
             found.bound[path] = each
@@ -91,10 +97,17 @@ def reach(roots: Iterable[_Found]) -> Reached:
     return found
 
 
+def _seeks(found: Any) -> bool:
+    """Say whether this is a function of the user's that moves in a file by its number."""
+    is_own = isinstance(found, types.FunctionType) and is_user_code(found.__module__)
+    return is_own and "lseek" in _global_names(found.__code__)
+
+
 def _cells(path: str, found: Any) -> Iterator[Cell]:
     """Yield what is to be looked at of one object itself."""
     if isinstance(found, type):
-        yield NamesCell(f"{found.__name__}.", functools.partial(_class_attributes, found))
+        for kind in (each for each in found.__mro__ if is_user_code(each.__module__)):
+            yield NamesCell(f"{kind.__name__}.", functools.partial(_class_attributes, kind))
         return
     if isinstance(found, torch.Tensor):
         yield TensorCell(path, found)
@@ -106,8 +119,10 @@ def _cells(path: str, found: Any) -> Iterator[Cell]:
         yield FileCell(path, found)
     elif isinstance(found, dict):
         yield DictCell(path, found)
-    elif isinstance(found, (list, deque, bytearray)):
+    elif isinstance(found, (list, deque)):
         yield SequenceCell(path, found)
+    elif isinstance(found, (bytearray, array.array, ctypes.Array, ctypes._SimpleCData)):
+        yield BufferCell(path, found)
     elif isinstance(found, set):
         yield SetCell(path, found)
     if (names := _names(found)) is not None:
@@ -122,19 +137,27 @@ def _names(found: Any) -> Any:
         return None
     if isinstance(found, torch.nn.Module):
         return functools.partial(_of_module, found)
-    if isinstance(attributes := getattr(found, "__dict__", None), dict):
-        return lambda: attributes
+    if isinstance(found, numpy.memmap):
+        return None
+    if hasattr(type(found), "_mgr") or hasattr(found, "_mgr"):  # a table of pandas
+        return lambda: {str(number): each for number, each in enumerate(found._mgr.arrays)}
+    attributes = getattr(found, "__dict__", None)
     slots = [name for kind in type(found).__mro__ for name in _slots(kind)]
-    return (lambda: {name: getattr(found, name) for name in slots if hasattr(found, name)}) if slots else None
+    if not slots:
+        return (lambda: attributes) if isinstance(attributes, dict) else None
+    return lambda: (attributes or {}) | {name: getattr(found, name) for name in slots if hasattr(found, name)}
 
 
 def _slots(kind: type) -> tuple[str, ...]:
     slots = vars(kind).get("__slots__", ()) if is_user_code(kind.__module__) else ()
-    return (slots,) if isinstance(slots, str) else tuple(slots)
+    names = (slots,) if isinstance(slots, str) else tuple(slots)
+    return tuple(
+        f"_{kind.__name__.lstrip('_')}{each}" if each[:2] == "__" != each[-2:] else each for each in names
+    )
 
 
 def _of_module(module: torch.nn.Module) -> dict[str, Any]:
-    return {name: value for name, value in vars(module).items() if not name.startswith("_")}
+    return {name: value for name, value in vars(module).items() if name not in _TORCHS_OWN}
 
 
 def _function_cells(path: str, function: types.FunctionType) -> Iterator[Cell]:
@@ -145,15 +168,30 @@ def _function_cells(path: str, function: types.FunctionType) -> Iterator[Cell]:
         read = [name for name in names if name in known and not isinstance(known[name], types.ModuleType)]
         if read:
             yield NamesCell("", lambda: {name: known.get(name) for name in read})
-        for name in (each for each in names if isinstance(known.get(each), types.ModuleType)):
-            yield from _module_cells(name, known[name], names)
+        for path, module in _modules(known, names).items():
+            yield NamesCell(f"{path}.", functools.partial(_read_of_module, module, names))
 
 
-def _module_cells(path: str, module: types.ModuleType, names: frozenset[str]) -> Iterator[Cell]:
-    """Yield the globals that a function may read of a module of the user's own."""
-    if is_user_code(module.__name__):
-        read = [name for name in names if name in vars(module)]
-        yield NamesCell(f"{path}.", lambda: {name: vars(module).get(name) for name in read})
+def _read_of_module(module: types.ModuleType, names: frozenset[str]) -> dict[str, Any]:
+    """Return the globals that a function may read of a module of the user's own."""
+    found = {name: vars(module)[name] for name in names if name in vars(module)}
+    return {name: value for name, value in found.items() if not isinstance(value, types.ModuleType)}
+
+
+def _modules(known: Mapping[str, Any], names: frozenset[str]) -> dict[str, types.ModuleType]:
+    """Return the user's own modules that a function may read: globals, imports in it, modules in those."""
+    found: dict[str, types.ModuleType] = {}
+    waiting = [(name, known.get(name, sys.modules.get(name))) for name in names]
+    while waiting:
+        path, module = waiting.pop()
+        if (
+            isinstance(module, types.ModuleType)
+            and module not in found.values()
+            and is_user_code(module.__name__)
+        ):
+            found[path] = module
+            waiting += [(f"{path}.{name}", vars(module).get(name)) for name in names]
+    return found
 
 
 def _parts(path: str, found: Any) -> Iterator[_Found]:
@@ -173,6 +211,8 @@ def _parts(path: str, found: Any) -> Iterator[_Found]:
         )
     elif isinstance(found, functools._lru_cache_wrapper):
         yield f"{path}.__wrapped__", found.__wrapped__
+    elif isinstance(found, types.MappingProxyType):
+        yield path, dict(found)
     elif isinstance(found, Mapping) and hasattr(found, "values"):
         if isinstance(found, dict):
             yield from _of_dict(path, found)
@@ -208,7 +248,8 @@ def _of_class(path: str, kind: type) -> Iterator[_Found]:
 
 def _class_attributes(kind: type) -> dict[str, Any]:
     """Return the values that a class of the user's own holds, its functions left out."""
-    return {name: value for name, value in vars(kind).items() if not callable(value) and name[:2] != "__"}
+    found = {name: value for name, value in vars(kind).items() if name[:2] != "__"}
+    return {name: value for name, value in found.items() if not isinstance(value, _OF_CLASS)}
 
 
 def _of_function(path: str, function: types.FunctionType) -> Iterator[_Found]:
@@ -221,12 +262,10 @@ def _of_function(path: str, function: types.FunctionType) -> Iterator[_Found]:
         return
     names = _global_names(function.__code__)
     for name in names:
-        value = function.__globals__.get(name)
-        if isinstance(value, types.ModuleType):
-            if is_user_code(value.__name__):
-                yield from ((f"{name}.{each}", vars(value)[each]) for each in names if each in vars(value))
-        else:
+        if not isinstance(value := function.__globals__.get(name), types.ModuleType):
             yield name, value
+    for path, module in _modules(function.__globals__, names).items():
+        yield from ((f"{path}.{name}", each) for name, each in _read_of_module(module, names).items())
 
 
 def _closed_over(function: types.FunctionType) -> dict[str, Any]:

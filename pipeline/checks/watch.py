@@ -46,6 +46,7 @@ class StateWatch:
         self.reached: Reached = reach(self._roots())
         self._cells: list[Cell] = self.reached.cells
         self._before = [each.look() for each in self._cells]
+        self._before_in_full = [each.look_in_full() for each in self._cells]
 
     def is_quiet(self) -> bool:
         """Say whether nothing has moved since the last look or search; what has grown is taken in.
@@ -61,13 +62,16 @@ class StateWatch:
         return True
 
     def moved(self) -> list[Moved]:
-        """Return what has changed since the last look or search; this is the new last look."""
-        found, after = [], [each.look() for each in self._cells]
-        for cell, old, new in zip(self._cells, self._before, after, strict=True):
+        """Return what has changed since this was last asked, or since a search; this is the new last look.
+
+        It looks at all of what is not very large, where `is_quiet` looks at some of it.
+        """
+        found, after = [], [each.look_in_full() for each in self._cells]
+        for cell, old, new in zip(self._cells, self._before_in_full, after, strict=True):
             if change := cell.change(old, new):
                 is_handle = _has_handle(cell)
                 found.append(Moved(cell.name(old, new), "moved" if is_handle else change))
-        self._before = after
+        self._before, self._before_in_full = [each.look() for each in self._cells], after
         if any(each.change == "moved" for each in found):
             self.search()  # what has come in is to be looked at too
         return found

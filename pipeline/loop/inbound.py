@@ -233,7 +233,7 @@ class Inbound:
             stall_timeout_s=self._stall_timeout_s,
             goes_on=self._goes_on,
             times=self._times,
-            trial=trial if is_in_order else Trial(),
+            trial=trial if is_in_order and reader.is_random_access else Trial(),
         )
 
     def _made_by_processes(self, place: Place, reader: Reader) -> Generator[Batch]:
@@ -261,6 +261,9 @@ class Inbound:
             num_compared=checks.num_compared,
             checks_s=checks.spent_s,
         )
+        if self._retreat.has_left:
+            why = f"not {report.place}: {report.limit}"
+            return replace(report, place="textbook", num_workers=0, reason=why)
         if not self._num_in_line:
             return report
         if self.is_in_place:

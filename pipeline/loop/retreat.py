@@ -21,12 +21,16 @@ class Retreat:
         name: What the source is called.
         is_pinned: Whether the user named the place.
 
+    Attributes:
+        has_left: Whether a place that the user named is not used.
+
     Runs on:
         Loop thread.
     """
 
     def __init__(self, checks: Checks, name: str, *, is_pinned: bool) -> None:
         self._checks, self._name, self._is_pinned = checks, name, is_pinned
+        self.has_left = False
         self._num_changes, self._has_warned, self._has_said_draws = 0, False, False
 
     def allowed(self, place: Place, reader: Reader) -> Place:
@@ -37,7 +41,11 @@ class Retreat:
             return place
         if self._is_pinned:
             reason = limits.reason
-            self._warn(f"batches are made in the loop, and not in {place}, with the same numbers: {reason}.")
+            self.has_left = True
+            self._warn(
+                f"batches are made in the loop, and not in {place}, with the same numbers: {reason}. Keep "
+                "that out of the dataset, or set check_data=False if it decides nothing (docs/checks.md)."
+            )
         return TEXTBOOK
 
     def after(self, doubt: DoubtError, place: Place) -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from pipeline import Callback, ConfigError, Loader, PipelineError, Trainer
 from pipeline.loop.placement import INLINE, TEXTBOOK, Place
@@ -440,3 +441,53 @@ def test_a_dataset_that_grows_is_as_long_as_it_is_at_each_epoch(placement):
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     trainer.fit(model, optimizer, data, step=step, batch_size=4, callbacks=[Grow()])
     assert seen == [*range(16), *range(24), *range(32)]
+
+
+class Numbers(IterableDataset):
+    """Counts."""
+
+    def __iter__(self):
+        return (torch.full((2,), float(number)) for number in range(200))
+
+
+class Backwards(Sampler):
+    """A sampler of the user's own."""
+
+    def __len__(self):
+        return 200
+
+    def __iter__(self):
+        return iter(range(199, -1, -1))
+
+
+KNOWN = {
+    "iterable in a DataLoader": lambda: (DataLoader(Numbers(), 4), {}),
+    "sampler in a DataLoader": lambda: (DataLoader(Plain(200), 4, sampler=Backwards()), {}),
+    "iterable with a batch size": lambda: (Numbers(), {"batch_size": 4}),
+    "list of batches": lambda: ([torch.full((4, 2), float(number)) for number in range(50)], {}),
+}
+
+
+@settings(max_examples=20)
+@given(name=st.sampled_from(sorted(KNOWN)), seed=st.integers(0, 1000))
+def test_what_is_read_once_loses_no_batch(name, seed):
+    """Loaders that are known may be read ahead, and back: each batch comes once, in its order."""
+    expected = batches_by_hand(name)
+    data, batching = KNOWN[name]()
+    seen, model = [], torch.nn.Linear(2, 1)
+
+    def step(model, batch):
+        seen.append(batch.clone())
+        return model(batch).square().mean() * 1e-6
+
+    with wandering(INLINE, Place("inline"), seed=seed), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        trainer = Trainer(run_dir=None, enable_progress_bar=False, device="cpu")
+        trainer.fit(model, torch.optim.SGD(model.parameters(), lr=1e-6), data, step=step, **batching)
+    assert same(seen, expected)
+
+
+def batches_by_hand(name):
+    """Return what a plain loop gets."""
+    data, batching = KNOWN[name]()
+    return [batch.clone() for batch in (DataLoader(data, **batching) if batching else data)]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import array
 import functools
+import importlib
+import importlib.util
 import io
 import itertools
 import logging
+import os
 import random
 import re
 import sqlite3
@@ -27,6 +31,7 @@ from pipeline.checks.reach import reach
 from pipeline.data import MapSource, as_source
 from tests.stateful import Cached, Plain
 
+pandas = pytest.importorskip("pandas") if importlib.util.find_spec("pandas") else None
 TABLE = {"scale": 1.0}
 logger = logging.getLogger("tests.checks")
 
@@ -120,7 +125,22 @@ def changes(thing, change):
     return {each.name: each.change for each in watch.moved()}
 
 
-class Thing:
+class Base:
+    """Has a value that those who inherit from it read."""
+
+    scale = 1
+
+
+class Slotted:
+    """Has a slot."""
+
+    __slots__ = ("inner",)
+
+    def __init__(self):
+        self.inner = 1
+
+
+class Thing(Base):
     """Holds one of each."""
 
     shared: ClassVar = [1]
@@ -130,7 +150,10 @@ class Thing:
         self.cache, self.recent, self.names = {1: 2}, OrderedDict({1: 2, 2: 3}), {1}
         self.tensor, self.array, self.model = torch.zeros(4), np.zeros(4), torch.nn.Linear(2, 2)
         self.rng, self.bytes = random.Random(0), bytearray(3)
-        self.big = np.zeros(10**5)
+        self.big, self.long, self.numbers = np.zeros(10**5), [0] * 10**4, array.array("i", [1, 2])
+        self.module, self.slotted = torch.nn.Identity(), Slotted()
+        self.module._level = 1
+        self.table = SimpleNamespace() if pandas is None else pandas.DataFrame({"a": [1, 2]})
 
 
 def write(memory, value):
@@ -147,7 +170,20 @@ def write(memory, value):
         (lambda thing: thing.items.append(3), {"data.items": "moved"}),
         (lambda thing: thing.items.__setitem__(0, 5), {"data.items": "moved"}),
         (lambda thing: thing.queue.rotate(), {"data.queue": "moved"}),
-        (lambda thing: thing.cache.__setitem__(2, 3), {"data.cache": "grown"}),
+        (lambda thing: thing.cache.__setitem__(2, "x"), {"data.cache": "grown"}),
+        (lambda thing: thing.cache.__setitem__(2, 3), {"data.cache": "moved"}),
+        (lambda thing: thing.long.__setitem__(777, 3), {"data.long": "moved"}),
+        (lambda thing: thing.big.__setitem__(777, 3), {"data.big": "moved"}),
+        (lambda thing: thing.numbers.__setitem__(1, 3), {"data.numbers": "moved"}),
+        (lambda thing: setattr(thing.module, "_level", 3), {"data.module._level": "moved"}),
+        (lambda thing: setattr(Base, "scale", 3), {"Base.scale": "moved"}),
+        (lambda thing: thing.names.remove(1) or thing.names.add(2), {"data.names": "moved"}),
+        pytest.param(
+            lambda thing: thing.table.__setitem__("a", [3, 4]),
+            {"data.table.0": "moved"},
+            marks=pytest.mark.skipif(pandas is None, reason="needs pandas"),
+        ),
+        (lambda thing: setattr(thing.slotted, "inner", 3), {"data.slotted.inner": "moved"}),
         (lambda thing: thing.cache.__setitem__(1, 3), {"data.cache": "moved"}),
         (lambda thing: thing.cache.__setitem__(2, random.Random(0)), {"data.cache": "moved"}),
         (lambda thing: thing.recent.move_to_end(1), {"data.recent": "moved"}),
@@ -171,9 +207,9 @@ def test_what_moves_is_named(change, named):
 
 def test_a_cache_may_be_large():
     """That a dict of thousands has got one more is growth; that an old value is another one is not."""
-    cache = {number: number for number in range(5000)}
-    assert changes(cache, lambda each: each.update({5000: 1})) == {"data": "grown"}
-    assert changes(cache, lambda each: each.update({0: 1})) == {"data": "moved"}
+    cache = {number: str(number) for number in range(5000)}
+    assert changes(cache, lambda each: each.update({5000: "x"})) == {"data": "grown"}
+    assert changes(cache, lambda each: each.update({2500: "x"})) == {"data": "moved"}
 
 
 def batch():
@@ -295,3 +331,30 @@ def test_what_moves_while_batches_are_made_ahead_is_seen_before_the_next_one():
             if each == 0:
                 data.size = 63
     assert handed == [0]
+
+
+@pytest.mark.parametrize("name", ["replay", "readers", "enumeration", "typing_tools", "abcd"])
+def test_a_module_of_the_users_may_begin_as_one_of_the_librarys_does(name, tmp_path, monkeypatch):
+    """What lies in replay.py is looked into, though re.py is left alone."""
+    (tmp_path / f"{name}.py").write_text("class Data:\n    def __init__(self): self.stream = iter([1])\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    module = importlib.import_module(name)
+    assert found(module.Data()).ordered
+
+
+def test_rows_of_a_mapped_file_are_no_handle(tmp_path):
+    """A memory map may be read by any thread."""
+    path = tmp_path / "rows"
+    np.arange(4.0).tofile(path)
+    seen = found(np.memmap(path, float, "r"))
+    assert not seen.bound
+    assert not seen.ordered
+
+
+def test_moving_in_a_file_by_its_number_is_found():
+    """A descriptor is an integer; the function that seeks in it gives it away."""
+
+    def read(number):
+        os.lseek(number, 0, os.SEEK_SET)
+
+    assert found(read).ordered
