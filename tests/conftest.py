@@ -21,6 +21,11 @@ settings.register_profile("ci", deadline=None, max_examples=25, print_blob=True,
 settings.load_profile("ci")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Let a DataLoader have two workers where there is one core: torch warns of it."""
+    config.addinivalue_line("filterwarnings", "ignore:This DataLoader will create:UserWarning")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip what needs a GPU where there is none, and what needs an idle machine unless asked for."""
     for item in items:
@@ -85,7 +90,7 @@ def alive() -> dict[str, set[str]]:
 
 
 def shared_memory() -> set[str]:
-    """Return the shared memory that this process has mapped, and the blocks that have its number in their names.
+    """Return the shared memory that this process has mapped, and the blocks named after its number.
 
     All programs of a machine share the folder of named blocks, another run of these tests among them. What
     the library shares has no name: it is there as long as somebody has it open, which is a file, or mapped.
