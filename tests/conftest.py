@@ -6,6 +6,7 @@ import contextlib
 import gc
 import os
 import re
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +23,9 @@ settings.load_profile("ci")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Let a DataLoader have two workers where there is one core: torch warns of it."""
+    """Let a DataLoader have two workers on one core, and Ctrl-C arrive in the background job of a shell."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("filterwarnings", "ignore:This DataLoader will create:UserWarning")
 
 
@@ -116,6 +119,9 @@ def nothing_left_behind() -> Iterator[None]:
     before = alive()
     yield
     if left := left_behind(before):
+        for thread in threading.enumerate():
+            if thread.name.startswith("QueueFeederThread"):  # of a closed DataLoader: it ends by itself
+                thread.join(10)
         gc.collect()  # 0.1 s in a process with torch; what garbage holds is no leak
         left = left_behind(before)
     assert not left, f"left behind: {str(left)[:2000]}"
