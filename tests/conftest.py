@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import re
+import signal
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +20,13 @@ from pipeline.data.processes import MODULES
 
 settings.register_profile("ci", deadline=None, max_examples=25, print_blob=True, derandomize=True)
 settings.load_profile("ci")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Let a DataLoader have two workers on one core, and Ctrl-C arrive in the background job of a shell."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    config.addinivalue_line("filterwarnings", "ignore:This DataLoader will create:UserWarning")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -78,51 +87,29 @@ def alive() -> dict[str, set[str]]:
     return {
         "threads": {f"{thread.name} {thread.ident}" for thread in threading.enumerate()},
         "processes": processes,
-        "shared memory": set(os.listdir("/dev/shm")),
+        "shared memory": shared_memory(),
         "files": files,
     }
 
 
-def left_behind(before: dict[str, set[str]]) -> dict[str, set[str]]:
-    """Return what is alive and was not before, by kind; shared memory of other programs left out."""
-    after = alive()
-    left = {kind: after[kind] - before[kind] for kind in after}
-    if left["shared memory"]:
-        foreign = set(map(int, filter(str.isdigit, os.listdir("/proc")))) - own_processes()
-        left["shared memory"] = {name for name in left["shared memory"] if is_left(name, foreign)}
-    return {kind: found for kind, found in left.items() if found}
+def shared_memory() -> set[str]:
+    """Return the shared memory that this process has mapped, and the blocks named after its number.
 
-
-def own_processes() -> set[int]:
-    """Return the numbers of this process and of all below it."""
-    parents = {}
-    for status in Path("/proc").glob("[0-9]*/stat"):
-        with contextlib.suppress(OSError):  # it has ended meanwhile
-            parents[int(status.parent.name)] = int(status.read_text().rpartition(")")[2].split()[1])
-    own, count = {os.getpid()}, 0
-    while count < len(own):
-        count = len(own)
-        own |= {process for process, parent in parents.items() if parent in own}
-    return own
-
-
-def is_left(name: str, foreign: set[int]) -> bool:
-    """Say whether a block of shared memory may be ours: it is this user's, and no foreign process has it.
-
-    All programs of a machine share the folder. Their semaphores appear in it at any time, and are gone at a
-    second look or mapped by whoever made them.
+    All programs of a machine share the folder of named blocks, another run of these tests among them. What
+    the library shares has no name: it is there as long as somebody has it open, which is a file, or mapped.
     """
-    path = Path("/dev/shm") / name
-    try:
-        if path.stat().st_uid != os.geteuid():
-            return False
-    except FileNotFoundError:
-        return False
-    for process in foreign:
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
-            if f"{path}\n" in Path(f"/proc/{process}/maps").read_text():
-                return False
-    return True
+    found = {name for name in os.listdir("/dev/shm") if str(os.getpid()) in re.findall(r"\d+", name)}
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        _, _, _, _, inode, *path = line.split(maxsplit=5)
+        if path and path[0].startswith(("/memfd:", "/dev/shm/")):
+            found.add(f"{inode} {path[0]}")
+    return found
+
+
+def left_behind(before: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Return what is alive and was not before, by kind."""
+    after = alive()
+    return {kind: left for kind in after if (left := after[kind] - before[kind])}
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +119,9 @@ def nothing_left_behind() -> Iterator[None]:
     before = alive()
     yield
     if left := left_behind(before):
+        for thread in threading.enumerate():
+            if thread.name.startswith("QueueFeederThread"):  # of a closed DataLoader: it ends by itself
+                thread.join(10)
         gc.collect()  # 0.1 s in a process with torch; what garbage holds is no leak
         left = left_behind(before)
     assert not left, f"left behind: {str(left)[:2000]}"

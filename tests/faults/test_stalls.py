@@ -28,10 +28,11 @@ class Hanging(Dataset):
         return torch.full((4,), float(index)), index % 2
 
 
-def fit(dataset, **arguments):
+def fit(dataset, patience_s=2, **arguments):
+    """Train with a time-out that no batch reaches on a busy machine, but for one that waits at a gate."""
     model = torch.nn.Linear(4, 2)
     trainer = Trainer(
-        schedule="overlap", stall_timeout_s=0.1, run_dir=None, enable_progress_bar=False, device="cpu"
+        schedule="overlap", stall_timeout_s=patience_s, run_dir=None, enable_progress_bar=False, device="cpu"
     )
     return trainer.fit(
         model, torch.optim.SGD(model.parameters(), 0.1), dataset, loss_fn=F.cross_entropy, batch_size=2,
@@ -54,7 +55,7 @@ def test_a_dataset_that_hangs_is_named_with_its_sample():
         fit(dataset)
     error = caught.value
     assert (error.stage, error.index) == ("fetch", 7)
-    assert str(error).startswith("stage 'fetch', sample 7: no batch for 0.1 s")
+    assert str(error).startswith("stage 'fetch', sample 7: no batch for 2 s")
     assert "__getitem__" in error.stack
     assert error.statistics.num_items == 2
     end(dataset.gate)
@@ -62,11 +63,10 @@ def test_a_dataset_that_hangs_is_named_with_its_sample():
 
 def test_a_collate_function_that_hangs_is_named():
     """No sample is to blame then."""
-    gate, calls = Gate(), []
+    gate = Gate()
 
-    def collate(samples):
-        calls.append(1)
-        if len(calls) == 3:
+    def collate(samples):  # that counted its calls would be called by the loop, in its turn
+        if any(inputs[0] == 7 for inputs, _ in samples):
             gate.pass_through()
         return default_collate(samples)
 
@@ -78,4 +78,4 @@ def test_a_collate_function_that_hangs_is_named():
 
 def test_a_slow_dataset_is_no_hang():
     """Each batch within the time-out: nothing is said."""
-    assert fit(Hanging(at=None)).num_steps == 10
+    assert fit(Hanging(at=None), patience_s=60).num_steps == 10

@@ -45,11 +45,34 @@ def test_the_account_does_not_touch_the_numbers(schedule, mode):
     assert torch.equal(watched_weight, weight)
 
 
-def test_an_account_is_in_the_result_and_in_the_run_folder():
+STEP_STAGES = {"forward", "backward", "optimizer"}
+
+
+class Until(Callback):
+    """Ends the run once something holds: how long a sampler on a busy core takes nobody knows."""
+
+    def __init__(self, holds):
+        self.holds = holds
+
+    def on_step_finished(self, event: StepFinished) -> None:
+        if self.holds():
+            event.stop("it holds")
+
+
+def fit_until_logged(monkeypatch, **settings):
+    """Train with an account until the loggers had the shares of a step; return the result and such rows."""
+    monkeypatch.setattr("pipeline.loop.gil.LOG_NS", 0)
+    logger, names = InMemoryLogger(), {f"gil/waiting_ratio/{stage}" for stage in STEP_STAGES}
+    until = Until(lambda: any(names & set(row.values) for row in logger.rows[-20:]))
+    result, _ = fit(gil="account", loggers=[logger], callbacks=[until], max_epochs=10**6, **settings)
+    return result, [row.values for row in logger.rows if "gil/held_ratio" in row.values]
+
+
+def test_an_account_is_in_the_result_and_in_the_run_folder(monkeypatch):
     """With a report, its JSON, and a trace."""
-    result, _ = fit(schedule="overlap", gil="account", run_dir="run", max_epochs=20)
+    result, _ = fit_until_logged(monkeypatch, schedule="overlap", run_dir="run")
     assert result.gil.num_samples > 0
-    assert {share.stage for share in result.gil.stages} & {"forward", "backward", "optimizer"}
+    assert {share.stage for share in result.gil.stages} & STEP_STAGES
     assert json.loads(Path("run/gil.json").read_text())["backend"] == result.gil.backend
     assert json.loads(Path("run/gil_trace.json").read_text())["traceEvents"]
 
@@ -66,13 +89,8 @@ def test_stage_times_and_handoffs_are_always_there():
 
 
 def test_the_loggers_get_the_shares_of_the_loop(monkeypatch):
-    """Every ten seconds; here at every step, in a run so long that a sampler on a busy core has seen it."""
-    monkeypatch.setattr("pipeline.loop.gil.LOG_NS", 0)
-    for max_epochs in (120, 1200, 6000):
-        logger = InMemoryLogger()
-        fit(gil="account", loggers=[logger], max_epochs=max_epochs)
-        if rows := [row.values for row in logger.rows if "gil/held_ratio" in row.values]:
-            break
+    """Every ten seconds; here at every step."""
+    _, rows = fit_until_logged(monkeypatch)
     kinds = ("held", "waiting", "native", "blocked")
     assert sum(rows[-1][f"gil/{kind}_ratio"] for kind in kinds) == pytest.approx(1)
 
@@ -98,13 +116,17 @@ def test_a_sampler_that_dies_does_not_end_the_training():
     assert torch.equal(weight, killed_weight)
 
 
+def stages_of(account):
+    return {share.stage for share in account.report().stages}
+
+
 def test_an_account_of_ones_own_around_a_run_has_its_stages():
     """The Trainer marks its stages for whoever samples; its own account then stands back."""
     with gil_account(period_s=0.0003) as account:
-        fit(max_epochs=20)
+        fit(max_epochs=10**6, callbacks=[Until(lambda: stages_of(account) & STEP_STAGES)])
         with pytest.warns(UserWarning, match="running already"):
             fit(gil="account")
-    assert {share.stage for share in account.report().stages} & {"forward", "backward", "optimizer"}
+    assert stages_of(account) & STEP_STAGES
 
 
 def test_an_unknown_mode_is_refused():

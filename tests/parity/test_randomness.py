@@ -116,7 +116,7 @@ def test_draws_are_the_same_in_either_schedule(name):
             found_losses, found = run(DRAWS[name], "overlap", device)
         assert found_losses == losses
         assert_same_weights(found, learned)
-        in_line = [each for each in caught if "on the loop thread" in str(each.message)]
+        in_line = [each for each in caught if "so the loop thread makes the batches" in str(each.message)]
         assert bool(in_line) == (name in IN_LINE)
 
 
@@ -365,7 +365,7 @@ def test_a_draw_whose_batch_is_never_used_acquits_nobody():
     batches = iter(loader)
     for _ in range(4):  # the last one is a thread's
         next(batches)
-    assert data.has_drawn.wait(10)
+    assert data.has_drawn.wait()
     batches.close()
     loader.epoch = 0
     assert torch.equal(torch.cat(list(loader)), promised)

@@ -436,7 +436,8 @@ def test_iterators_end_with_their_epoch():
                 ended.append(True)
 
     for placement in ("inline", "auto"):
-        batches = iter(Loader(Closing([9]), batch_size=2, placement=placement))
+        # More samples than the belt holds: a thread that reads ahead cannot come to their end.
+        batches = iter(Loader(Closing([999]), batch_size=2, placement=placement))
         next(batches)
         assert not ended
         batches.close()

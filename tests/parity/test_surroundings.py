@@ -271,11 +271,11 @@ def test_what_importing_gives_anyway_is_left_alone(make_module, kind):
 def test_a_global_that_is_set_later_is_seen_by_the_next_epoch(make_module):
     """A number, as a callback may set it: the processes are then started anew."""
     made = make_module("SCALE = 1\nclass Data(Base):\n    def __getitem__(self, i): return i * SCALE")
-    source, processes = opened(made.Data())
+    _, processes = opened(made.Data())
     try:
-        assert not processes.is_stale(source)
+        assert not processes.is_stale()
         made.SCALE = 2
-        assert processes.is_stale(source)
+        assert processes.is_stale()
     finally:
         processes.close()
 
