@@ -126,7 +126,7 @@ def _train_epoch(run: Run, batches: Iterator[Batch]) -> None:
 def _finish_step(run: Run) -> None:
     scalars = run.step.update()
     if run.data is not None and run.data.age is not None:
-        scalars["data/age_batches"] = float(run.data.age)
+        scalars["time/age_batches"] = float(run.data.age)
     step_ns, data_wait_ns = run.clock.step_ended()
     done = StepDone(
         run.state.step,

@@ -47,11 +47,11 @@ def stop():
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def fit(run_dir, *, loss_fn=F.cross_entropy, validates=False, persistent=False, **settings):
+def fit(run_dir, *, loss_fn=F.cross_entropy, validates=False, persistent=False, batch_size=2, **settings):
     """Train two epochs of ten batches, five a step, with a DataLoader's own workers."""
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 2))
-    loaders = [DataLoader(Samples(), 2, num_workers=2, shuffle=True, persistent_workers=persistent)]
+    loaders = [DataLoader(Samples(), batch_size, num_workers=2, shuffle=True, persistent_workers=persistent)]
     if validates:
         loaders.append(DataLoader(Samples(), 2, num_workers=1, persistent_workers=persistent))
     trainer = Trainer(
@@ -81,12 +81,14 @@ def at(number, *faults):
 @pytest.mark.parametrize("order", [(kill_workers, stop), (stop, kill_workers)])
 def test_an_accumulation_that_lost_its_data_is_saved_in_its_middle(tmp_path, order, schedule):
     """Whoever gets the signal first. Resumed, the run has the losses of one that was never stopped."""
-    whole = fit(tmp_path / "whole", schedule=schedule)
+    # A step needs more batches than could have been made ahead, by the workers (4) and on the belt (8).
+    settings = {"schedule": schedule, "batch_size": 1, "accumulate_grad_batches": 20}
+    whole = fit(tmp_path / "whole", **settings)
     with pytest.warns(UserWarning, match=f"SIGTERM {REACHED}"):
-        part = fit(tmp_path / "part", loss_fn=at(6, *order), schedule=schedule)
+        part = fit(tmp_path / "part", loss_fn=at(26, *order), **settings)
     assert (part.stop_reason, part.num_steps) == ("SIGTERM", 1)
     assert part.saves
-    rest = fit(tmp_path / "part", resume="auto", schedule=schedule)
+    rest = fit(tmp_path / "part", resume="auto", **settings)
     assert rest.losses == whole.losses
 
 

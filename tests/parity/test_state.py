@@ -364,7 +364,7 @@ def test_rows_say_how_old_a_batch_is_that_yields_itself(placement, oldest):
     data = (torch.ones(2, 2) for _ in range(40))
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
     trainer.fit(model, optimizer, data, step=lambda model, batch: model(batch).sum(), loggers=[rows])
-    ages = [row.values["data/age_batches"] for row in rows.rows if "data/age_batches" in row.values]
+    ages = [row.values["time/age_batches"] for row in rows.rows if "time/age_batches" in row.values]
     assert len(ages) == 40
     assert max(ages) <= oldest
     assert placement == "auto" or max(ages) > 0
