@@ -257,6 +257,38 @@ class Tuned(Plain):
         return index * self.level
 
 
+class Visited(Stateful):
+    """Counts how often it was asked for each sample, in a dict."""
+
+    def __init__(self, size=64):
+        super().__init__(size)
+        self.visits = {}
+
+    def value(self, index):
+        self.visits[index] = self.visits.get(index, 0) + 1
+        return self.visits[index]
+
+
+class VisitedInList(Visited):
+    """The same in a long list."""
+
+    def __init__(self, size=64):
+        super().__init__(size)
+        self.visits = dict.fromkeys(range(5000), 0)
+
+
+class Worn(Stateful):
+    """Changes each sample's array as it is made."""
+
+    def __init__(self, size=64):
+        super().__init__(size)
+        self.rows = [np.zeros(3) for _ in range(5000)]
+
+    def value(self, index):
+        self.rows[index] += 1
+        return self.rows[index].sum()
+
+
 FUNCTIONS_OF_INDEX = [Plain, Lazy, Cached, Recent, Reader, Rows, Sharded, Tabled, Scaled]
 IN_ORDER = [
     Drawing,
@@ -268,4 +300,7 @@ IN_ORDER = [
     CountingInGlobal,
     Streaming,
     Popping,
+    Visited,
+    VisitedInList,
+    Worn,
 ]

@@ -133,7 +133,10 @@ class Checks:
         self._references.clear()
         self._looked_at = id(reader), reader.position
         for _ in range(self._num_to_look_at(reader)):
-            turn, batch = reader.turn, reader.read()
+            turn = reader.turn
+            if reader.is_random_access:
+                self._watch.search(reader.indices(turn).tolist())  # a sample may be changed as it is made
+            batch = reader.read()
             if batch is END:
                 return
             self._look_at_making(reader)
@@ -204,6 +207,7 @@ class Checks:
                 f"batch {turn} was made twice, and the second time {difference}: "
                 "it depends on more than its indices"
             )
+            warn_harmlessly(f"{self._source.name}: {self.limits.reason}. The loop makes the batches.")
 
     def trial(self, place: Any, reader: Reader) -> Trial:
         """Return what compares a place's batches, which begins with the last ones that the loop has made."""

@@ -14,7 +14,7 @@ import io
 import sys
 import types
 from collections import deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -62,12 +62,13 @@ class Reached:
     is_cut: bool = False
 
 
-def reach(roots: Iterable[_Found]) -> Reached:
+def reach(roots: Iterable[_Found], indices: Sequence[int] = ()) -> Reached:
     """Look for everything behind some objects.
 
     Args:
         roots: By the name that a user has for them; what they are themselves does not count, so a dataset
             may be an iterator.
+        indices: Elements of long lists that are looked at too: those of the samples that are made next.
 
     Runs on:
         Loop thread, while no other makes a batch. Takes some 5 µs an object.
@@ -93,7 +94,8 @@ def reach(roots: Iterable[_Found]) -> Reached:
             found.modules.append(each)
         found.cells.extend(_cells(path, each))
         is_vouched_for = pickles_itself(each)
-        waiting.extend((name, part, depth + 1, is_vouched_for) for name, part in _parts(path, each))
+        parts = [*_parts(path, each), *_at(path, each, indices)]
+        waiting.extend((name, part, depth + 1, is_vouched_for) for name, part in parts)
     return found
 
 
@@ -229,6 +231,14 @@ def _parts(path: str, found: Any) -> Iterator[_Found]:
             yield from ((path, vars(found).get(name)) for name in _MODULE_FIELDS)
         if is_user_code(type(found).__module__):
             yield type(found).__name__, type(found)
+
+
+def _at(path: str, found: Any, indices: Sequence[int]) -> Iterator[_Found]:
+    """Yield the elements of a list of samples, or of a dict of them, that belong to some indices."""
+    if isinstance(found, dict):
+        yield from ((f"{path}[{index}]", found[index]) for index in indices if index in found)
+    elif isinstance(found, (list, tuple)):
+        yield from ((f"{path}[{index}]", found[index]) for index in indices if index < len(found))
 
 
 def _of_dict(path: str, found: dict[Any, Any]) -> Iterator[_Found]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.checks.cells import Cell, Change, DictCell
@@ -41,9 +41,9 @@ class StateWatch:
         self._roots = roots
         self.search()
 
-    def search(self) -> None:
-        """Search again for all that is reachable, and remember what it is."""
-        self.reached: Reached = reach(self._roots())
+    def search(self, indices: Sequence[int] = ()) -> None:
+        """Search again for all that is reachable, and remember what it is; samples' own parts too."""
+        self.reached: Reached = reach(self._roots(), indices)
         self._cells: list[Cell] = self.reached.cells
         self._before = [each.look() for each in self._cells]
         self._before_in_full = [each.look_in_full() for each in self._cells]
