@@ -48,7 +48,10 @@ def stop():
 
 
 def fit(run_dir, *, loss_fn=F.cross_entropy, validates=False, persistent=False, batch_size=2, **settings):
-    """Train two epochs of ten batches, five a step, with a DataLoader's own workers."""
+    """Train two epochs of ten batches, five a step, with a DataLoader's own workers.
+
+    One batch at most waits for the loop: more could be the rest of an epoch, which then needs no workers.
+    """
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 2))
     loaders = [DataLoader(Samples(), batch_size, num_workers=2, shuffle=True, persistent_workers=persistent)]
@@ -57,7 +60,7 @@ def fit(run_dir, *, loss_fn=F.cross_entropy, validates=False, persistent=False, 
     trainer = Trainer(
         **{
             "max_epochs": 2, "run_dir": run_dir, "enable_progress_bar": False, "device": "cpu", "gil": "off",
-            "accumulate_grad_batches": 5, **settings,
+            "accumulate_grad_batches": 5, "prefetch_depth": 1, **settings,
         }
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.5)
@@ -81,7 +84,7 @@ def at(number, *faults):
 @pytest.mark.parametrize("order", [(kill_workers, stop), (stop, kill_workers)])
 def test_an_accumulation_that_lost_its_data_is_saved_in_its_middle(tmp_path, order, schedule):
     """Whoever gets the signal first. Resumed, the run has the losses of one that was never stopped."""
-    # A step needs more batches than could have been made ahead, by the workers (4) and on the belt (8).
+    # A step needs more batches than could have been made ahead, by the workers (4) and on the belt (1).
     settings = {"schedule": schedule, "batch_size": 1, "accumulate_grad_batches": 20}
     whole = fit(tmp_path / "whole", **settings)
     with pytest.warns(UserWarning, match=f"SIGTERM {REACHED}"):
@@ -107,8 +110,9 @@ def test_an_update_is_not_broken_off_by_a_worker_that_dies(tmp_path):
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 2)
         trainer = Trainer(
-            max_epochs=2, run_dir=run_dir, enable_progress_bar=False, device="cpu", gil="off", **settings
-        )
+            max_epochs=2, run_dir=run_dir, enable_progress_bar=False, device="cpu", gil="off",
+            prefetch_depth=1, **settings,
+        )  # fmt: skip
         loader = DataLoader(Samples(), 2, num_workers=2)
         return trainer.fit(model, kind(model.parameters(), 0.1), loader, loss_fn=F.cross_entropy)
 
