@@ -94,7 +94,7 @@ def test_a_measured_gain_has_a_chart():
 @needs_browser
 def test_a_broken_page_is_noticed():
     """The check of the console can fail: a report without its fields does not draw."""
-    Path("broken.html").write_text(to_html([("run", {})]))
+    Path("broken.html").write_text(to_html([("run", {"settings": {}})]))
     page, console = drawn("broken.html")
     assert console
     assert 'data-drawn="yes"' not in page
