@@ -28,15 +28,16 @@ HERE = Path(__file__).resolve().parents[1]
 
 
 class Settled(logging.Handler):
-    """Notes when a run says where its batches are made."""
+    """Notes when a run says where its batches are made from then on."""
 
     def __init__(self) -> None:
         super().__init__(logging.INFO)
-        self.began_s, self.after_s = time.perf_counter(), list[float]()
+        self.began_s, self._place = time.perf_counter(), ""
+        self.after_s: float | None = None
 
     def emit(self, record: logging.LogRecord) -> None:
-        if "batches made in" in record.getMessage():
-            self.after_s.append(time.perf_counter() - self.began_s)
+        if "batches made in" in record.getMessage() and (place := record.args[1].place) != self._place:  # type: ignore
+            self._place, self.after_s = place, time.perf_counter() - self.began_s
 
 
 def run(name: str, seconds: float) -> dict[str, Any]:
@@ -81,7 +82,7 @@ def run(name: str, seconds: float) -> dict[str, Any]:
     late = [each for each in ends_s if each - settled.began_s > 0.6 * seconds]
     return {
         "place": placement.place,
-        "after_s": settled.after_s[-1] if settled.after_s else None,
+        "after_s": settled.after_s,
         "step_ms": 1e3 * (late[-1] - late[0]) / (len(late) - 1) if len(late) > 1 else None,
         "first_ms": 1e3 * (ends_s[0] - settled.began_s),
         "checks": getattr(placement, "checks_s", 0.0) / ran_s,
