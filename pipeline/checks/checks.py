@@ -19,7 +19,7 @@ from pipeline.data import END, Reader, Source
 from pipeline.errors import warn_harmlessly
 
 NUM_LOOKED_AT, NUM_REFERENCES = 3, 2  # batches; the first may set up what the others use
-LOOK_RATIO, COMPARE_RATIO = 0.004, 0.005  # of the run's time
+LOOK_RATIO, COMPARE_RATIO = 0.003, 0.005  # of the run's time
 
 
 class Checks:
@@ -197,6 +197,7 @@ class Checks:
         if moved := self._watch.moved():  # a cache has these samples already, and grows no more
             self._restrict(in_turn(f"{joined(each.name for each in moved)} changes as batches are made"))
         self._is_controlled, self._cost_s = True, self._clock() - began_s
+        self._compare_s += self._cost_s
         self.spent_s += self._cost_s
 
     def _conclude(self, turn: Any, difference: str) -> None:
