@@ -151,7 +151,9 @@ def why_settled(job: Job, tried: Mapping[Place, float], limits: Limits) -> str:
         return f"{won}; {limits.reason}" if limits.reason else won
     if limits.reason:
         return limits.reason + _missed(job, textbook_ms, limits.remedy)
-    others = "was faster" if len(tried) > 1 else "that can be used promises to be faster"
+    others = (
+        f"was more than {MIN_GAIN:.0%} faster" if len(tried) > 1 else "that can be used promises to be faster"
+    )
     of_all = f"{plain_ms(job.fetch_ms)} of {plain_ms(textbook_ms)} ms"
     return f"making a batch takes {of_all}: no other place {others}"
 

@@ -31,7 +31,7 @@ from pipeline.report.page import to_html
 from pipeline.report.placement import PlacementReport
 from pipeline.report.possible import ONE_CORE, DataKind, Possible, places_of
 from pipeline.report.record import Gain, Lane, RunReport, to_dict, to_json
-from pipeline.report.verdict import advise, binding_of, describe, describe_ceiling, lift
+from pipeline.report.verdict import TRIALS, advise, binding_of, describe, describe_ceiling, lift
 from pipeline.settings import Placement
 
 NOT_TRAINING = ("setup", "validate", "checkpoint", "between")
@@ -92,6 +92,8 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
     if gain is not None and belts.meter is not None:
         step_ms, wait_ms = gain.overlap_ms, belts.meter.overlap_wait_ms()  # the textbook windows left out
     found = finding_of(run, placement) if gain is None else None
+    trials = TRIALS if gain is None and len(placement.tried_ms) > 1 else ""
+    described = describe(step_ms, wait_ms, cost, where, gain, possible) + trials
     advised = advise(step_ms, cost, where, predictions, settable, gain, possible, bounds)
     return RunReport(
         facts=_facts(run, belts, where, num_cores),
@@ -106,7 +108,7 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
         ceiling=_ceiling(step_ms, bounds, where, possible),
         predictions=predictions,
         gain=gain,
-        verdict=describe(step_ms, wait_ms, cost, where, gain, possible) if found is None else found.verdict,
+        verdict=described if found is None else found.verdict,
         advice=_advice(placement.obstacle, advised) if found is None else found.advice,
         placement=placement,
         series=make_series(journal.step_s, journal.wait_s, run.state.step - num_steps),
@@ -159,6 +161,7 @@ def _ceiling(step_ms: float, bounds: tuple[Ceiling, ...], where: Where, possible
 
 def _advice(obstacle: str, found: str) -> str:
     """Return the advice, or why what promised most could not be tried, where there is no better."""
+    obstacle = obstacle.replace(", or set placement=thread", "")  # auto has tried threads, if they promised
     return found if found.startswith("no placement") else obstacle or found
 
 

@@ -65,14 +65,14 @@ def _stage_table(report: RunReport) -> list[str]:
     shown = [line for line in report.stages if line.step_ms >= MIN_SHOWN_MS]
     if not shown:
         return []
-    names = f"{'thread':10} {'stage':12} {'ms a step':>9} {'on a core':>9} "
+    names = f"{'thread':11} {'stage':12} {'ms a step':>9} {'on a core':>9} "
     head = f"{names}{'GIL held':>8} {'waits':>6} {'hidden':>6}"
     return [head, *(_stage_row(line) for line in shown)]
 
 
 def _stage_row(line: StageLine) -> str:
     return (
-        f"{line.thread[:10]:10} {line.stage[:12]:12} {line.step_ms:9.3f} {line.core_ratio:9.0%} "
+        f"{line.thread[:11]:11} {line.stage[:12]:12} {line.step_ms:9.3f} {line.core_ratio:9.0%} "
         f"{_percent(line.held_ratio):>8} {_percent(line.waiting_ratio):>6} {_percent(line.hidden_ratio):>6}"
     )
 

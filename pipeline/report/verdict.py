@@ -30,6 +30,7 @@ LIFTS = {
 NO_CORES = " (only where making a sample mostly waits: every core has one)"
 NOTHING_FASTER = "only less work a sample lifts it: no other place that auto can use is faster"
 OVERLAP = "overlap lifts it, where a thread or a process can make batches beside the step"
+TRIALS = "; the steps in which auto tried other places count in these means"
 UNSETTLED = "none yet: the run ended before auto had settled where batches are made"
 SETTINGS: dict[Where, str] = {
     "textbook": "schedule='textbook'",
@@ -107,7 +108,7 @@ def _lift_belt(where: Where, possible: Possible) -> str:
             )
         if possible.has_tried:
             return NOTHING_FASTER
-        more = f"more workers ({SETTINGS[where]} with a higher num_workers)"
+        more = f"more workers, {SETTINGS[where]} with a higher num_workers"
         return f"less work a sample lifts it, or {more}{'' if possible.has_free_cores else NO_CORES}"
     if not others:
         return f"only less work a sample lifts it: {_why_not('process', possible)}"

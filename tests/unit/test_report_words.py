@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import random
 import threading
 from dataclasses import replace
 from types import SimpleNamespace
@@ -112,8 +113,8 @@ IN_TURN = Limits(1, False, "dataset.file can only be read in turn, by one thread
 @pytest.mark.parametrize(
     ("tried", "limits", "words", "not_words"),
     [
-        (ALONE, Limits(), "1,000 of 2,034 ms: no other place that can be used promises", "was faster"),
-        (ALONE | {INLINE: 2100.0}, Limits(), "no other place was faster", "promises"),
+        (ALONE, Limits(), "1,000 of 2,034 ms: no other place that can be used promises", "% faster"),
+        (ALONE | {INLINE: 2100.0}, Limits(), "no other place was more than 3% faster", "promises"),
         (ALONE | {INLINE: 1050.0}, Limits(), "48% less time", "no other place"),
         (ALONE, IN_TURN, "to read it ahead would take", "no other place"),
         (ALONE, IN_TURN, "type this", "no other place"),
@@ -340,3 +341,39 @@ def test_the_time_left_of_a_resumed_run_is_worked_out_from_its_own_steps(monkeyp
     bar.log(Row(91, 0, {"train/loss": 0.5}))
     bar.close()
     assert "step 91/100, 0:10 and 1:30 to go" in stream.getvalue()
+
+
+# ---- what is made ahead
+
+
+class Draws(torch.utils.data.Dataset):
+    """Draws from a generator that threads share."""
+
+    def __len__(self):
+        return 64
+
+    def __getitem__(self, index):
+        return torch.full((8,), random.random()), index % 3
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    """The same, read by one thread."""
+
+    def __iter__(self):
+        return map(Draws().__getitem__, range(64))
+
+
+@pytest.mark.parametrize("data", [Draws(), Streamed()])
+def test_processes_are_advised_for_draws_that_can_be_taken_there(data):
+    """Both kinds of dataset can."""
+    with pytest.warns(UserWarning, match="drawn from") as caught:
+        fit(data=data, placement="inline", max_steps=8)
+    assert "or set placement=process" in str(caught[0].message)
+
+
+def test_no_process_is_advised_for_draws_of_batches_in_a_row():
+    """Nobody can share in them."""
+    batches = torch.utils.data.DataLoader(Streamed(), batch_size=8)
+    with pytest.warns(UserWarning, match="drawn from") as caught:
+        fit(data=batches, batch_size=None, placement="inline", max_steps=8)
+    assert "placement=process" not in str(caught[0].message)
