@@ -65,9 +65,10 @@ def _save_less(settings: Settings, *, is_beside: bool) -> str:
 
 def _convoy(run: Run, placement: PlacementReport) -> Finding | None:
     found = run.gil.convoy
-    is_over = found is not None and found.holder.startswith("prefetch") and placement.name == "process"
-    if found is None or is_over:  # seen in a place that was left
+    if found is None:
         return None
+    if found.holder.startswith("prefetch") and placement.name not in ("inline", "thread"):
+        return None  # seen in a place that was left
     when = " (in the second in which it was looked at)" if run.gil.report is None else ""
     return Finding(found.finding + when, found.advice)
 

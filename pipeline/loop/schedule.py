@@ -91,6 +91,8 @@ class Belts:
             return ONE_READER
         if not (limits := self.training_limits).has_processes:
             return limits.reason
+        if self.placement.name == "process":
+            return "worker processes make them already"
         if any(place.startswith("process") for place in self.placement.tried_ms):
             return "auto has tried processes, and they were no faster"
         return ONE_CORE if available_cores() == 1 else self.placement.obstacle

@@ -23,6 +23,7 @@ from pipeline.every import Every
 from pipeline.gil.signals import StageTime
 from pipeline.loggers import ProgressBar
 from pipeline.loggers.group import LoggerTime
+from pipeline.loop.convoy import Convoy
 from pipeline.loop.findings import finding_of
 from pipeline.loop.placement import INLINE, TEXTBOOK, Job, Place, why_settled
 from pipeline.loop.schedule import Belts
@@ -91,7 +92,7 @@ def test_a_run_of_a_few_steps_claims_nothing(num_steps, accumulate):
     assert sum(loop.values()) == pytest.approx(report.step_ms)
     assert loop["data_wait"] == pytest.approx(report.data_wait_ms)
     text = str(report)
-    assert text.startswith(f"{counted(num_steps, 'step')} in 0.")
+    assert text.startswith(f"{counted(num_steps, 'step')} in ")
     assert "batches  made in textbook: not settled: the first batches are timed" in text
     assert "a longer run" in report.advice
 
@@ -247,6 +248,18 @@ def test_what_is_in_no_step_stands_below_the_steps():
     facts = {"num_steps": 1, "train_s": 0.5, "device": "cpu", "checkpoint_s": 9.0}
     assert "besides  checkpoints 9.00 s\n" in str(RunReport(facts, {}, {}, 500.0, 0.0, 16.0))
     assert "besides" not in str(RunReport(facts | {"checkpoint_s": 0.0}, {}, {}, 500.0, 0.0, 16.0))
+
+
+@pytest.mark.parametrize(
+    ("place", "is_said"), [("thread × 2", True), ("textbook", False), ("process × 2", False)]
+)
+def test_a_convoy_of_a_place_that_was_left_is_no_verdict(place, is_said):
+    """Its thread holds the GIL no more; one of the user's does."""
+    run = run_of([], 1.0)
+    run.gil.convoy = Convoy("the loop waits", "prefetch/1/fetch", "what to do")
+    assert (finding_of(run, PlacementReport(place, "")) is not None) == is_said
+    run.gil.convoy = Convoy("the loop waits", "my thread", "what to do")
+    assert finding_of(run, PlacementReport(place, "")).verdict.startswith("the loop waits")
 
 
 class UntilWarned(Callback):
