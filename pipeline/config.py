@@ -16,7 +16,7 @@ from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, counted
 from pipeline.gil import to_text
 from pipeline.protocols import Datasets
 from pipeline.result import FitResult
@@ -47,7 +47,10 @@ ConfigStore.instance().store(group="trainer", name="any_key", node=DictConfig({}
 EXIT_CODES = {"SIGINT": 130, "SIGTERM": 143, "max_time": 75}  # 75: "try again", of sysexits.h
 """The exit code of a run that was stopped and can be resumed, by its stop reason; of any other it is 0."""
 
-_SET_ELSEWHERE = {"seed": "seed=…", "run_dir": "hydra.run.dir=…"}
+_SET_ELSEWHERE = {"run_dir": "hydra.run.dir=…"} | {
+    name: f"{name}=…"
+    for name in ("seed", "batch_size", "shuffle", "drop_last", "num_shards", "scheduler_interval")
+}
 
 
 def config_dir() -> Path:
@@ -168,7 +171,8 @@ def check_config(config: DictConfig) -> dict[str, Any]:
         for key, elsewhere in _SET_ELSEWHERE.items()
         if key in trainer
     ]
-    problems += type_problems(trainer, prefix="trainer.")
+    others = {name: value for name, value in trainer.items() if name not in _SET_ELSEWHERE}
+    problems += type_problems(others, prefix="trainer.")
     if problems:
         raise ConfigError(problems)
     return values
@@ -220,7 +224,7 @@ def _summary(result: FitResult, *, is_images: bool) -> str:
     ]
     unit = "images/s" if is_images else "samples/s"
     words.append(f"{result.samples_per_s:,.0f} {unit} ({result.schedule})")
-    words.append(f"{result.num_epochs} epochs in {result.train_s:.1f} s of training")
+    words.append(f"{counted(result.num_epochs, 'epoch')} in {result.train_s:.1f} s of training")
     return " · ".join([*words, f"{result.stop_reason} · {result.run_dir}"])
 
 

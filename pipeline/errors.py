@@ -112,6 +112,11 @@ _FOUND: dict[NonFiniteCause, str] = {
     "update": "the optimizer made weights or its own state NaN or infinite (the loss is {loss})",
 }
 
+_BEFORE_ANY_UPDATE = (
+    "No update had been made by then: look at the step's inputs, at the loss, and at the weights that the "
+    "model begins with. on_nonfinite='skip' leaves such steps out."
+)
+
 
 class NonFiniteError(PipelineError):
     """The loss, a gradient, a buffer or what an update would have made became NaN or infinite.
@@ -155,6 +160,11 @@ class NonFiniteError(PipelineError):
     def _weights(self) -> str:
         if self.spoiled_part is None:
             return ""
+        if self.spoiled_part and self.first_step == 0:
+            return (
+                f"The {self.spoiled_part} held NaN or infinity before the first step already: look at what "
+                "made or loaded the model and the optimizer."
+            )
         if self.spoiled_part:
             return (
                 f"The {self.spoiled_part} held NaN or infinity before that step already, which no loss and "
@@ -165,6 +175,8 @@ class NonFiniteError(PipelineError):
         return "Its update was made, since its gradients are finite; the weights are finite."
 
     def _advice(self) -> str:
+        if self.first_step == 0 and self.cause in ("loss", "gradients", "buffers"):
+            return "" if self.spoiled_part else _BEFORE_ANY_UPDATE
         remedy = "Lower the learning rate, set gradient_clip_val"
         if self.spoiled_part:
             return f"{remedy}, or look at what else changes the weights."
@@ -211,6 +223,11 @@ def listed(names: Iterable[object], most: int = 8) -> str:
     each = list(dict.fromkeys(map(str, names)))
     more = f" and {len(each) - most} more" if len(each) > most else ""
     return ", ".join(each[:most]) + more
+
+
+def counted(number: int, unit: str, units: str = "") -> str:
+    """Return a number with its unit, in the plural unless it is one: ``1 step``, ``2,000 steps``."""
+    return f"{number:,} {unit if number == 1 else units or unit + 's'}"
 
 
 def add_stage_note(

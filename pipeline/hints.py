@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import numbers
 import types
 import typing
@@ -39,3 +40,10 @@ def describe(hint: Any) -> str:
         return "null (None)"
     plain = {bool: "true or false", int: "an integer", float: "a number", str: "a text"}
     return plain.get(hint) or str(getattr(origin or hint, "__name__", hint))
+
+
+def meant(value: Any, hint: Any) -> str:
+    """Return what a text outside of a closed set was probably meant to be; empty for no idea."""
+    choices = [each for each in typing.get_args(hint) if isinstance(each, str)]
+    close = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
+    return f" Did you mean {close[0]}?" if close else ""

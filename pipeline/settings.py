@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import difflib
 import functools
+import inspect
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 
 from pipeline.device import Backend
 from pipeline.errors import ConfigError
-from pipeline.hints import describe, fits
+from pipeline.hints import describe, fits, meant
 from pipeline.setting_ranges import range_problems
 
 Schedule = Literal["auto", "overlap", "textbook"]
@@ -26,6 +27,7 @@ GilMode = Literal["account", "signals", "off"]
 Precision = Literal["32-true", "bf16-mixed", "16-mixed"]
 
 AUTO_RUN_DIR = "auto"
+NO_ARGUMENTS: Mapping[str, str] = {}
 AUTOCAST_DTYPE: dict[Precision, torch.dtype | None] = {
     "32-true": None,
     "bf16-mixed": torch.bfloat16,
@@ -44,7 +46,7 @@ def _refusing_unknown(kind: type[Kind]) -> type[Kind]:
     @functools.wraps(assign)
     def refuse_or_assign(self: Any, *values: Any, **settings: Any) -> None:
         if not settings.keys() <= set(setting_names()):
-            raise ConfigError(type_problems(settings))
+            raise ConfigError(type_problems(settings, arguments=_arguments_of(type(self))))
         assign(self, *values, **settings)
 
     open_kind.__init__ = refuse_or_assign
@@ -71,8 +73,8 @@ class Settings:
             ``rate/mfu_ratio``, from the FLOPs of the first micro-batch, forward and backward.
         max_log_lag: Steps that the loggers may be behind the loop in ``overlap``. The numbers of a
             step are with them some 50 ms after it, if they keep up.
-        log_overflow: What happens beyond it: the loop has to ``wait``; or loggers are not told of the
-            oldest steps (``drop``), which are counted; or memory may ``grow``. A slow logger holds up
+        log_overflow: What happens beyond `max_log_lag`: the loop has to ``wait``; or loggers are not told of
+            the oldest steps (``drop``), which are counted; or memory may ``grow``. A slow logger holds up
             the loop in the first case alone; none of them loses a loss of `FitResult.losses`.
         detect_host_reads: Find the lines that make the loop wait for the device, such as an
             ``.item()`` in a step, and name them in `FitResult.outbound`. Free on CUDA; elsewhere each
@@ -84,24 +86,25 @@ class Settings:
             lives after some steps out of its walks; ``every_n_steps`` also turns it off between steps of
             your choice, and collects at the end of an epoch, with a guard that turns it on again if
             much garbage gathers. Everything is put back after the run.
-        gc_every_n_steps: How often with ``every_n_steps``.
+        gc_every_n_steps: Steps between two collections with ``gc=every_n_steps``.
         check_val_every_n_epoch: Validate every so many epochs; None leaves it to `val_check_interval`.
         val_check_interval: Validate every so many optimizer steps as well.
         limit_train_batches: Use at most this many batches an epoch, or this share (a float).
-        limit_val_batches: The same for validation.
+        limit_val_batches: Use at most this many batches a validation, or this share (a float).
         fast_dev_run: One step, one validation batch, no files: does it run at all?
         monitor: The metric that decides which checkpoint is best, and what a ReduceLROnPlateau sees.
         monitor_mode: Whether its ``min`` or its ``max`` is best.
         enable_progress_bar: Show a bar on a terminal, a line for each validation elsewhere.
         enable_checkpointing: Write checkpoints to the run folder: at the end of each epoch, when the run is
             stopped, and of the best validation.
-        checkpoint_every_n_steps: Write one every so many optimizer steps as well.
-        checkpoint_every_n_minutes: And whenever so much time has passed.
-        keep_last: How many of the newest are kept; the one before the newest is there in case that cannot
-            be read.
-        keep_best: How many of the best by `monitor` are kept besides.
-        on_checkpoint_error: What happens if one cannot be written, the disk being full, or something in it
-            of a kind that no file holds: ``stop`` with the error, or ``warn`` and go on. The older ones stay.
+        checkpoint_every_n_steps: Write a checkpoint every so many optimizer steps as well.
+        checkpoint_every_n_minutes: Write one whenever so many minutes have passed as well.
+        keep_last: How many of the newest checkpoints are kept; the one before the newest is there in case
+            that cannot be read.
+        keep_best: How many of the best checkpoints by `monitor` are kept besides.
+        on_checkpoint_error: What happens if a checkpoint cannot be written, the disk being full, or something
+            in it of a kind that no file holds: ``stop`` with the error, or ``warn`` and go on. The older
+            ones stay.
         resume: Go on where another run was stopped. ``auto`` takes the newest checkpoint in `run_dir` that
             can be used, and begins a run if there is none yet; or the path of a checkpoint.
         max_time: Save and stop after so much time in `fit`: seconds, or ``[DD:]HH:MM:SS``.
@@ -122,14 +125,14 @@ class Settings:
             is for work that releases the GIL; ``process``, in worker processes, for work that holds it.
             ``auto`` tries on the run which is fastest, the loop thread included (with ``schedule=overlap``
             it is ``inline``). The batches are the same.
-        num_workers: Threads or processes; 0 is as many as there are cores for this process.
+        num_workers: Threads or processes, where `placement` is named; 0 is as many as there are cores.
         check_data: Look at the data and compare batches before they are made ahead, and go on doing so; see
             docs/checks.md. If False, they are made wherever that is fastest, or where `placement` says.
         threads_per_worker: Threads of each worker process, with ``placement=process``: for work that both
             waits, such as for storage, and holds the GIL. The dataset must bear several threads then.
         prefetch_depth: Batches that may wait for the loop.
         max_steps_in_flight: Steps that may be queued on the device before the loop waits.
-        stall_timeout_s: How long the loop waits for one batch, or for a logger, before it is taken to
+        stall_timeout_s: Seconds that the loop waits for one batch, or for a logger, before it is taken to
             hang: a StallError names the stage and the sample and shows the stack. ``textbook``, which
             has no thread to wait with, shows the stack and waits on. None waits for ever.
         gil: ``signals`` counts how often the GIL changes hands and warns, once, if the loop loses much
@@ -230,21 +233,24 @@ _DEV_RUN: dict[str, Any] = {
 }
 
 
-def type_problems(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+def type_problems(
+    values: Mapping[str, Any], prefix: str = "", arguments: Mapping[str, str] = NO_ARGUMENTS
+) -> list[str]:
     """Say which keys are no settings and which values have a wrong type.
 
     Args:
         values: Settings by name.
         prefix: Put before each name, so that the message has the key that a user types.
+        arguments: What is no setting, but an argument of a method: the method by name.
     """
     hints = typing.get_type_hints(Settings)
     problems = []
     for name, value in values.items():
         if name not in hints:
-            problems.append(f"{prefix}{name} is not a setting. {_suggest(name, hints)}")
+            problems.append(f"{prefix}{name} is not a setting. {_suggest(name, hints, arguments)}")
         elif not fits(value, hints[name]):
             wanted = describe(hints[name])
-            problems.append(f"{prefix}{name} must be {wanted}, got {value!r}.")
+            problems.append(f"{prefix}{name} must be {wanted}, got {value!r}.{meant(value, hints[name])}")
     return problems
 
 
@@ -253,6 +259,22 @@ def setting_names() -> list[str]:
     return [field.name for field in dataclasses.fields(Settings)]
 
 
-def _suggest(name: str, known: Mapping[str, Any]) -> str:
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"Did you mean {close[0]}?" if close else f"There are: {', '.join(sorted(known))}."
+def _suggest(name: str, known: Mapping[str, Any], arguments: Mapping[str, str]) -> str:
+    if name in arguments:
+        return f"It is an argument of {arguments[name]}: trainer.{arguments[name]}(…, {name}=…)."
+    close = difflib.get_close_matches(name, [*known, *arguments], n=1)
+    if not close:
+        return f"There are: {', '.join(sorted(known))}."
+    of_method = f", an argument of {arguments[close[0]]}" if close[0] in arguments else ""
+    return f"Did you mean {close[0]}{of_method}?"
+
+
+def _arguments_of(kind: type) -> dict[str, str]:
+    """Return the arguments of the methods of a class, with its name; `fit` comes first."""
+    methods = [name for name in ("predict", "evaluate", "fit") if hasattr(kind, name)]
+    return {
+        argument: method
+        for method in methods
+        for argument in inspect.signature(getattr(kind, method)).parameters
+        if argument != "self"
+    }

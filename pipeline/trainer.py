@@ -164,7 +164,9 @@ class Trainer(Settings):
             scope = stack.enter_context(Scope(self.stall_timeout_s))
             outbound = belts.outbound(scope, journal)
             inbound.num_pauses = lambda: clock.num_pauses
-            watch = stack.enter_context(GilWatch(self.gil, clock, outbound.put_row, run_dir))
+            watch = stack.enter_context(
+                GilWatch(self.gil, clock, outbound.put_row, run_dir, belts.why_no_process)
+            )
             run = Run(
                 settings=settings,
                 state=state,

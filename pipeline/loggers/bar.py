@@ -34,6 +34,9 @@ class TerminalBar:
             total=total, unit=unit, mininterval=0, dynamic_ncols=True, file=stream, leave=leave
         )
 
+    def begin(self, done: int) -> None:
+        self._bar.initial = self._bar.n = done
+
     def show(self, done: int, text: str) -> None:
         self._bar.set_postfix_str(text, refresh=False)
         self._bar.update(done - self._bar.n)
@@ -49,13 +52,13 @@ class _Pace:
     """How far, and how long it will still take at the pace so far."""
 
     def __init__(self, total: int | None) -> None:
-        self.total, self._began_s = total, time.monotonic()
+        self.total, self.first, self._began_s = total, 0, time.monotonic()
 
     def text(self, done: int) -> str:
         spent_s = time.monotonic() - self._began_s
         if self.total is None:
             return f"{done} in {_clock(spent_s)}"
-        left_s = spent_s / done * (self.total - done) if done else 0.0
+        left_s = spent_s / (done - self.first) * (self.total - done) if done > self.first else 0.0
         return f"{done}/{self.total}, {_clock(spent_s)} and {_clock(left_s)} to go"
 
 
@@ -64,6 +67,9 @@ class PlainLines:
 
     def __init__(self, total: int | None, stream: TextIO) -> None:
         self._pace, self._stream = _Pace(total), stream
+
+    def begin(self, done: int) -> None:
+        self._pace.first = done
 
     def show(self, done: int, text: str) -> None:
         self.note(f"step {self._pace.text(done)}: {text}")
@@ -87,6 +93,9 @@ class NotebookBar:
         self._display: Any = sys.modules["IPython"].display
         self._pace, self._unit, self._leave = _Pace(total), unit, leave
         self._handle: Any = self._display.display(self._drawn(0, ""), display_id=True)
+
+    def begin(self, done: int) -> None:
+        self._pace.first = done
 
     def show(self, done: int, text: str) -> None:
         self._handle.update(self._drawn(done, text))

@@ -13,12 +13,16 @@ from typing import Any, Protocol, TextIO
 from pipeline.batch import Progress, Row
 from pipeline.every import Every
 from pipeline.loggers.bar import NotebookBar, PlainLines, TerminalBar
+from pipeline.protocols import RunInfo
 
 _REFRESH_S, _LINE_S = 0.1, 10.0
 
 
 class Bar(Protocol):
     """Draws how far something is."""
+
+    def begin(self, done: int) -> None:
+        """Take so much as done before: the time that is left is worked out from the rest."""
 
     def show(self, done: int, text: str) -> None:
         """Draw it anew."""
@@ -54,6 +58,9 @@ class ProgressBar:
         self._validation: Bar | None = None
         self._last: Row | None = None
         self._is_shown = True
+
+    def open(self, info: RunInfo) -> None:
+        self._bar.begin(info.resumed_step or 0)
 
     def log(self, row: Row) -> None:
         if "train/loss" not in row.values:

@@ -24,9 +24,9 @@ from pipeline.loop.placement import (
     best_place,
     is_doubtful,
     may_be,
-    missed,
     next_trial,
     to_time_again,
+    why_settled,
 )
 from pipeline.loop.places import Workers
 from pipeline.report.placement import PlacementReport
@@ -60,6 +60,7 @@ class Auto:
         self._place, self._pauses_seen = TEXTBOOK, 0
         self._seen_s: float | None = None
         self._reader: Reader | None = None
+        self._has_said = False
         self._num_shards = 0  # of data that another place first reads again, shard by shard
         self._look()
 
@@ -119,19 +120,20 @@ class Auto:
             str(self._place),
             self._reason,
             tried_ms={str(place): ms for place, ms in self._tried.items()},
+            is_settled=self.is_settled,
             obstacle=self._obstacle,
             num_workers=self._place.num_workers,
             threads_per_worker=self._place.num_threads,
             **{name: getattr(job, name) for name in times},
         )
 
-    def _look(self) -> None:
+    def _look(self, reason: str = "the first batches are timed in the textbook loop") -> None:
         """Begin again, in the textbook loop."""
         self._tried, self._timed_again = {}, set()
         self._job: Job | None = None
         self._has_processes, self._obstacle = True, ""
         self._wanted_processes: Place | None = None
-        self._reason = "too short to tell: the first batches are timed in the textbook loop"
+        self._reason = f"not settled: {reason}"
         self._begin(TEXTBOOK)
 
     def _begin(self, place: Place, *, settled_ms: float | None = None) -> None:
@@ -217,7 +219,7 @@ class Auto:
             self._tried[self._place] = 1e3 * (self._wait_s + self._step_s) / self._num_batches
         elif self._job is None:
             logger.info("%s: measured again", self._name)
-            self._look()
+            self._look("places are timed again, the textbook loop first")
             return
         assert self._reader is not None
         self._move(self._reader)
@@ -229,7 +231,7 @@ class Auto:
         while (trial := next_trial(self._job, self._tried)) is not None:
             has_started = trial.name != "process" or self._start_processes(trial)
             if has_started:
-                self._reason = "still being tried"
+                self._reason = "not settled: it was on trial"
                 self._begin(trial)
                 return
             if has_started is False:  # not yet: the best place so far, until they are there
@@ -241,7 +243,7 @@ class Auto:
         if again is None:
             self._settle()
             return
-        self._reason = "won narrowly, and is being timed again"
+        self._reason = f"not settled: {best_place(self._tried)} won narrowly, and both are timed again"
         self._timed_again.add(again)
         if again == TEXTBOOK:
             self._job = None  # measured anew, too
@@ -283,18 +285,12 @@ class Auto:
         self._settled_s, self._is_doubtful = self._clock(), is_doubtful(self._job, self._tried)
         self._begin(place, settled_ms=self._tried[place])
         if self._wanted_processes:
-            self._reason = "until worker processes have started"
+            self._reason = "not settled: it is used until worker processes have started"
             return
         self._let_processes_go()
-        textbook_ms = self._tried[TEXTBOOK]
-        saved = 1 - self._tried[place] / textbook_ms
-        self._reason = (
-            f"it takes {saved:.0%} less time than the textbook loop"
-            if place != TEXTBOOK
-            else f"a batch takes {self._job.fetch_ms:.3g} ms of {textbook_ms:.3g}: no other place was faster"
-        )
-        if (limits := self._workers.limits()).reason:
-            self._reason = limits.reason + missed(self._job, self._tried[place], limits.remedy)
-            if limits.remedy:
-                print(self._reason, file=sys.stderr)
+        limits = self._workers.limits()
+        self._reason = why_settled(self._job, self._tried, limits)
+        if limits.remedy and limits.remedy in self._reason and not self._has_said:
+            self._has_said = True
+            print(self._reason, file=sys.stderr)
         logger.info("%s: batches made in %s", self._name, self.report)

@@ -52,6 +52,9 @@ class StepClock(StageClock):
     def restart(self) -> None:
         """Begin a step now, and wait for its first batch: what came before was no training."""
         self.enter(DATA_WAIT)
+        opening_ns = self._wall_ns[DATA_WAIT] - self._waited_ns  # an epoch: it waits for data, in no step
+        self._wall_ns[DATA_WAIT] -= opening_ns
+        self._wall_ns[BETWEEN] += opening_ns
         self._began_ns, self._waited_ns = self.since_ns, self._wall_ns[DATA_WAIT]
         self.began_s = self.since_ns / 1e9
         self.num_pauses += 1
@@ -63,9 +66,8 @@ class StepClock(StageClock):
         Without it the stages would add up to more than the steps that they are parts of.
         """
         if not self.is_paused:
-            self.training_paused()
+            self.training_paused(BETWEEN)
             self.is_paused = True
-            self.enter(BETWEEN)
 
     def step_ended(self) -> tuple[int, int]:
         """End a step and begin the next with its log; return its time and its data wait, in nanoseconds."""
@@ -78,9 +80,9 @@ class StepClock(StageClock):
             self.read_cpu_time(is_due)  # for one step
         return times
 
-    def training_paused(self) -> tuple[int, int]:
+    def training_paused(self, stage: int = LOG) -> tuple[int, int]:
         """Count the time so far as training, and begin anew; return it and its data wait, in nanoseconds."""
-        self.enter(LOG)
+        self.enter(stage)
         began_ns, waited_ns, since_ns = self._began_ns, self._waited_ns, self.since_ns
         self._began_ns, self._waited_ns = since_ns, self._wall_ns[DATA_WAIT]
         self.began_s = since_ns / 1e9

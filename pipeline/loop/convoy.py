@@ -12,7 +12,9 @@ from __future__ import annotations
 import sys
 import threading
 from collections import defaultdict
+from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 from pipeline.errors import GilAccountError, warn_harmlessly
 from pipeline.gil import GilAccount, GilReport, gil_account
@@ -24,15 +26,36 @@ WINDOW_NS = 1_000_000_000
 MAX_WINDOWS = 3
 MIN_SAMPLES = 200
 CONVOY_RATIO = 0.1  # of the loop's time lost to the GIL: worth a warning
-ADVICE = {
-    "prefetch": "Batches are made by Python code on a prefetch thread: with placement='process' it has a GIL "
-    "of its own, and placement='auto' moves it there where that pays.",
-    "writer": "Loggers run much Python on the writer thread: set log_every_n_steps higher.",
-}
+PREFETCH_ADVICE = "Batches are made by Python code on a prefetch thread"
+PROCESS_ADVICE = (
+    "with placement='process' it has a GIL of its own, and placement='auto' moves it there where that pays."
+)
+WRITER_ADVICE = (
+    "Loggers, or callbacks that are told of numbers, run much Python on the writer thread: set "
+    "log_every_n_steps higher."
+)
 OTHER_ADVICE = (
     "Move that thread's work to a process, or make it give the GIL up sooner: sys.setswitchinterval(1e-4). "
     "An optimizer with fused=True has far fewer operations that must win the GIL back."
 )
+
+
+@dataclass(frozen=True)
+class Convoy:
+    """A loop that waits for the GIL.
+
+    Args:
+        finding: How much, and for whom.
+        holder: The thread that holds it, such as ``prefetch/0`` or one of the user's.
+        advice: What would end it.
+    """
+
+    finding: str
+    holder: str
+    advice: str
+
+    def __str__(self) -> str:
+        return f"{self.finding}. {self.advice}"
 
 
 def lost_ratio(handoffs: int, switch_interval_s: float, off_core_s: float, wall_s: float) -> float:
@@ -47,13 +70,16 @@ def lost_ratio(handoffs: int, switch_interval_s: float, off_core_s: float, wall_
     return min(handoffs / 2 * switch_interval_s, off_core_s) / wall_s if wall_s > 0 else 0.0
 
 
-def describe_convoy(report: GilReport, thread: str, num_steps: int) -> str | None:
-    """Return the warning that an account gives reason for, or None.
+def describe_convoy(
+    report: GilReport, thread: str, num_steps: int, why_no_process: str = ""
+) -> Convoy | None:
+    """Return the convoy that an account shows, or None.
 
     Args:
         report: Of a window of training.
         thread: The loop thread's name.
         num_steps: Optimizer steps in the window.
+        why_no_process: Why batches cannot be made in processes; empty if they can.
     """
     stages = [share for share in report.stages if share.thread == thread and share.stage in STAGES]
     waited = {share.stage: share.waiting_ratio * share.time_s for share in stages}
@@ -68,11 +94,26 @@ def describe_convoy(report: GilReport, thread: str, num_steps: int) -> str | Non
         return None
     holder, stage = max(blamed, key=blamed.__getitem__), max(waited, key=waited.__getitem__)
     cost_ms = 1e3 * sum(waited.values()) / max(num_steps, 1)
-    return (
+    finding = (
         f"the loop waits for the GIL {sum(waited.values()) / report.wall_s:.0%} of the time, "
-        f"{cost_ms:.1f} ms a step, most of it in '{stage}', while {holder!r} holds it. "
-        f"{ADVICE.get(holder.partition('/')[0], OTHER_ADVICE)}"
+        f"{cost_ms:,.1f} ms a step, most of it in '{stage}', while {holder!r} holds it"
     )
+    return Convoy(finding, holder, _advice(holder, why_no_process))
+
+
+def _advice(holder: str, why_no_process: str) -> str:
+    kind = holder.partition("/")[0]
+    if kind == "writer":
+        return WRITER_ADVICE
+    if kind != "prefetch":
+        return OTHER_ADVICE
+    if why_no_process:
+        return f"{PREFETCH_ADVICE}, and a process is no help: {why_no_process}. Only less of it helps."
+    return f"{PREFETCH_ADVICE}: {PROCESS_ADVICE}"
+
+
+def _nothing() -> str:
+    return ""
 
 
 class ConvoyWatch:
@@ -81,17 +122,22 @@ class ConvoyWatch:
     Args:
         clock: Of the loop thread.
         handoffs: Counts how often the GIL changes hands.
+        why_no_process: Returns why batches cannot be made in processes; empty if they can.
 
     Attributes:
         next_ns: When to look, by the clock.
+        found: What was warned of.
 
     Runs on:
         Loop thread. A look takes a few microseconds, every two seconds; a
         sampler's window, only on suspicion and at most three times, some 0.2 s to begin.
     """
 
-    def __init__(self, clock: StepClock, handoffs: Handoffs) -> None:
-        self._clock, self._handoffs = clock, handoffs
+    def __init__(
+        self, clock: StepClock, handoffs: Handoffs, why_no_process: Callable[[], str] = _nothing
+    ) -> None:
+        self._clock, self._handoffs, self._why_no_process = clock, handoffs, why_no_process
+        self.found: Convoy | None = None
         self._window = ExitStack()
         self._account: GilAccount | None = None
         self._windows_left = MAX_WINDOWS
@@ -132,10 +178,10 @@ class ConvoyWatch:
     def _end_window(self, account: GilAccount, step: int) -> None:
         thread, num_steps = threading.current_thread().name, step - self._began_step
         try:
-            message = describe_convoy(account.report(), thread, num_steps)
+            found = describe_convoy(account.report(), thread, num_steps, self._why_no_process())
         except GilAccountError:
-            message = None  # the sampler has died: no look, no warning
+            found = None  # the sampler has died: no look, no warning
         self.close()
-        if message is not None:
-            self._windows_left = 0
-            warn_harmlessly(message)
+        if found is not None:
+            self.found, self._windows_left = found, 0
+            warn_harmlessly(str(found))

@@ -17,7 +17,7 @@ from pipeline.gil.interpreter import handoff_counter
 from pipeline.gil.signals import Handoffs
 from pipeline.gil.trace import write_trace
 from pipeline.loop.clock import STAGES, StepClock
-from pipeline.loop.convoy import ConvoyWatch, describe_convoy
+from pipeline.loop.convoy import Convoy, ConvoyWatch, describe_convoy
 from pipeline.settings import GilMode
 
 LOG_NS = 10_000_000_000
@@ -31,6 +31,7 @@ class GilWatch:
         clock: Of the loop thread.
         put_row: Takes a row for the loggers.
         run_dir: Where ``gil.json`` and ``gil_trace.json`` go; None writes neither.
+        why_no_process: Returns why batches cannot be made in processes; empty if they can.
 
     Attributes:
         next_ns: When to look, by the clock.
@@ -42,13 +43,20 @@ class GilWatch:
     """
 
     def __init__(
-        self, mode: GilMode, clock: StepClock, put_row: Callable[[Row], None], run_dir: Path | None
+        self,
+        mode: GilMode,
+        clock: StepClock,
+        put_row: Callable[[Row], None],
+        run_dir: Path | None,
+        why_no_process: Callable[[], str],
     ) -> None:
         self._mode, self._clock, self._put_row, self._run_dir = mode, clock, put_row, run_dir
+        self._why_no_process = why_no_process
         self._stack = ExitStack()
         self._account: GilAccount | None = None
         self._convoy: ConvoyWatch | None = None
         self._handoffs: Handoffs | None = None
+        self._of_account: Convoy | None = None
         self._has_warned = False
         self.report: GilReport | None = None
         self.trace: dict[str, Any] | None = None
@@ -62,7 +70,7 @@ class GilWatch:
         if self._mode == "account":
             self._open_account()
         elif self._handoffs is not None:
-            self._convoy = ConvoyWatch(self._clock, self._handoffs)
+            self._convoy = ConvoyWatch(self._clock, self._handoffs, self._why_no_process)
             self._stack.callback(self._convoy.close)
         self.next_ns = self._convoy.next_ns if self._convoy else self._clock.since_ns + LOG_NS
         return self
@@ -85,6 +93,11 @@ class GilWatch:
             self.next_ns = self._convoy.next_ns
         elif self._account is not None:
             self._log(self._account, step, epoch)
+
+    @property
+    def convoy(self) -> Convoy | None:
+        """The loop waiting for the GIL, if that was seen."""
+        return self._of_account if self._convoy is None else self._convoy.found
 
     def handoffs_per_step(self, num_steps: int) -> float | None:
         """Return how often the GIL changed hands per step; None where that cannot be read."""
@@ -128,10 +141,11 @@ class GilWatch:
             self._warn_of_convoy(self.report)
 
     def _warn_of_convoy(self, report: GilReport) -> None:
-        message = describe_convoy(report, threading.current_thread().name, self._clock.num_steps)
-        if message is not None and not self._has_warned:
+        loop, num_steps = threading.current_thread().name, self._clock.num_steps
+        self._of_account = found = describe_convoy(report, loop, num_steps, self._why_no_process())
+        if found is not None and not self._has_warned:
             self._has_warned = True
-            warn_harmlessly(message)
+            warn_harmlessly(str(found))
 
     def _go_on_without(self, error: Exception) -> None:
         self._account = None

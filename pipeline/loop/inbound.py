@@ -213,7 +213,7 @@ class Inbound:
             if reader.is_threadable:
                 ahead = self._made_ahead(place, reader)
                 return _switching_often(ahead) if place.switches_often else ahead
-            self._retreat.warn_of_draws(self.source.unhookable)
+            self._retreat.warn_of_draws(self.source.unhookable, reader)
         return read_in_line(reader, self._transfer, self._goes_on)
 
     def _goes_on(self) -> bool:
@@ -267,7 +267,7 @@ class Inbound:
         if not self._num_in_line:
             return report
         if self.is_in_place:
-            waited = f"{self._num_in_line} made by the loop thread, while processes started and were compared"
+            waited = f"the loop made {self._num_in_line} batches while processes started and were compared"
             return replace(report, reason=f"{report.reason}; {waited}")
         missed = f"all {self._num_in_line} made by the loop thread: its processes were not ready in time"
         return replace(report, place="textbook", reason=f"and not {report.place}, {report.reason}; {missed}")

@@ -10,7 +10,7 @@ from pipeline.batch import Batch
 from pipeline.data import Reader
 from pipeline.errors import warn_harmlessly
 from pipeline.loop.placement import Place
-from pipeline.report.placement import PlacementReport
+from pipeline.report.placement import PlacementReport, plain_ms
 
 WINDOW_S, MIN_BATCHES = 2.0, 20
 HURTS_RATIO = 1.2  # in two windows one behind the other: a machine's speed changes by a tenth
@@ -108,7 +108,8 @@ class Pinned:
             self._is_done = self._num_slow == 2
             if self._is_done:
                 warn_harmlessly(
-                    f"placement='process' costs this run time: from batch to batch it takes {batch_ms:.3g} "
-                    f"ms, and took {self._in_line_ms:.3g} ms while processes started and the loop thread "
-                    "made the batches. placement='auto' keeps processes only where they pay."
+                    "placement='process' costs this run time: from batch to batch it takes "
+                    f"{plain_ms(batch_ms)} ms, and took {plain_ms(self._in_line_ms)} ms while processes "
+                    "started and the loop thread made the batches. placement='auto' keeps processes only "
+                    "where they pay."
                 )

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 from pipeline.checks import Limits
 from pipeline.report.ceilings import HANDOFF_MS, StepCost, predict
+from pipeline.report.placement import plain_ms
 from pipeline.settings import PlaceName
 
 MIN_GAIN = 0.03  # of a step; less is in the noise, and the simpler place is kept
@@ -142,7 +143,22 @@ def may_be(place: Place, limits: Limits, is_threadable: bool, is_random_access: 
     return is_threadable and (limits.num_threads is None or is_one_enough)
 
 
-def missed(job: Job, now_ms: float, remedy: str) -> str:
+def why_settled(job: Job, tried: Mapping[Place, float], limits: Limits) -> str:
+    """Say why batches are made in the best of the places tried, and what keeps them from others."""
+    place, textbook_ms = best_place(tried), tried[TEXTBOOK]
+    if place != TEXTBOOK:
+        won = f"it takes {1 - tried[place] / textbook_ms:.0%} less time than the textbook loop"
+        return f"{won}; {limits.reason}" if limits.reason else won
+    if limits.reason:
+        return limits.reason + _missed(job, textbook_ms, limits.remedy)
+    others = (
+        f"was more than {MIN_GAIN:.0%} faster" if len(tried) > 1 else "that can be used promises to be faster"
+    )
+    of_all = f"{plain_ms(job.fetch_ms)} of {plain_ms(textbook_ms)} ms"
+    return f"making a batch takes {of_all}: no other place {others}"
+
+
+def _missed(job: Job, now_ms: float, remedy: str) -> str:
     """Say what reading ahead would win at best, where it could not be tried, and how to have it."""
     saved = 1 - at_best_ms(replace(job, has_threads=True), INLINE) / now_ms
     if saved <= MIN_GAIN:

@@ -18,19 +18,20 @@ from pipeline.concurrency import available_cores
 from pipeline.data import IterableSource, ShardedSource, Source
 from pipeline.device import StepLimiter
 from pipeline.errors import listed, warn_harmlessly
+from pipeline.loop.findings import finding_of, outside_notes, outside_s
 from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
 from pipeline.loop.setup import is_rank_zero
 from pipeline.protocols import RunInfo
 from pipeline.report.ceilings import WHERE, Ceiling, StepCost, Where, ceilings, predict_all
-from pipeline.report.costs import RunClocks, stage_lines, step_cost
+from pipeline.report.costs import WAIT, RunClocks, stage_lines, step_cost
 from pipeline.report.lanes import lanes_of_trace, make_lanes, make_series, write_trace
 from pipeline.report.outbound import OutboundReport
 from pipeline.report.page import to_html
 from pipeline.report.placement import PlacementReport
-from pipeline.report.possible import DataKind, Possible, places_of
+from pipeline.report.possible import ONE_CORE, DataKind, Possible, places_of
 from pipeline.report.record import Gain, Lane, RunReport, to_dict, to_json
-from pipeline.report.verdict import advise, binding_of, describe, describe_ceiling, lift
+from pipeline.report.verdict import TRIALS, advise, binding_of, describe, describe_ceiling, lift
 from pipeline.settings import Placement
 
 NOT_TRAINING = ("setup", "validate", "checkpoint", "between")
@@ -55,19 +56,25 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
     where = next(each for each in WHERE if each == placement.name)
     clocks = RunClocks(
         times=[each for each in [*run.clock.times(), *belts.times.times] if each.stage not in NOT_TRAINING],
-        loop_thread=(loop := threading.current_thread().name),
+        loop_thread=threading.current_thread().name,
         num_steps=num_steps,
         reads_ahead=where in ("inline", "thread"),
         runs_ahead=belts.backend.streams is not None,
         device_ms=_mean_ms(device),
-        is_remote=where == "process" or _has_own_workers(train_data),
+        is_remote=where == "process" or bool(_own_workers(train_data)),
         gil=run.gil.report,
     )
     cost, gain = step_cost(clocks), None if belts.meter is None else belts.meter.gain()
     cost = _undisturbed(_as_measured(cost, placement, settings.accumulate_grad_batches), belts)
-    is_auto = settings.placement == "auto" and settings.schedule == "auto"  # it has tried what there is
+    is_settled = placement.is_settled or gain is not None
+    is_auto = settings.placement == "auto" and settings.schedule == "auto"
     settable = set() if is_auto else {"textbook", *get_args(Placement)}
-    possible = _possible(belts, train_data, clocks, run.callbacks.times())
+    possible = replace(
+        _possible(belts, train_data, clocks, run.callbacks.times()),
+        has_free_cores=num_cores > max(placement.num_workers, _own_workers(train_data), 1),
+        has_tried=is_auto and is_settled,
+        restarts_workers=not getattr(train_data, "persistent_workers", True),
+    )
     cores = {
         "num_cores": num_cores,
         "num_workers": min(filter(None, (settings.num_workers or num_cores, possible.max_workers))),
@@ -75,14 +82,19 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
     }
     chosen = {"num_workers": placement.num_workers, "threads_per_worker": placement.threads_per_worker}
     # What a batch costs is not known here while worker processes make them.
-    everywhere = () if cost is None or where == "process" else predict_all(cost, **cores)
+    is_known = is_settled and where != "process" and len(placement.tried_ms) < 2  # times are better
+    everywhere = () if cost is None or not is_known else predict_all(cost, **cores)
     predictions = tuple(each for each in everywhere if each.where in possible.places | {where})
-    bounds = () if cost is None else ceilings(cost, where, **cores | chosen)
+    bounds = () if cost is None or not is_settled else ceilings(cost, where, **cores | chosen)
     step_ms = run.clock.train_s / num_steps * 1e3 if num_steps else 0.0
-    wait_ms = sum(journal.wait_s) / num_steps * 1e3 if num_steps else 0.0
-    names = {loop: "loop"}
+    wait_ms = clocks.step_ms(WAIT) if num_steps else 0.0
+    names = {clocks.loop_thread: "loop"}
     if gain is not None and belts.meter is not None:
         step_ms, wait_ms = gain.overlap_ms, belts.meter.overlap_wait_ms()  # the textbook windows left out
+    found = finding_of(run, placement) if gain is None else None
+    trials = TRIALS if gain is None and len(placement.tried_ms) > 1 else ""
+    described = describe(step_ms, wait_ms, cost, where, gain, possible) + trials
+    advised = advise(step_ms, cost, where, predictions, settable, gain, possible, bounds)
     return RunReport(
         facts=_facts(run, belts, where, num_cores),
         settings=_settings(journal.loggers.info),
@@ -96,28 +108,26 @@ def make_report(run: Run, belts: Belts, outbound: OutboundReport, train_data: An
         ceiling=_ceiling(step_ms, bounds, where, possible),
         predictions=predictions,
         gain=gain,
-        verdict=describe(step_ms, wait_ms, cost, where, gain, possible),
-        advice=_advice(
-            placement.obstacle, advise(step_ms, cost, where, predictions, settable, gain, possible)
-        ),
+        verdict=described if found is None else found.verdict,
+        advice=_advice(placement.obstacle, advised) if found is None else found.advice,
         placement=placement,
         series=make_series(journal.step_s, journal.wait_s, run.state.step - num_steps),
         lanes=_lanes(run, belts, device, names),
         notes=(
             *_belt_notes(belts, gain),
-            *_outside_notes(run),
+            *outside_notes(run),
             *str(outbound).splitlines(),
             *_gil_notes(run),
         ),
     )
 
 
-def _has_own_workers(train_data: Any) -> bool:
-    return isinstance(train_data, DataLoader) and bool(train_data.num_workers)
+def _own_workers(train_data: Any) -> int:
+    return train_data.num_workers if isinstance(train_data, DataLoader) else 0
 
 
 def _kind(source: Source, train_data: Any) -> DataKind:
-    if _has_own_workers(train_data):
+    if _own_workers(train_data):
         return "workers"
     if isinstance(source, ShardedSource):
         return "shards"
@@ -128,7 +138,8 @@ def _possible(belts: Belts, train_data: Any, clocks: RunClocks, callbacks_s: Map
     """Return where this run's batches could be made, and what of a step is no training."""
     kind = _kind(source := belts.training_source, train_data)
     draws, limits = listed(source.unhookable), belts.training_limits
-    places, obstacles = places_of(kind, draws, belts.placement.obstacle, limits)
+    obstacle = belts.placement.obstacle or (ONE_CORE if available_cores() == 1 else "")
+    places, obstacles = places_of(kind, draws, obstacle, limits)
     # On a device that runs ahead, a log that reads waits for the device: that is no time of the log's.
     parts = ("callbacks",) if clocks.runs_ahead else ("log", "callbacks")
     found = kind, places, obstacles
@@ -150,21 +161,8 @@ def _ceiling(step_ms: float, bounds: tuple[Ceiling, ...], where: Where, possible
 
 def _advice(obstacle: str, found: str) -> str:
     """Return the advice, or why what promised most could not be tried, where there is no better."""
+    obstacle = obstacle.replace(", or set placement=thread", "")  # auto has tried threads, if they promised
     return found if found.startswith("no placement") else obstacle or found
-
-
-def _outside_notes(run: Run) -> tuple[str, ...]:
-    """Say what the loop thread did between steps, which is in no step's time."""
-    spent_s = {each.stage: each.wall_s for each in run.clock.times()}
-    names = {
-        "validate": "validations",
-        "checkpoint": "checkpoints",
-        "between": "ends of epochs, their callbacks",
-    }
-    found = [
-        f"{name} {spent_s[stage]:.2f} s" for stage, name in names.items() if spent_s.get(stage, 0.0) >= 0.005
-    ]
-    return (f"besides the {run.clock.train_s:.2f} s of training: {', '.join(found)}",) if found else ()
 
 
 def publish(report: RunReport, settings: Any, run_dir: Path | None) -> None:
@@ -190,7 +188,7 @@ def _settings(info: RunInfo) -> dict[str, Any]:
 
 
 def _facts(run: Run, belts: Belts, where: Where, num_cores: int) -> dict[str, Any]:
-    return {
+    return {f"{stage}_s": spent_s for stage, spent_s in outside_s(run).items()} | {
         "ended": datetime.datetime.now().isoformat(sep=" ", timespec="seconds"),
         "schedule": belts.schedule,
         "placement": where,

@@ -66,21 +66,24 @@ class Retreat:
             raise StageError(
                 f"{place} makes other batches of {self._name} than the loop does: {doubt}. None of them was "
                 "used. The dataset may depend on a global, on what its module does when it is imported, or "
-                "on its thread. Set placement='inline', or see docs/placement.md.",
+                "on its thread. Leave placement and schedule at auto, which goes back to the loop by "
+                "itself, or see docs/placement.md.",
                 stage="fetch",
             ) from doubt
         self._checks.withdraw(str(doubt))
         self._warn(f"{self._name}: {doubt}. None was used; batches are made in the loop from here on.")
 
-    def warn_of_draws(self, names: Sequence[str]) -> None:
+    def warn_of_draws(self, names: Sequence[str], reader: Reader) -> None:
         """Say that a thread cannot make batches that draw from these; once."""
         if self._has_said_draws:
             return
         self._has_said_draws = True
+        can_share = reader.max_processes != 0 and self._checks.limits.has_processes
+        or_process = ", or set placement=process" if can_share else ""
         warnings.warn(
             f"random numbers were drawn from {listed(names)} while a batch was made. Threads share that "
             "generator, so the loop thread makes the batches from here on, with the same numbers and without "
-            "overlap. Draw from torch's functions that take a generator, or set placement=process.",
+            f"overlap. Draw from torch's functions that take a generator{or_process}.",
             stacklevel=2,
         )
 

@@ -9,7 +9,7 @@ import torch
 
 from pipeline.checks import Limits
 from pipeline.concurrency import Scope, available_cores
-from pipeline.data import Source
+from pipeline.data import MapSource, ShardedSource, Source
 from pipeline.device import Backend, StepLimiter, make_transfer
 from pipeline.loop.gain import GainMeter, SwitchedOutbound
 from pipeline.loop.inbound import Inbound
@@ -19,6 +19,7 @@ from pipeline.loop.placement import INLINE, TEXTBOOK, Place
 from pipeline.loop.stall import watch_loop
 from pipeline.loop.threads import ThreadTimes
 from pipeline.report.placement import PlacementReport
+from pipeline.report.possible import ONE_CORE, ONE_READER
 from pipeline.settings import Settings
 
 
@@ -83,6 +84,18 @@ class Belts:
     def placement(self) -> PlacementReport:
         """Where the batches of the training are made, and why."""
         return next(each for each in self._inbound if each.is_training).placement
+
+    def why_no_process(self) -> str:
+        """Say why no process could make the batches of the training better; empty if nothing is known."""
+        if not isinstance(self.training_source, MapSource | ShardedSource):
+            return ONE_READER
+        if not (limits := self.training_limits).has_processes:
+            return limits.reason
+        if self.placement.name == "process":
+            return "worker processes make them already"
+        if any(place.startswith("process") for place in self.placement.tried_ms):
+            return "auto has tried processes, and they were no faster"
+        return ONE_CORE if available_cores() == 1 else self.placement.obstacle
 
     @property
     def training_limits(self) -> Limits:

@@ -157,5 +157,7 @@ def _hidden_ratio(clocks: RunClocks, time: StageTime) -> float | None:
         return None
     if time.stage not in MAKING_STAGES:
         return 1.0
+    if not clocks.reads_ahead:
+        return None  # of a place that was tried and left, nobody knows
     fetch_ms = _fetch_ms(clocks)[0]
     return max(0.0, 1 - clocks.step_ms(WAIT) / fetch_ms) if fetch_ms else None

@@ -6,7 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from pipeline.device import HostRead
+from pipeline.errors import counted
 from pipeline.loggers import LoggerTime
+
+MIN_BOUND_S = 0.1  # of processor time: below it stands what a run of some steps costs at first
 
 
 @dataclass(frozen=True)
@@ -27,10 +30,8 @@ class GcPauses:
 
     def __str__(self) -> str:
         each = self.total_s / self.num_steps * 1e6 if self.num_steps else 0.0
-        return (
-            f"{self.num_collections} pauses in {self.num_steps} steps, {each:.1f} µs a step, "
-            f"the longest {self.longest_s * 1e3:.1f} ms"
-        )
+        pauses, steps = counted(self.num_collections, "pause"), counted(self.num_steps, "step")
+        return f"{pauses} in {steps}, {each:,.1f} µs a step, the longest {self.longest_s * 1e3:.1f} ms"
 
 
 @dataclass(frozen=True)
@@ -102,8 +103,8 @@ class OutboundReport:
 
     @property
     def gil_bound_loggers(self) -> tuple[LoggerTime, ...]:
-        """The loggers whose processor time is more than a tenth of the training time."""
-        return tuple(each for each in self.loggers if each.cpu_s > 0.1 * self.train_s)
+        """The loggers whose processor time is more than a tenth of the training time, and worth a word."""
+        return tuple(each for each in self.loggers if each.cpu_s > max(0.1 * self.train_s, MIN_BOUND_S))
 
     def __str__(self) -> str:
         collector = [] if self.gc is None else [str(self.gc)]
@@ -112,22 +113,23 @@ class OutboundReport:
     def _lag_lines(self) -> list[str]:
         if self.writer_cpu_s is None:
             return ["numbers were read and logged on the loop thread (textbook)"]
-        dropped = f", {self.num_dropped} rows dropped" if self.num_dropped else ""
+        dropped = f", {counted(self.num_dropped, 'row')} dropped" if self.num_dropped else ""
         return [
-            f"the loggers were at most {self.max_lag_steps} steps and {self.max_lag_s * 1e3:.0f} ms behind"
-            f"{dropped}; the writer thread held the GIL for at most {self._share(self.writer_cpu_s)}"
+            f"the loggers were at most {counted(self.max_lag_steps, 'step')} and "
+            f"{self.max_lag_s * 1e3:,.0f} ms behind{dropped}; the writer thread held the GIL for at most "
+            f"{self._share(self.writer_cpu_s)}"
         ]
 
     def _logger_lines(self) -> list[str]:
         lines = [
-            f"{each.name}: {each.num_rows} rows in {self._share(each.wall_s)}"
+            f"{each.name}: {counted(each.num_rows, 'row')} in {self._share(each.wall_s)}"
             + (f", at most {self._share(each.cpu_s)} of it with the GIL" if each.cpu_s else "")
             for each in self.loggers
         ]
         lines += [f"callback {name}: {self._share(spent_s)}" for name, spent_s in self.callbacks.items()]
         return lines + [
-            f"{each.name} takes the GIL from the loop: give it fewer rows (log_every_n_steps), or move it "
-            f"to a process of its own with pipeline.loggers.InProcess({each.name}, …)"
+            f"{each.name} takes the GIL from the loop: give it fewer rows (log_every_n_steps)"
+            + _elsewhere(each.name)
             for each in self.gil_bound_loggers
         ]
 
@@ -141,3 +143,13 @@ class OutboundReport:
     def _share(self, spent_s: float) -> str:
         share = spent_s / self.train_s if self.train_s else 0.0
         return f"{spent_s:.2f} s ({share:.1%} of training)"
+
+
+def _elsewhere(name: str) -> str:
+    """Return what takes a logger off the loop's GIL, for those that one can do without or make elsewhere."""
+    if name == "ProgressBar":
+        return ", or set enable_progress_bar=False"
+    if name == "JsonlLogger":
+        return ""
+    kind = name.partition(" ")[0]
+    return f", or move it to a process of its own with pipeline.loggers.InProcess({kind}, …)"

@@ -6,7 +6,7 @@ function tiles(report) {
   const share = report.step_ms ? report.data_wait_ms / report.step_ms : 0, found = [
     tile("a step", ms(report.step_ms), "ms"),
     tile("throughput", fixed(report.samples_per_s, 0), "samples/s"),
-    tile(report.facts.schedule === "textbook" ? "of it making batches" : "of it waiting for batches", percent(share), `${ms(report.data_wait_ms)} ms`)];
+    tile(report.facts.placement === "textbook" ? "of it for batches" : "of it waiting for batches", percent(share), `${ms(report.data_wait_ms)} ms`)];
   if (report.gain) found.push(tile("the textbook loop, in this run", `${fixed(report.gain.ratio, 2)} ×`, `[${fixed(report.gain.low, 2)}, ${fixed(report.gain.high, 2)}]`));
   else if (report.ceilings.length) found.push(tile(`of the step is its ceiling: ${report.ceilings[0].name}`, percent(Math.min(report.ceilings[0].step_ms / report.step_ms, 1)), `${ms(report.ceilings[0].step_ms)} ms`));
   return el("div", { class: "tiles" }, ...found);
@@ -19,15 +19,15 @@ function overTime(report) {
     timeChart(report, [{ name: "", values: perSecond, color: "var(--step)" }], "Throughput over the run", "Steps a second, over seconds of training.", false)));
 }
 function details(report) {
-  const facts = Object.entries(report.facts).map(([name, value]) => [name, typeof value === "number" ? fixed(value, Number.isInteger(value) ? 0 : 2) : String(value)]);
+  const facts = Object.entries(report.facts).map(([name, value]) => [name, typeof value === "number" ? fixed(value, Number.isInteger(value) ? 0 : 2) : value === null ? "–" : String(value)]);
   const settings = Object.entries(report.settings).map(([name, value]) => [name, JSON.stringify(value)]);
   return el("details", {}, el("summary", {}, "What ran, and its settings"), el("div", { class: "columns" }, table(["", ""], facts, 2), table(["", ""], settings, 2)));
 }
 function showRun(name, report) {
   const facts = report.facts, parts = [
-    el("p", { class: "kicker" }, `${name} · ${facts.schedule}${facts.schedule === "overlap" ? ", " + facts.placement : ""} on ${facts.device} · ${fixed(facts.num_steps, 0)} steps · ${facts.ended}`),
+    el("p", { class: "kicker" }, `${name} · batches made in ${facts.placement} on ${facts.device} · ${fixed(facts.num_steps, 0)} steps · ${facts.ended}`),
     el("h1", {}, report.verdict),
-    el("p", { class: "next" }, el("b", {}, "Change next: "), report.advice || "nothing. Loading and logging cost this run next to nothing."),
+    el("p", { class: "next" }, el("b", {}, "Change next: "), report.advice || "nothing"),
     tiles(report)];
   if (report.gain) parts.push(section("Gain, measured in this run", "Short windows of the textbook loop and of this one took turns, in random order, on the same data and with the same numbers. The bar is the 95 % interval.", gainChart(report)));
   if (report.stages.length) parts.push(section("Where a step goes", "Milliseconds a step, by thread and stage. What a thread beside the loop does is hidden as far as the loop does not wait for it.", stackedThreads(report), stageTable(report)));
@@ -47,7 +47,7 @@ function compareRuns(shown, show) {
   const metrics = ["train/epoch_loss", "train/loss", "val/loss", "val/accuracy"].filter((name) => runs.some((run) => name in run.report.metrics));
   const head = ["run", "where", ...differing, "ms a step", "samples/s", "waiting", "ceiling", ...metrics];
   const body = runs.map((run, number) => {
-    const report = run.report, row = [run.name, report.facts.schedule === "textbook" ? "textbook" : report.facts.placement,
+    const report = run.report, row = [run.name, report.facts.placement,
       ...differing.map((name) => JSON.stringify(report.settings[name]) ?? "–"), ms(report.step_ms), fixed(report.samples_per_s, 0),
       percent(report.step_ms ? report.data_wait_ms / report.step_ms : 0), report.ceilings.length ? report.ceilings[0].name : "–",
       ...metrics.map((name) => (name in report.metrics && report.metrics[name] !== null ? report.metrics[name].toPrecision(4) : "–"))];

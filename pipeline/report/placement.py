@@ -5,6 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 
+def plain_ms(ms: float) -> str:
+    """Return milliseconds with three digits or more, and no exponent: ``0.12``, ``22.1``, ``1,034``."""
+    return f"{ms:,.0f}" if ms >= 100 else f"{round(ms, 3):.3g}"
+
+
 @dataclass(frozen=True)
 class PlacementReport:
     """Where batches were made in the end, and what was measured on the way.
@@ -24,6 +29,7 @@ class PlacementReport:
         limit: What was found in the data that keeps its batches in the loop; empty if nothing was.
         num_compared: Batches that were made twice, and compared.
         checks_s: Seconds that looking and comparing took.
+        is_settled: Whether the place is chosen, and not only tried.
     """
 
     place: str
@@ -38,6 +44,7 @@ class PlacementReport:
     limit: str = ""
     num_compared: int = 0
     checks_s: float = 0.0
+    is_settled: bool = True
 
     @property
     def name(self) -> str:
@@ -45,5 +52,5 @@ class PlacementReport:
         return self.place.split()[0]
 
     def __str__(self) -> str:
-        tried = ", ".join(f"{place} {ms:.3g} ms" for place, ms in self.tried_ms.items())
-        return f"{self.place}: {self.reason}{'; tried ' if tried else ''}{tried}"
+        tried = ", ".join(f"{place} {plain_ms(ms)} ms" for place, ms in self.tried_ms.items())
+        return f"{self.place}: {self.reason}{'; tried, from batch to batch: ' if tried else ''}{tried}"

@@ -15,6 +15,7 @@ DataKind: TypeAlias = Literal["map", "iterable", "shards", "workers"]
 PLACES = frozenset({"textbook", "inline", "thread", "process"})
 NO_LIMITS = Limits()
 ONE_READER = "an iterable is read by one thread, in its order"
+ONE_CORE = "there is one core, for the loop and for whatever makes batches beside it"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,9 @@ class Possible:
         parts_ms: Of a step, what is no training: ``log`` and ``callbacks``, each where it was timed.
         slowest_callback: The class of the callback that took most of the loop's time.
         remedy: What to type so that batches can be made elsewhere, and when that is right.
+        has_free_cores: Whether there are cores for more workers.
+        has_tried: Whether `auto` has settled, and so found nothing faster.
+        restarts_workers: Whether a DataLoader starts its workers anew for each epoch.
     """
 
     kind: DataKind = "map"
@@ -40,6 +44,9 @@ class Possible:
     parts_ms: Mapping[str, float] = field(default_factory=dict)
     slowest_callback: str = ""
     remedy: str = ""
+    has_free_cores: bool = True
+    has_tried: bool = False
+    restarts_workers: bool = False
 
 
 def places_of(
@@ -64,7 +71,9 @@ def places_of(
     if obstacle:
         found.setdefault("process", obstacle)
     if limits.num_threads is not None:
-        found |= {"inline": limits.reason, "thread": limits.reason}
+        found["thread"] = limits.reason
+    if limits.num_threads == 0 or (limits.num_threads is not None and kind == "map"):
+        found["inline"] = limits.reason
     if not limits.has_processes:
         found["process"] = limits.reason
     return PLACES - set(found), found

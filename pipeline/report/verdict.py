@@ -27,6 +27,11 @@ LIFTS = {
     "gil": "work that holds the GIL leaves it only by moving to a process or by going away",
     "host": "more cores lift it, or less work a step",
 }
+NO_CORES = " (only where making a sample mostly waits: every core has one)"
+NOTHING_FASTER = "only less work a sample lifts it: no other place that auto can use is faster"
+OVERLAP = "overlap lifts it, where a thread or a process can make batches beside the step"
+TRIALS = "; the steps in which auto tried other places count in these means"
+UNSETTLED = "none yet: the run ended before auto had settled where batches are made"
 SETTINGS: dict[Where, str] = {
     "textbook": "schedule='textbook'",
     "inline": "schedule='overlap', placement='inline'",
@@ -51,10 +56,10 @@ def describe_ceiling(step_ms: float, bounds: tuple[Ceiling, ...], lifts: str | N
     binding = binding_of(bounds)
     lifts = lift(binding.name, "textbook", ANYTHING) if lifts is None else lifts
     if binding.step_ms > step_ms:
-        figures = f"estimated at {binding.step_ms:.2f} ms, the steps took {step_ms:.2f} on average"
+        figures = f"estimated at {binding.step_ms:,.2f} ms, the steps took {step_ms:,.2f} on average"
     else:
         share = binding.step_ms / step_ms
-        figures = f"{binding.step_ms:.2f} of {step_ms:.2f} ms a step ({share:.0%})"
+        figures = f"{binding.step_ms:,.2f} of {step_ms:,.2f} ms a step ({share:.0%})"
     return f"the ceiling is {BINDS[binding.name]}: {figures}; {lifts}"
 
 
@@ -87,32 +92,41 @@ def lift(name: str, where: Where, possible: Possible, bound_ms: float = math.inf
 
 def _lift_belt(where: Where, possible: Possible) -> str:
     if possible.kind == "workers":
+        more = "a higher num_workers" + ("" if possible.has_free_cores else NO_CORES)
+        kept = ", persistent_workers=True" if possible.restarts_workers else ""
         return (
-            "the DataLoader's own workers make them: a higher num_workers lifts it, a larger "
-            "prefetch_factor, persistent_workers=True, or less work a sample"
+            "the DataLoader's own workers make them: less work a sample lifts it, a larger "
+            f"prefetch_factor{kept}, or {more}"
         )
     if possible.kind == "iterable":
         return f"{ONE_READER}: only less work a batch lifts it, or a dataset with indices"
+    others = [SETTINGS[place] for place in ("thread", "process") if place in possible.places]
     if where in ("thread", "process"):
         if possible.max_workers is not None:
             return (
                 f"less work a sample lifts it, or more shards: no more than {possible.max_workers} can share"
             )
-        return "more workers lift it (num_workers), or less work a sample"
-    others = [SETTINGS[place] for place in ("thread", "process") if place in possible.places]
-    if others:
+        if possible.has_tried:
+            return NOTHING_FASTER
+        more = f"more workers, {SETTINGS[where]} with a higher num_workers"
+        return f"less work a sample lifts it, or {more}{'' if possible.has_free_cores else NO_CORES}"
+    if not others:
+        return f"only less work a sample lifts it: {_why_not('process', possible)}"
+    if possible.has_tried:
+        return NOTHING_FASTER
+    if possible.has_free_cores:
         return f"more workers lift it, with {' or '.join(others)}, or less work a sample"
-    return f"only less work a sample lifts it: {_why_not('process', possible)}"
+    return f"less work a sample lifts it, or {others[0]}{NO_CORES}"
 
 
 def _lift_serial(possible: Possible) -> str:
     if possible.kind == "workers":
-        return f"a batch waits for the step before it: {_lift_belt('textbook', possible)}"
+        return _lift_belt("textbook", possible)
     if possible.remedy:
         return possible.remedy
-    if possible.places - {"textbook"}:
-        return "overlap lifts it, where a thread or a process can make batches beside the step"
-    return f"only less work a sample lifts it: {_why_not('inline', possible)}"
+    if not possible.places - {"textbook"}:
+        return f"only less work a sample lifts it: {_why_not('inline', possible)}"
+    return NOTHING_FASTER if possible.has_tried else OVERLAP
 
 
 def _why_not(place: str, possible: Possible) -> str:
@@ -130,17 +144,17 @@ def _lift_part(part: str, possible: Possible) -> str:
     if part == "callbacks":
         which = possible.slowest_callback or "they"
         return (
-            f"callbacks take {ms:.2f} ms of it, {which} most: tell it of fewer steps with its every=, or "
+            f"callbacks take {ms:,.2f} ms of it, {which} most: tell it of fewer steps with its every=, or "
             "read numbers in on_step_read, which runs where the loggers do"
         )
-    return f"logging takes {ms:.2f} ms of it: set log_every_n_steps higher"
+    return f"logging takes {ms:,.2f} ms of it: set log_every_n_steps higher"
 
 
 def describe_gain(gain: Gain) -> str:
     """Say what overlap won, and whether it won anything."""
     figures = (
         f"{gain.ratio:.2f} times the textbook loop [{gain.low:.2f}, {gain.high:.2f}], measured in this run: "
-        f"{gain.overlap_ms:.2f} instead of {gain.textbook_ms:.2f} ms a step"
+        f"{gain.overlap_ms:,.2f} instead of {gain.textbook_ms:,.2f} ms a step"
     )
     if gain.low <= 1.0 <= gain.high:
         return f"no gain to be told from chance: {figures}"
@@ -173,23 +187,29 @@ def describe(
     if cost is None or step_ms <= 0:
         return "too short to say"
     share = data_wait_ms / step_ms
+    if share < SMALL_RATIO and cost.is_remote:
+        makers = "the DataLoader's workers" if possible.kind == "workers" else "worker processes"
+        return (
+            f"loading is hidden: {makers} make the batches, and the loop waits for them {share:.1%} of the "
+            f"time, {data_wait_ms:,.2f} of {step_ms:,.2f} ms a step"
+        )
     if share < SMALL_RATIO and where != "textbook" and cost.fetch_ms > SMALL_RATIO * step_ms:
         return (
             f"loading is hidden: the loop waits for batches {share:.1%} of the time, while making them takes "
-            f"{cost.fetch_ms:.2f} ms beside a step of {step_ms:.2f} ms"
+            f"{cost.fetch_ms:,.2f} ms beside a step of {step_ms:,.2f} ms"
         )
     if share < SMALL_RATIO:
         return (
             f"nothing to gain from loading: the loop waits for batches {share:.1%} of the time, "
-            f"{data_wait_ms:.2f} of {step_ms:.2f} ms a step"
+            f"{data_wait_ms:,.2f} of {step_ms:,.2f} ms a step"
         )
     verb = "makes its own batches" if where == "textbook" else "waits for batches"
     if possible.kind == "workers":
         verb = "waits for the DataLoader's workers"
     speedup = step_ms / max(headspace_ms(cost), 1e-9)
     return (
-        f"the loop {verb} {share:.0%} of the time, {data_wait_ms:.2f} of {step_ms:.2f} ms a step; with every "
-        f"batch already there it would be {speedup:.2f} times as fast, and no loader does better"
+        f"the loop {verb} {share:.0%} of the time, {data_wait_ms:,.2f} of {step_ms:,.2f} ms a step; with "
+        f"every batch already there it would be {speedup:.2f} times as fast, and no loader does better"
     )
 
 
@@ -201,6 +221,7 @@ def advise(
     settable: Collection[str],
     gain: Gain | None,
     possible: Possible = ANYTHING,
+    bounds: tuple[Ceiling, ...] = (),
 ) -> str:
     """Return the one setting to change next; empty for none.
 
@@ -212,6 +233,7 @@ def advise(
         settable: The places that a user can choose.
         gain: What was measured in the run, if it was.
         possible: What holds for the data: no other place is advised.
+        bounds: Of the run as it was, where no prediction has them.
     """
     if cost is None or step_ms <= 0:
         return ""
@@ -227,15 +249,15 @@ def advise(
     worth = [each for each in others if each.high_ms < WORTH_RATIO * step_ms]
     if worth:
         best = min(worth, key=lambda each: each.high_ms)
-        return f"{SETTINGS[best.where]}: predicted {_range(best)} ms a step instead of {step_ms:.2f}"
+        return f"{SETTINGS[best.where]}: predicted {_range(best)} ms a step instead of {step_ms:,.2f}"
     hopeful = [each for each in others if each.low_ms < WORTH_RATIO * step_ms]
     if hopeful and cost.fetch_held_ms is None:
         best = min(hopeful, key=lambda each: each.low_ms)
         return (
             f"gil='account': {SETTINGS[best.where]} may take {_range(best)} ms a step instead of "
-            f"{step_ms:.2f}, depending on how much of the fetch holds the GIL, which it measures"
+            f"{step_ms:,.2f}, depending on how much of the fetch holds the GIL, which it measures"
         )
-    bounds = by_place[where].ceilings if where in by_place else ()
+    bounds = by_place[where].ceilings if where in by_place else bounds
     if bounds and step_ms - headspace_ms(cost) > SMALL_RATIO * step_ms:
         bound = binding_of(bounds)
         if possible.remedy and bound.name in ("serial", "belt"):
@@ -246,5 +268,5 @@ def advise(
 
 def _range(found: Prediction) -> str:
     if found.high_ms - found.low_ms < 0.01 * found.high_ms:
-        return f"{found.step_ms:.2f}"
-    return f"{found.low_ms:.2f} to {found.high_ms:.2f}"
+        return f"{found.step_ms:,.2f}"
+    return f"{found.low_ms:,.2f} to {found.high_ms:,.2f}"

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import inspect
 import mmap
 import os
 import re
+import typing
 from pathlib import Path
 
 import pytest
 
 import pipeline
+from pipeline.hints import describe
+from pipeline.settings import Settings
 from tests.conftest import alive, left_behind
 
 ROOT = Path(__file__).parents[2]
@@ -90,3 +94,22 @@ def test_links_lead_somewhere():
     for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")]:
         for link in re.findall(r"\]\((?!http)([^)#]+)", path.read_text()):
             assert (path.parent / link).exists(), (path.name, link)
+
+
+def settings_table():
+    """Return the lines of the table of all settings: its text is the first sentence of each in `Settings`."""
+    doc = inspect.getdoc(Settings).partition("Args:\n")[2].partition("\nRaises:")[0]
+    texts = dict(re.findall(r"^    (\w+): (.*?)(?=^    \w+: |\Z)", doc, re.DOTALL | re.MULTILINE))
+    hints = typing.get_type_hints(Settings)
+    lines = ["| setting | default | may be | what it does |", "|---|---|---|---|"]
+    for field in dataclasses.fields(Settings):
+        text = re.split(r"(?<=[.?])\s", " ".join(texts[field.name].split()), maxsplit=1)[0]
+        text = text.rstrip(".").replace("``", "`")
+        lines.append(f"| `{field.name}` | `{field.default!r}` | {describe(hints[field.name])} | {text} |")
+    return lines
+
+
+def test_the_documents_have_every_setting():
+    """With its default, what it may be, and its first sentence."""
+    table = "\n".join(settings_table())
+    assert table in (ROOT / "docs/trainer.md").read_text(), f"docs/trainer.md should have:\n{table}"

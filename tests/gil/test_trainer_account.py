@@ -163,14 +163,21 @@ def report(*shares, wall_s=2.0):
 )
 def test_the_warning_names_stage_holder_cost_and_remedy(holder, advice):
     """As a user needs it."""
-    message = describe_convoy(
-        report(share("forward", 0.6, {holder: 1.0}), share("optimizer", 0.2, {"nobody": 1.0})), "loop", 100
-    )
+    found = report(share("forward", 0.6, {holder: 1.0}), share("optimizer", 0.2, {"nobody": 1.0}))
+    message = str(describe_convoy(found, "loop", 100))
     assert "40% of the time" in message
     assert "8.0 ms a step" in message
     assert "'forward'" in message
     assert repr(holder) in message
     assert advice in message
+
+
+def test_the_warning_advises_no_process_where_there_can_be_none():
+    """It says why instead."""
+    found = report(share("forward", 0.6, {"prefetch/1/fetch": 1.0}))
+    message = str(describe_convoy(found, "loop", 100, "dataset.file can only be read in turn"))
+    assert "placement=" not in message
+    assert "dataset.file can only be read in turn" in message
 
 
 def test_a_loop_that_hardly_waits_is_not_warned():

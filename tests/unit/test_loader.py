@@ -75,7 +75,7 @@ def test_the_place_and_its_reason_can_be_read():
     with Loader(DataLoader(Augmented(8), 4)) as loader:
         list(loader)
         assert loader.placement.place == "textbook"
-        assert "too short to tell" in str(loader.placement)
+        assert "not settled" in str(loader.placement)
 
 
 def test_wrong_settings_are_refused():

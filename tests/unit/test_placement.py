@@ -222,6 +222,22 @@ def test_nothing_waits_for_processes_to_start(monkeypatch):
     assert places[-1] == Place("process", 1)
 
 
+def test_a_place_on_trial_is_not_settled(monkeypatch):
+    """Nor is the first one, nor one that is used until processes have started; the report says so."""
+    machine = Machine(
+        fetch_ms=10, step_ms=10, place_ms={INLINE: 20.5, Place("process", 1): 10.6}, starts_after=200
+    )
+    auto = make_auto(machine, monkeypatch)
+    assert "not settled: the first batches" in str(auto.report)
+    for num_batches in (40, 60):
+        machine.run(auto, num_batches)
+        assert not auto.report.is_settled
+        assert auto.report.reason.startswith("not settled")
+    machine.run(auto, 1000)
+    assert auto.report.is_settled
+    assert "not settled" not in str(auto.report)
+
+
 def test_a_slow_trial_ends_at_once(monkeypatch):
     """A place in which a step takes a second is left after two batches."""
     machine = Machine(fetch_ms=10, step_ms=10, place_ms={INLINE: 1000}, fails=True)
