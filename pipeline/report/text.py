@@ -28,7 +28,8 @@ def to_text(report: RunReport) -> str:
 
 def _headline(report: RunReport) -> str:
     facts = report.facts
-    seed = f", seed {facts['seed']}" if "seed" in facts else ""  # older reports have none
+    whose = "seed" if facts.get("is_seed_given", True) else "torch's seed"
+    seed = f", {whose} {facts['seed']}" if "seed" in facts else ""  # older reports have none
     return (
         f"{facts['num_steps']} steps in {facts['train_s']:.1f} s on {facts['device']}: "
         f"{report.step_ms:.2f} ms a step, {report.samples_per_s:,.0f} samples/s{seed}"
