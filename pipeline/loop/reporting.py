@@ -156,11 +156,8 @@ def _advice(obstacle: str, found: str) -> str:
 def _outside_notes(run: Run) -> tuple[str, ...]:
     """Say what the loop thread did between steps, which is in no step's time."""
     spent_s = {each.stage: each.wall_s for each in run.clock.times()}
-    names = {
-        "validate": "validations",
-        "checkpoint": "checkpoints",
-        "between": "ends of epochs, their callbacks",
-    }
+    ends = "ends of epochs, their callbacks"
+    names = {"validate": "validations", "checkpoint": "checkpoints", "between": ends}
     found = [
         f"{name} {spent_s[stage]:.2f} s" for stage, name in names.items() if spent_s.get(stage, 0.0) >= 0.005
     ]

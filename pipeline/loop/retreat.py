@@ -76,9 +76,9 @@ class Retreat:
     def warn_of_draws(self, names: Sequence[str]) -> None:
         """Say that a thread cannot make batches that draw from these; once."""
         if names == READS_OURS:
-            self._checks.withdraw(
-                f"{self._name} reads a pipeline.Loader, which reads ahead itself", OURS_REMEDY
-            )
+            reason = f"{self._name} reads a pipeline.Loader, which reads ahead itself"
+            self._checks.withdraw(reason, OURS_REMEDY)
+            self.has_left = self._is_pinned
         if self._has_said_draws or names == READS_OURS:
             return
         self._has_said_draws = True
