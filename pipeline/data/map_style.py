@@ -89,7 +89,7 @@ class MapSource:
         if last != reader.position - 1 or not torch.equal(reader.indices(last), found["last"]):
             warnings.warn(
                 f"{self.name} has its samples in another order than in the epoch that is resumed: its "
-                "length, batch_size, shuffle, drop_last or sampler is not what it was. In epoch "
+                "length, batch_size, shuffle or sampler is not what it was. In epoch "
                 f"{reader.epoch} some are used twice and others not at all; the next ones are whole.",
                 stacklevel=2,
             )
