@@ -200,7 +200,9 @@ def _make_trainer(values: dict[str, Any], run_dir: Path) -> Trainer:
     try:
         return Trainer(**values["trainer"], seed=values["seed"], run_dir=run_dir)
     except ConfigError as error:
-        raise ConfigError([f"trainer.{problem}" for problem in error.problems]) from None
+        raise ConfigError(
+            [each if each.startswith("seed ") else f"trainer.{each}" for each in error.problems]
+        ) from None
 
 
 def _check_data(data: Any, values: dict[str, Any]) -> None:

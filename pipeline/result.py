@@ -27,7 +27,8 @@ class FitResult:
         num_steps: Optimizer steps made.
         num_epochs: Epochs begun.
         schedule: The schedule that ran: ``overlap`` or ``textbook``.
-        seed: What decided the order of the samples and the random numbers of each.
+        seed: What decided the order of the samples and the random numbers of each: the Trainer's ``seed=``,
+            or what torch was seeded with, by you or by itself.
         samples_per_s: Training samples per second; validation and checkpoints not counted.
         train_s: Seconds spent training, without validation and checkpoints.
         stop_reason: ``max_epochs``, ``max_steps``, ``early_stopping``, or what a callback said; of a run

@@ -9,17 +9,29 @@ from __future__ import annotations
 
 import random
 import sys
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
+
+from pipeline.errors import StageError
 
 _MASK = (1 << 64) - 1
 _SHUFFLE = -1  # takes the place of a sample's index; no sample has a negative one
 _TYPED_BITS = 32
 _seeds_set_aside: list[int] = []
+_this_thread = threading.local()
+_times_taken = 0
+
+
+class Moving(Protocol):
+    """A generator, or what decides an order like one."""
+
+    def get_state(self) -> torch.Tensor: ...
+    def set_state(self, state: torch.Tensor) -> Any: ...
 
 
 class Epoch(NamedTuple):
@@ -53,6 +65,38 @@ def users_seed() -> int:
 def is_typed(seed: int) -> bool:
     """Say whether a person may have set this seed: those that torch draws for itself have 64 bits."""
     return seed >> _TYPED_BITS == 0
+
+
+@contextmanager
+def reading_ahead() -> Iterator[None]:
+    """Have this thread, which is not the loop's, leave the global generators alone inside the block."""
+    _this_thread.is_ahead = True
+    try:
+        yield
+    finally:
+        _this_thread.is_ahead = False
+
+
+def take_generators() -> None:
+    """Note that the global generators are seeded or swapped for a while, as only the loop thread may do it.
+
+    Raises:
+        StageError: On a thread that reads ahead: the model draws from them at the same time.
+    """
+    global _times_taken
+    if getattr(_this_thread, "is_ahead", False):
+        raise StageError(
+            "a pipeline.Loader (or prefetch) was begun by a thread that reads batches ahead, beside the "
+            "loop, which draws from the same generators. Begin it with the first batch, or have the batches "
+            "read in their turn: leave placement and schedule at auto.",
+            stage="fetch",
+        )
+    _times_taken += 1
+
+
+def times_taken() -> int:
+    """Return how often that was, in this process."""
+    return _times_taken
 
 
 @contextmanager
@@ -110,7 +154,7 @@ def shuffle_generator(seed: int, epoch: int) -> torch.Generator:
     return torch.Generator().manual_seed(sample_seed(seed, epoch, _SHUFFLE))
 
 
-def generator_states(more: Iterable[torch.Generator] = ()) -> dict[str, Any]:
+def generator_states(more: Iterable[Moving] = ()) -> dict[str, Any]:
     """Return where the global generators stand: Python's, NumPy's, torch's, and those of devices in use.
 
     Args:
@@ -129,7 +173,7 @@ def generator_states(more: Iterable[torch.Generator] = ()) -> dict[str, Any]:
     return states
 
 
-def restore_generators(states: dict[str, Any], more: Iterable[torch.Generator] = ()) -> None:
+def restore_generators(states: dict[str, Any], more: Iterable[Moving] = ()) -> None:
     """Put the generators where they stood."""
     torch.set_rng_state(states["torch"])
     python = states["python"]

@@ -27,6 +27,10 @@ def range_problems(found: dict[str, Any]) -> list[str]:
             "measure_gain=true compares textbook with overlap, and schedule=textbook has no overlap. Set "
             "schedule=auto."
         )
+    if (seed := found.get("seed")) is not None and not 0 <= seed < 1 << 64:
+        problems.append(
+            f"seed must be between 0 and 2**64 - 1, got {seed}. Use null (None) to take torch's own."
+        )
     clip, decay = found.get("gradient_clip_val"), found.get("ema_decay")
     if clip is not None and not clip > 0:
         problems.append(f"gradient_clip_val must be above 0, got {clip}. Use null (None) not to clip.")

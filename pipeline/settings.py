@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import numbers
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -207,6 +208,9 @@ class Settings:
         problems = [*type_problems(vars(self)), *range_problems(right)]
         if problems:
             raise ConfigError(problems)
+        for name, value in right.items():
+            if isinstance(value, numbers.Number) and hasattr(value, "item"):  # one of NumPy's
+                object.__setattr__(self, name, value.item())
         if self.fast_dev_run:
             for name, value in _DEV_RUN.items():
                 object.__setattr__(self, name, value)

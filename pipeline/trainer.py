@@ -119,7 +119,7 @@ class Trainer(Settings):
         check_model(model, optimizer, scheduler, val_data, self)
         metrics, train_metrics, hparams = metrics or {}, train_metrics or {}, hparams or {}
         check_listeners(callbacks, loggers, (metrics, train_metrics), val_data)
-        check_targets(self, loss_fn, val_data, batch_size, metrics, scheduler_interval)
+        check_targets(self, loss_fn, train_data, val_data, batch_size, metrics, scheduler_interval)
         batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn, num_shards)
         seed = seed_of_run(self, train_data, batching["batch_size"])
         make_source = partial(as_source, seed=seed, ranks=ranks())
@@ -180,6 +180,7 @@ class Trainer(Settings):
                 checkpoint=opened.checkpoint,
                 run_dir=run_dir,
                 has_ranks=setup.has_ranks(),
+                is_seed_given=self.seed is not None,
                 data=inbound,
                 generators=own_generators(train_data, val_data),
                 ends_at_s=wiring.deadline_s(self, clock),

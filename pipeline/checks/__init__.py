@@ -20,13 +20,14 @@ checks.py   `Checks`: which placements are allowed        limits.py  what follow
 trial.py    the batches of one placement, compared
 """
 
-from pipeline.checks.checks import Checks
+from pipeline.checks.checks import OURS_REMEDY, Checks
 from pipeline.checks.compare import NotComparableError, Record
 from pipeline.checks.limits import Limits
 from pipeline.checks.trial import REPEATED, DifferenceError, DoubtError, Noted, Trial
 from pipeline.checks.watch import StateWatch
 
 __all__ = [
+    "OURS_REMEDY",
     "REPEATED",
     "Checks",
     "DifferenceError",

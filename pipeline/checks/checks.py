@@ -19,6 +19,7 @@ from pipeline.data import END, Reader, Source
 from pipeline.errors import warn_harmlessly
 
 NUM_LOOKED_AT, NUM_REFERENCES = 3, 2  # batches; the first may set up what the others use
+OURS_REMEDY = "pass its data instead"
 LOOK_RATIO, COMPARE_RATIO = 0.003, 0.005  # of the run's time
 
 
@@ -59,6 +60,9 @@ class Checks:
                 f"{source.name} yields batches itself, and what it yields may depend on the step before",
                 "placement='inline' reads it ahead: set it if no batch depends on what a step changes",
             )
+        if source.is_ours:
+            reason = f"{source.name} is a pipeline.Loader or prefetch, which reads ahead itself"
+            self.limits = Limits(0, False, reason, OURS_REMEDY)
         self.num_compared, self.spent_s = 0, 0.0
         self._watch: StateWatch | None = None
         self._references: dict[Any, Record] = {}
@@ -88,9 +92,9 @@ class Checks:
         self._verified.clear()
         self._looked_at, self._num_looked_at = None, 0
 
-    def withdraw(self, reason: str) -> None:
+    def withdraw(self, reason: str, remedy: str = "") -> None:
         """Have batches made in the loop from here on, for good."""
-        self.limits = in_the_loop(reason)
+        self.limits = Limits(0, False, reason, remedy)
 
     def _restrict(self, found: Limits) -> None:
         self.limits = self.limits.restricted(found)

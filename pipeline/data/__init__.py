@@ -1,7 +1,8 @@
 """From a user's data to host batches: sampler, fetch, collate."""
 
 from pipeline.data.generator_mode import UnhookableDrawError
-from pipeline.data.iterable import IterableReader, IterableSource
+from pipeline.data.iterable import READS_OURS, IterableReader, IterableSource
+from pipeline.data.loaders import is_read_once
 from pipeline.data.main_module import refuse_in_nursery
 from pipeline.data.map_style import MapReader, MapSource
 from pipeline.data.process_reader import ProcessReader
@@ -15,6 +16,7 @@ from pipeline.data.source import as_source, is_shared_out, own_generators
 __all__ = [
     "END",
     "EVALUATION_EPOCH",
+    "READS_OURS",
     "IterableReader",
     "IterableSource",
     "MapReader",
@@ -27,6 +29,7 @@ __all__ = [
     "Source",
     "UnhookableDrawError",
     "as_source",
+    "is_read_once",
     "is_shared_out",
     "own_generators",
     "ranks",

@@ -20,7 +20,9 @@ from pipeline.data.kept_states import KeptStates
 from pipeline.data.loaders import fetching_from, is_known_kind, length_or_none, let_dead_workers_go
 from pipeline.data.reader import END
 from pipeline.errors import add_stage_note
-from pipeline.seeding import Epoch, drawing_from, sample_seed
+from pipeline.seeding import Epoch, drawing_from, sample_seed, take_generators, times_taken
+
+READS_OURS = ("the samples of a pipeline.Loader",)  # and so from the global generators, on the loop thread
 
 
 class IterableSource:
@@ -42,13 +44,16 @@ class IterableSource:
     """
 
     def __init__(self, batches: Iterable[Batch], seed: int | None, name: str, rank: int = 0) -> None:
-        self._batches, self.seed, self.name, self._rank = batches, seed, name, rank
+        self.data, self.seed, self.name, self._rank = batches, seed, name, rank
         self.num_batches: int | None = length_or_none(batches)
         self.unhookable: tuple[str, ...] = ()
         self._has_state = hasattr(batches, "state_dict") and hasattr(batches, "load_state_dict")
         self.kept: KeptStates | None = None
         self._found: dict[str, Any] | None = None
         self._reader: IterableReader | None = None
+        # A loader of ours: nothing of it draws from the stream, and its epochs have numbers of their own.
+        self.is_ours = bool(getattr(batches, "sets_draws_apart", False))
+        self._first_epoch: int | None = None
         self.makes_fresh_batches = isinstance(batches, (list, tuple)) or (
             isinstance(batches, DataLoader)
             and (batches.num_workers > 0 or batches.collate_fn is default_collate)
@@ -56,7 +61,7 @@ class IterableSource:
         self.is_known_kind, self.is_function_of_index = is_known_kind(batches), False
 
     def roots(self) -> list[tuple[str, Any]]:
-        loader: Any = self._batches
+        loader: Any = self.data
         if not isinstance(loader, DataLoader):
             return [(self.name, loader)]
         names = ["sampler", "batch_sampler"]
@@ -67,22 +72,18 @@ class IterableSource:
     def draw_apart(self) -> None:
         """Do nothing: no batch is made twice."""
 
-    @property
-    def data(self) -> Iterable[Batch]:
-        """What yields the batches."""
-        return self._batches
-
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> IterableReader:
         begun = Epoch.begun(epoch, self.seed)
         draws = torch.Generator().manual_seed(sample_seed(begun.seed, epoch, self._rank))
-        # Nothing that could draw, or a loader of ours, which sets its draws apart itself.
-        is_plain = type(self._batches) in (list, tuple) or getattr(self._batches, "sets_draws_apart", False)
-        let_dead_workers_go(self._batches)
+        is_plain = type(self.data) in (list, tuple) or self.is_ours  # so nothing draws from the stream
+        let_dead_workers_go(self.data)
+        if self.is_ours:
+            self._count_epochs(self.data, epoch)
         position, is_over = self._go_to(start, draws)
         iterator, limit = iter(()) if is_over else self._begin(draws), max_batches
         batches = itertools.islice(iterator, None if limit is None else limit - position)
         # The first batch: all its draws, or those of a DataLoader's dataset, whose order is drawn meanwhile.
-        is_loader = isinstance(self._batches, DataLoader)
+        is_loader = isinstance(self.data, DataLoader)
         first_drawing = partial(fetching_from, iterator, draws) if is_loader else partial(drawing_from, draws)
         self._reader = IterableReader(
             self, batches, None if is_plain else draws, first_drawing, epoch, position
@@ -91,7 +92,7 @@ class IterableSource:
         if self.kept is not None:
             self.kept.begin()
         if start > position and not is_plain:
-            kind = type(self._batches).__name__
+            kind = type(self.data).__name__
             print(
                 f"{start - position} batches of the {kind} are read again to resume its epoch",
                 file=sys.stderr,
@@ -117,7 +118,7 @@ class IterableSource:
 
     def own_state(self, reader: IterableReader) -> dict[str, Any]:
         """Return the iterable's state, and where the generator stands that its draws come from."""
-        state = {"state": self._batches.state_dict()}  # type: ignore[attr-defined]
+        state = {"state": self.data.state_dict()}  # type: ignore[attr-defined]
         return state | ({} if reader.draws is None else {"draws": reader.draws.get_state()})
 
     def keep_states(
@@ -137,12 +138,18 @@ class IterableSource:
         """Have the next epoch opened from a state, if it is opened behind it."""
         self._found = found
 
+    def _count_epochs(self, loader: Any, epoch: int) -> None:
+        """Have a loader of ours open the epoch of a run, which may be resumed; validations are the same."""
+        if self._first_epoch is None:
+            self._first_epoch = int(loader.epoch)
+        loader.epoch = self._first_epoch + max(epoch, 0)
+
     def _begin(self, draws: torch.Generator) -> Iterator[Batch]:
         """Return an epoch's iterator; loop thread."""
-        if isinstance(self._batches, DataLoader):
-            return iter(self._batches)
+        if isinstance(self.data, DataLoader):
+            return iter(self.data)
         with drawing_from(draws):
-            return iter(self._batches)
+            return iter(self.data)
 
     def _go_to(self, start: int, draws: torch.Generator) -> tuple[int, bool]:
         """Load the state found, its draws too, if it is of a position up to `start`.
@@ -155,7 +162,7 @@ class IterableSource:
             return 0, False
         if found.get("is_over"):
             return start, True
-        self._batches.load_state_dict(found["state"])  # type: ignore[attr-defined]
+        self.data.load_state_dict(found["state"])  # type: ignore[attr-defined]
         if found.get("draws") is not None:
             draws.set_state(found["draws"])
         return int(found["position"]), False
@@ -230,9 +237,12 @@ class IterableReader:
         """Make the first batch, and find out what it draws from."""
         listener, watch = GeneratorMode(None), Watch(global_generators()[1:])  # torch's moves anyway
         watch.start()
+        take_generators()
+        num_taken = times_taken()
         with listener, self._first_drawing():
             batch = self._next()
-        found = (*listener.unhookable, *(each.name for each in watch.moved()))
+        nested = () if times_taken() == num_taken else READS_OURS
+        found = (*listener.unhookable, *(each.name for each in watch.moved()), *nested)
         self._source.unhookable = self._source.unhookable or found
         return batch
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from pipeline.seeding import drawing_from
 
@@ -21,6 +22,15 @@ def is_known_kind(batches: Any) -> bool:
         or isinstance(batches, DataLoader)
         or any(type(batches).__module__.startswith(name) for name in _KNOWN_LOADERS)
     )
+
+
+def is_read_once(batches: Any) -> bool:
+    """Say whether this is an iterator that is known never to begin anew.
+
+    One of a class of the user's own may do so in its ``__iter__``; generators, ``zip`` and the like cannot.
+    """
+    is_pythons = type(batches).__module__ in ("builtins", "itertools") and isinstance(batches, Iterator)
+    return is_pythons or isinstance(batches, _BaseDataLoaderIter)
 
 
 def length_or_none(data: Any) -> int | None:
@@ -68,6 +78,27 @@ class _Fetcher:
     def fetch(self, index: Any) -> Any:
         with drawing_from(self.draws):
             return self._fetcher.fetch(index)
+
+
+class OwnEpoch:
+    """The epoch of a sampler or a dataset that has to be told it, such as a DistributedSampler.
+
+    It decides the order as the state of a generator does, and is kept in a checkpoint like one.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+
+    @staticmethod
+    def is_kept_by(owner: Any) -> bool:
+        """Say whether something has an epoch that can be set."""
+        return callable(getattr(owner, "set_epoch", None)) and isinstance(getattr(owner, "epoch", None), int)
+
+    def get_state(self) -> torch.Tensor:
+        return torch.tensor(self._owner.epoch)
+
+    def set_state(self, state: torch.Tensor) -> None:
+        self._owner.set_epoch(int(state))
 
 
 def let_dead_workers_go(batches: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +14,7 @@ from pipeline.data.fetch import Fetcher
 from pipeline.data.generator_mode import UnhookableDrawError
 from pipeline.data.generators import TorchGenerator
 from pipeline.data.randomness import SampleRandomness, ThreadRandomness
+from pipeline.data.ranks import ranks
 from pipeline.data.reader import END
 from pipeline.data.sampler import Plan
 from pipeline.seeding import Epoch
@@ -24,16 +26,19 @@ class MapSource:
     Args:
         fetcher: Makes a batch of samples.
         num_batches: Of an epoch.
-        make_plan: Returns the sample indices of an epoch's batches; loop thread.
+        make_plan: Returns the sample indices of an epoch's batches; loop thread. Told how many samples the
+            epoch had when it began, if it is resumed.
         name: What the user's argument is called.
         seed: Of all epochs; None takes torch's, as it is when an epoch begins.
     """
+
+    is_ours = False
 
     def __init__(
         self,
         fetcher: Fetcher,
         num_batches: int,
-        make_plan: Callable[[Epoch], Plan],
+        make_plan: Callable[[Epoch, int | None], Plan],
         name: str,
         seed: int | None,
     ) -> None:
@@ -43,6 +48,8 @@ class MapSource:
         self.unhookable: tuple[str, ...] = ()
         self.makes_fresh_batches = fetcher.makes_fresh_batches
         self.is_known_kind, self.is_function_of_index = True, fetcher.is_drawless
+        self._found: dict[str, Any] | None = None
+        self._reader: MapReader | None = None
 
     def roots(self) -> list[tuple[str, Any]]:
         return self.fetcher.roots(self.name)
@@ -52,13 +59,40 @@ class MapSource:
 
     def open(self, epoch: int, max_batches: int | None = None, start: int = 0) -> MapReader:
         self.randomness.drop_suspicions()
-        begun = Epoch.begun(epoch, self.seed)
-        plan = self._make_plan(begun)
+        begun, found, self._found = Epoch.begun(epoch, self.seed), self._found, None
+        plan = self._make_plan(begun, found["num_samples"] if found else None)
         self.num_batches = len(plan)  # a dataset may grow from epoch to epoch
         num_batches = len(plan) if max_batches is None else min(len(plan), max_batches)
         if start:
             plan.indices(min(start, len(plan)) - 1)  # a sampler draws as it goes on
-        return MapReader(self, plan, begun, num_batches, start)
+        self._reader = MapReader(self, plan, begun, num_batches, start)
+        if start and found:
+            self._compare_order(self._reader, found)
+        return self._reader
+
+    def state(self, position: int) -> dict[str, Any] | None:
+        """Return what tells the order of the epoch under way, which is resumed at a position."""
+        if self._reader is None or not position:
+            return None
+        plan, seed = self._reader.plan, self._reader.epoch.seed
+        return {"num_samples": plan.num_samples, "seed": seed, "last": self._reader.indices(position - 1)}
+
+    def load_state(self, found: dict[str, Any] | None) -> None:
+        """Have the next epoch opened as the one that was stopped."""
+        self._found = found
+
+    def _compare_order(self, reader: MapReader, found: dict[str, Any]) -> None:
+        """Warn if the epoch that is resumed has another order; another seed is warned of elsewhere."""
+        if found["seed"] != reader.epoch.seed or ranks()[0]:  # the checkpoint has rank zero's
+            return
+        last = min(reader.position, len(reader.plan)) - 1
+        if last != reader.position - 1 or not torch.equal(reader.indices(last), found["last"]):
+            warnings.warn(
+                f"{self.name} has its samples in another order than in the epoch that is resumed: its "
+                "length, batch_size, shuffle or sampler is not what it was. In epoch "
+                f"{reader.epoch} some are used twice and others not at all; the next ones are whole.",
+                stacklevel=2,
+            )
 
 
 class IsolatedReader:
@@ -124,7 +158,7 @@ class MapReader(IsolatedReader):
 
     def __init__(self, source: MapSource, plan: Plan, epoch: Epoch, num_batches: int, start: int) -> None:
         super().__init__(source, source.randomness)
-        self._plan, self.epoch = plan, epoch
+        self.plan, self.epoch = plan, epoch
         self.num_batches = num_batches
         self.position = start
 
@@ -178,10 +212,11 @@ class MapReader(IsolatedReader):
 
     def indices(self, position: int) -> torch.Tensor:
         """Return the sample indices of the batch at this position: int64 ``[B]``."""
-        return torch.as_tensor(self._plan.indices(position))
+        return torch.as_tensor(self.plan.indices(position))
 
     def close(self) -> None:
-        """Hold nothing."""
+        if self.position >= len(self.plan):
+            self.plan.end()
 
     def _next(self, isolate: Any) -> Batch:
         batch = self._make(self.position, isolate)
@@ -191,7 +226,7 @@ class MapReader(IsolatedReader):
     def _make(self, position: int, isolate: Any) -> Batch:
         if position >= self.num_batches:
             return END
-        fetcher, indices = self._source.fetcher, self._plan.indices(position)
+        fetcher, indices = self._source.fetcher, self.plan.indices(position)
         if fetcher.is_drawless:
             return fetcher.fetch(indices, self.epoch, position, None)
         return isolate(lambda seed: fetcher.fetch(indices, self.epoch, position, seed), position)

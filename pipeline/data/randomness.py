@@ -35,6 +35,7 @@ import torch
 
 from pipeline.data.generator_mode import GeneratorMode, Seed, UnhookableDrawError
 from pipeline.data.generators import GlobalGenerator, TorchGenerator, Watch, global_generators
+from pipeline.seeding import take_generators
 
 _NUM_ISOLATED = 64  # samples that show what a dataset draws from; to seed all three takes 20 µs
 
@@ -136,6 +137,7 @@ class SampleRandomness:
         Runs on:
             Loop thread, or a thread of a worker process while no other makes a batch.
         """
+        take_generators()
         if not self._has_begun:
             return self._begin(make, batch)
         while True:
@@ -186,6 +188,7 @@ class SampleRandomness:
         Runs on:
             Loop thread.
         """
+        take_generators()
         self._watch.start(self._drawn)
         hook = ThreadRandomness(self)
         try:

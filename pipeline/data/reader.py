@@ -125,6 +125,7 @@ class Source(Protocol):
         is_known_kind: Whether nothing but the data decides its batches, and so they may be made ahead. What
             an iterator of the user's own does between two batches, nobody can see.
         is_function_of_index: Whether a batch is known to depend on its indices alone.
+        is_ours: Whether it is a belt of ours, which has threads of its own.
         seed: Of all epochs; None takes torch's, as it is when an epoch begins.
     """
 
@@ -135,6 +136,7 @@ class Source(Protocol):
     makes_fresh_batches: bool
     is_known_kind: bool
     is_function_of_index: bool
+    is_ours: bool
 
     def roots(self) -> list[tuple[str, Any]]:
         """Return the objects of the user's that make a batch, each with a name."""
@@ -150,3 +152,9 @@ class Source(Protocol):
             max_batches: Of the whole epoch, those before `start` included.
             start: Batches to leave out, as a run that is resumed has used them already.
         """
+
+    def state(self, position: int) -> dict[str, Any] | None:
+        """Return what a checkpoint needs to open the epoch under way at a position; None if nothing."""
+
+    def load_state(self, found: dict[str, Any] | None) -> None:
+        """Have the next epoch opened with that."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from typing import Any, Protocol, TypeAlias
 
 import torch
+from torch.utils.data import BatchSampler
 
 from pipeline.seeding import shuffle_generator
 
@@ -18,7 +20,13 @@ Indices: TypeAlias = "torch.Tensor | list[int]"
 
 
 class Plan(Protocol):
-    """The sample indices of each batch of one epoch."""
+    """The sample indices of each batch of one epoch.
+
+    Attributes:
+        num_samples: That are ordered, on all ranks; None where only a sampler knows.
+    """
+
+    num_samples: int | None
 
     def __len__(self) -> int:
         """Return the number of batches."""
@@ -29,6 +37,9 @@ class Plan(Protocol):
         Runs on:
             Any thread.
         """
+
+    def end(self) -> None:
+        """Do what a plain loop does with a sampler when it asks for a batch behind the last one."""
 
 
 class BatchPlan:
@@ -63,10 +74,11 @@ class BatchPlan:
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
+        self.num_samples: int | None = num_samples
         self._share = range(rank, num_samples, world_size)
         self._batch_size = int(batch_size)
         self._num_batches = num_batches(num_samples // world_size, batch_size, drop_last)
-        self._num_samples = self._num_batches * self._batch_size if drop_last else len(self._share)
+        self._num_used = self._num_batches * self._batch_size if drop_last else len(self._share)
         self._order: torch.Tensor | None = None
         self._cut: tuple[int, tuple[torch.Tensor, ...]] = (-1, ())
         if shuffle:
@@ -85,11 +97,14 @@ class BatchPlan:
             self._cut = block, indices
         return indices[place]
 
+    def end(self) -> None:
+        """Do nothing: the order was drawn from a generator of its own."""
+
     def _cut_block(self, block: int) -> tuple[torch.Tensor, ...]:
         count = min(self._num_batches - block * _BLOCK, _BLOCK)
         first = block * _BLOCK * self._batch_size
         is_last = block * _BLOCK + count == self._num_batches
-        last = self._num_samples if is_last else first + count * self._batch_size
+        last = self._num_used if is_last else first + count * self._batch_size
         numbers = self._share[first:last]
         piece = (
             torch.arange(numbers.start, numbers.stop, numbers.step)
@@ -102,20 +117,24 @@ class BatchPlan:
 
 
 class SamplerPlan:
-    """The order of a torch batch sampler, taken from it as far as it is needed.
+    """The order of a torch sampler, taken from it as far as it is needed.
+
+    Some of torch's samplers draw when they are made to end, too, from a generator that may be others' as
+    well. So they end with the epoch, and not when their last sample is taken ahead of it.
 
     Args:
-        batch_sampler: Yields lists of sample indices. Its first one is taken here, on the loop thread: that
-            is where torch's samplers draw, once an epoch, from the global generator.
-        num_batches: How many there are.
+        batch_sampler: Says how its sampler is cut into batches. The first one is taken here, on the loop
+            thread: that is where torch's samplers draw, once an epoch, from the global generator.
     """
 
-    def __init__(self, batch_sampler: Iterable[Sequence[int]], num_batches: int) -> None:
-        self._num_batches = num_batches
-        self._batches: Iterator[Sequence[int]] = iter(batch_sampler)
+    def __init__(self, batch_sampler: BatchSampler) -> None:
+        self._num_batches, self._batch_size = len(batch_sampler), batch_sampler.batch_size
+        self.num_samples: int | None = None
+        self._num_left = len(batch_sampler.sampler)  # type: ignore[arg-type]
+        self._samples: Iterator[Any] = iter(batch_sampler.sampler)
         self._taken: list[list[int]] = []
         self._lock = threading.Lock()
-        if num_batches:
+        if self._num_batches:
             self.indices(0)
 
     def __len__(self) -> int:
@@ -124,8 +143,14 @@ class SamplerPlan:
     def indices(self, position: int) -> list[int]:
         with self._lock:
             while len(self._taken) <= position:
-                self._taken.append(_as_ints(next(self._batches)))
+                size = min(self._batch_size, self._num_left)
+                self._num_left -= size
+                self._taken.append(_as_ints(list(islice(self._samples, size))))
             return self._taken[position]
+
+    def end(self) -> None:
+        for _ in self._samples:  # of a last batch that is left out, and whatever is drawn behind it
+            pass
 
 
 def _as_ints(indices: Sequence[Any]) -> list[int]:

@@ -86,7 +86,7 @@ class ShardFetcher:
         num_shards: int,
     ) -> None:
         self.dataset, self.num_shards = dataset, num_shards
-        self._batch_size, self._drop_last = batch_size, drop_last
+        self.batch_size, self._drop_last = batch_size, drop_last
         self._collate_fn = collate_fn or default_collate
         self.makes_fresh_batches = self._collate_fn is default_collate
         self._memory = RecycledMemory()
@@ -211,10 +211,10 @@ class ShardFetcher:
                 is_first = shard.iterator is None
                 if shard.iterator is None:
                     shard.iterator = iter(shard.dataset)
-                samples = list(itertools.islice(shard.iterator, self._batch_size))
+                samples = list(itertools.islice(shard.iterator, self.batch_size))
                 if is_first and is_split and not thread.was_asked:
                     raise ConfigError(_describe_unsplit(shard.dataset, self.num_shards))
-                shard.has_ended = len(samples) < self._batch_size
+                shard.has_ended = len(samples) < self.batch_size
                 if not samples or (shard.has_ended and self._drop_last):
                     return None
                 shard.number += 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
@@ -45,6 +46,8 @@ class ShardedSource:
         has_begun: Whether a batch has been made in this process, which shows what kind of data it is.
         own_changes: The dataset's attributes that change as it is iterated.
     """
+
+    is_ours = False
 
     def __init__(
         self,
@@ -87,6 +90,7 @@ class ShardedSource:
         lengths = dict(self._reader.lengths)
         return {
             "num_shards": self.fetcher.num_shards,
+            "batch_size": self.fetcher.batch_size,
             "lengths": [lengths.get(shard, -1) for shard in self.shards],
             "shards": list(self.shards),
         }
@@ -102,6 +106,13 @@ class ShardedSource:
             raise ConfigError(
                 f"num_shards was {before} and is {self.fetcher.num_shards}, but the epoch that is resumed "
                 f"has its order from it. Set num_shards={before}."
+            )
+        before = (found or {}).get("batch_size", self.fetcher.batch_size)
+        if before != self.fetcher.batch_size:
+            warnings.warn(
+                f"batch_size was {before} and is {self.fetcher.batch_size}: of the epoch that is resumed as "
+                "many batches are left out as were used, so that samples are used twice, or not at all.",
+                stacklevel=4,
             )
         self._found = found
 

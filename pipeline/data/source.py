@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import numbers
 from collections.abc import Iterable, Sized
 from functools import partial
@@ -22,7 +23,7 @@ from torch.utils.data import (
 
 from pipeline.data.fetch import CollateFn, Fetcher
 from pipeline.data.iterable import IterableSource
-from pipeline.data.loaders import length_or_none
+from pipeline.data.loaders import OwnEpoch, length_or_none
 from pipeline.data.map_style import MapSource
 from pipeline.data.reader import Source
 from pipeline.data.sampler import BatchPlan, SamplerPlan, num_batches
@@ -30,7 +31,7 @@ from pipeline.data.several import several_sets_problem
 from pipeline.data.shard_fetch import ShardFetcher
 from pipeline.data.shards import ShardedSource
 from pipeline.errors import ConfigError
-from pipeline.seeding import Epoch
+from pipeline.seeding import Epoch, Moving
 
 
 def as_source(
@@ -107,22 +108,23 @@ def take_apart(loader: DataLoader[Any], seed: int | None, name: str) -> MapSourc
     """
     batch_sampler: Any = loader.batch_sampler
 
-    def make_plan(epoch: Epoch) -> SamplerPlan:
+    def make_plan(epoch: Epoch, num_samples: int | None) -> SamplerPlan:
         # The seed that a DataLoader draws for its workers, though it has none: what the model draws next
         # must not depend on who runs the loader.
         torch.empty((), dtype=torch.int64).random_(generator=loader.generator)
-        return SamplerPlan(batch_sampler, len(batch_sampler))
+        return SamplerPlan(batch_sampler)
 
     fetcher = Fetcher(loader.dataset, loader.collate_fn)
     return MapSource(fetcher, len(batch_sampler), make_plan, name, seed)
 
 
-def _plan(data: Sized, name: str, epoch: Epoch, **settings: Any) -> BatchPlan:
-    """Return an epoch's plan for a dataset as long as it is now."""
+def _plan(data: Sized, name: str, epoch: Epoch, num_samples: int | None, **settings: Any) -> BatchPlan:
+    """Return an epoch's plan for a dataset as long as it is now, or was when a resumed epoch began."""
     batch_size, drop_last, world_size = (settings[each] for each in ("batch_size", "drop_last", "world_size"))
     if problem := _share_problem(name, len(data), batch_size, drop_last, world_size):
         raise ConfigError(problem)
-    return BatchPlan(len(data), epoch=epoch.number, seed=epoch.seed, **settings)
+    count = len(data) if num_samples is None else min(num_samples, len(data))
+    return BatchPlan(count, epoch=epoch.number, seed=epoch.seed, **settings)
 
 
 _PLAIN_SAMPLERS = (SequentialSampler, RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
@@ -155,14 +157,17 @@ def _has_numbers(sampler: Any) -> bool:
     return all(isinstance(index, numbers.Integral) for index in sampler.indices)
 
 
-def own_generators(*data: Any) -> list[torch.Generator]:
-    """Return the generators that DataLoaders and their samplers keep for themselves."""
-    found = []
+def own_generators(*data: Any) -> list[Moving]:
+    """Return the generators that DataLoaders and their samplers keep for themselves, and their epochs."""
+    owners = list(data)
     for loader in data:
         if isinstance(loader, DataLoader):
-            samplers = (loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None))
-            found += [getattr(each, "generator", None) for each in (loader, *samplers)]
-    return list({id(each): each for each in found if isinstance(each, torch.Generator)}.values())
+            owners += [loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+            owners.append(loader.dataset)
+    unique = {id(each): each for each in owners}.values()
+    found = [getattr(each, "generator", None) for each in unique]
+    generators = {id(each): each for each in found if isinstance(each, torch.Generator)}.values()
+    return [*generators, *(OwnEpoch(each) for each in unique if OwnEpoch.is_kept_by(each))]
 
 
 def is_shared_out(loader: DataLoader[Any]) -> bool:
@@ -175,12 +180,15 @@ def is_shared_out(loader: DataLoader[Any]) -> bool:
 
 def _batches_problem(data: Any, name: str, has_sample_settings: bool) -> str | None:
     found = type(data).__name__
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+    is_map_style = isinstance(data, Dataset) or hasattr(data, "__getitems__")  # as Hugging Face's
+    if is_map_style and not isinstance(data, IterableDataset):
         return f"{name} is a dataset of samples ({found}): say how many make a batch with batch_size=64."
-    if isinstance(data, torch.Tensor) or not isinstance(data, Iterable):
+    if isinstance(data, (torch.Tensor, str, bytes)) or not isinstance(data, Iterable):
+        called = f"{getattr(data, '__name__', 'it')}()"
+        hint = f" Call it: pass {called}; for several epochs an object whose __iter__ returns {called}."
         return (
             f"{name} must be a dataset (with batch_size=), a DataLoader or an iterable of batches, "
-            f"got {found}."
+            f"got {found}." + (hint if inspect.isroutine(data) else "")
         )
     if has_sample_settings:
         return (

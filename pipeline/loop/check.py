@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 
-from pipeline.data import several_sets_problem
+from pipeline.data import is_read_once, several_sets_problem
 from pipeline.errors import ConfigError
 from pipeline.loop.callback import Callback, EarlyStopping
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, StatefulMetric
@@ -134,6 +135,7 @@ def check_listeners(
 def check_targets(
     settings: Settings,
     loss_fn: LossFn | None,
+    train_data: Any,
     val_data: Any,
     batch_size: int | None,
     metrics: Metrics,
@@ -154,8 +156,7 @@ def check_targets(
         )
     if loss_fn is not None and batch_size is None:
         _check_pairs(val_data)
-    if isinstance(val_data, Iterator) and settings.limit_val_batches is None:
-        _check_iterator(settings, type(val_data).__name__)
+    _check_iterators(settings, train_data, val_data)
 
 
 def _check_pairs(val_data: Any) -> None:
@@ -170,17 +171,30 @@ def _check_pairs(val_data: Any) -> None:
             )
 
 
-def _check_iterator(settings: Settings, kind: str) -> None:
-    """Refuse to read an iterator at several validations; warn where nobody knows how many there will be."""
-    problem = (
-        f"val_data is an iterator ({kind}), which can be read only once: a second validation would find it "
-        "empty. Pass a DataLoader, a list, or an object whose __iter__ starts anew."
-    )
-    num_epochs, every_n = settings.epoch_limit, settings.check_val_every_n_epoch
+def _check_iterators(settings: Settings, train_data: Any, val_data: Any) -> None:
+    """Refuse to read an iterator several times; warn where nobody knows how often it would be read."""
+    num_epochs, every_n = settings.epoch_limit or 1, settings.check_val_every_n_epoch
+    has_end = is_read_once(train_data) and not isinstance(train_data, itertools.cycle)
+    if has_end and num_epochs > 1 and settings.limit_train_batches is None:
+        raise ConfigError(_read_once("train_data", train_data, "the second epoch"))
+    if not is_read_once(val_data) or settings.limit_val_batches is not None:
+        return
+    if isinstance(val_data, itertools.cycle):
+        raise ConfigError("val_data is an itertools.cycle, which never ends: set limit_val_batches.")
+    problem = _read_once("val_data", val_data, "a second validation")
     if settings.max_steps is not None or settings.val_check_interval is not None:
         warnings.warn(problem, stacklevel=4)
-    elif num_epochs is not None and every_n is not None and num_epochs > every_n:
+    elif every_n is not None and num_epochs > every_n:
         raise ConfigError(problem)
+
+
+def _read_once(name: str, data: Any, when: str) -> str:
+    limit = "limit_train_batches" if name == "train_data" else "limit_val_batches"
+    return (
+        f"{name} is an iterator ({type(data).__name__}), which can be read only once: {when} would find it "
+        f"empty. Pass a DataLoader, a list, or an object whose __iter__ starts anew; or set {limit}, if it "
+        "is long enough to be read on."
+    )
 
 
 def split_batching(

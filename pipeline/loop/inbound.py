@@ -16,6 +16,7 @@ from pipeline.data import (
     IterableReader,
     IterableSource,
     MapReader,
+    MapSource,
     Processes,
     Reader,
     ShardedSource,
@@ -125,12 +126,11 @@ class Inbound:
 
     def state(self, position: int) -> dict[str, Any] | None:
         """Return the data's own state at a position of the epoch under way; None if it has none."""
-        return self.source.state(position) if isinstance(self.source, _STATEFUL) else None
+        return self.source.state(position)
 
     def load_state(self, found: dict[str, Any] | None) -> None:
         """Have the epoch that is resumed opened from such a state."""
-        if isinstance(self.source, _STATEFUL):
-            self.source.load_state(found)
+        self.source.load_state(found)
 
     def keep_states(self, foresees: Callable[[int], bool], check: Callable[[Any], None]) -> None:
         """Have the data keep states of its own for checkpoints; see `IterableSource.keep_states`."""
@@ -281,11 +281,10 @@ class Inbound:
         self._place.stop()
 
 
-_STATEFUL = (IterableSource, ShardedSource)
-
-
 def _for(source: Source, place: Place) -> Place:
-    """Return a place as it is for some data: a shard is read by one process, on one thread."""
+    """Return a place as it is for some data: what has an order by one thread, a shard by one process."""
+    if place.name == "thread" and not isinstance(source, MapSource):
+        return Place("thread", 1)
     if place.name != "process" or not isinstance(source, ShardedSource):
         return place
     return Place("process", min(place.num_workers, len(source.shards)))

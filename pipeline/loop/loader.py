@@ -35,6 +35,11 @@ class Loader:
     has its share of a dataset, in as many batches as the others; which rank this is counts when an iteration
     begins, so that a loader may be made before the group.
 
+    What yields batches itself (a generator, an iterator, an object of yours) may be read up to `depth`
+    batches ahead, on another thread: its code runs before the loop has used the batches in between, so it
+    must not depend on what the loop does with them. An iterator has one epoch, as in a plain loop; if the
+    loop is left early, what was read ahead of it is gone.
+
     Args:
         data: A map-style or iterable dataset (with `batch_size`), a DataLoader, or any iterable of batches.
         batch_size: Samples per batch, if `data` is a dataset.
@@ -49,7 +54,7 @@ class Loader:
         num_workers: Threads or processes; 0 is as many as there are cores for this process.
         threads_per_worker: Threads of each worker process, with ``placement="process"``.
         check_data: As for the Trainer.
-        depth: Batches that are made ahead.
+        depth: Batches that are made ahead, at most.
         device: Where the batches go; ``auto`` takes the accelerator that is there.
         stall_timeout_s: Longest wait for a batch; None waits for ever.
         in_order: Hand batches over in the epoch's order. If False, they come as they are ready, each once:
@@ -92,14 +97,18 @@ class Loader:
         stall_timeout_s: float | None = 600.0,
         in_order: bool = True,
     ) -> None:
-        settings = Settings(
-            placement=placement,
-            num_workers=num_workers,
-            threads_per_worker=threads_per_worker,
-            prefetch_depth=depth,
-            seed=seed,
-            stall_timeout_s=stall_timeout_s,
-        )
+        try:
+            settings = Settings(
+                placement=placement,
+                num_workers=num_workers,
+                threads_per_worker=threads_per_worker,
+                prefetch_depth=depth,
+                seed=seed,
+                stall_timeout_s=stall_timeout_s,
+            )
+        except ConfigError as error:
+            raise ConfigError([each.replace("prefetch_depth", "depth") for each in error.problems]) from None
+        seed = settings.seed
         self._data, self._seed, self._is_shared = data, seed, shares_order(data, batch_size)
         self._make_source = partial(
             as_source,

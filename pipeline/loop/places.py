@@ -22,6 +22,7 @@ from pipeline.device import Transfer
 from pipeline.errors import add_stage_note
 from pipeline.loop.stall import locating
 from pipeline.loop.threads import LaneClock, ThreadTimes
+from pipeline.seeding import reading_ahead
 
 STAGES = ("put", "fetch", "transfer")
 PUT, FETCH, TRANSFER = range(3)
@@ -151,7 +152,7 @@ def read_ahead(
         times, enters_mode = times or ThreadTimes(), _entering_mode()
 
         def fill() -> None:
-            with transfer.on_device(), times.clock(STAGES) as clock:
+            with transfer.on_device(), times.clock(STAGES) as clock, reading_ahead():
                 _fill(channel, reader, enters_mode, send, makers, clock, trial)
 
         threads = [

@@ -30,6 +30,9 @@ class prefetch:  # noqa: N801  (it is called like a function, as `enumerate` is)
         device: Where the batches go; ``auto`` takes the accelerator that is there.
         depth: Batches that may wait. Memory is bounded by this many, one in the making and one in use.
 
+    Attributes:
+        epoch: Of the next iteration, which decides what is drawn.
+
     Raises:
         ConfigError: If `batches` is no iterable of batches, or the device is not there.
         Exception: While iterating, whatever `batches` raises, when its turn comes.
@@ -61,11 +64,11 @@ class prefetch:  # noqa: N801  (it is called like a function, as `enumerate` is)
         )
         transfer = make_transfer(select_backend(device), overlaps=True, prepare=None)
         self._inbound = Inbound(self._source, transfer, INLINE, depth, None)
-        self._num_iterations = 0
+        self.epoch = 0
 
     def __iter__(self) -> Iterator[Batch]:
-        self._num_iterations += 1
-        return self._inbound.batches(self._num_iterations - 1, None)
+        self.epoch += 1
+        return self._inbound.batches(self.epoch - 1, None)
 
     def __len__(self) -> int:
         if self._source.num_batches is None:

@@ -193,6 +193,7 @@ def _facts(run: Run, belts: Belts, where: Where, num_cores: int) -> dict[str, An
         "schedule": belts.schedule,
         "placement": where,
         "seed": str(run.settings.seed),  # of 64 bits, which a browser's numbers do not have
+        "is_seed_given": run.is_seed_given,
         "device": "simulated" if "Simulated" in type(belts.backend).__name__ else str(belts.device),
         "num_steps": run.clock.num_steps,
         "num_epochs": run.state.epoch,

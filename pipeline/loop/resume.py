@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from pipeline.batch import Batch, Row
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
-from pipeline.data import Source, ranks
+from pipeline.data import IterableSource, Source, is_read_once, ranks
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.loop.run import Run
 from pipeline.loop.save import plain_settings, restore_counters
@@ -155,25 +157,33 @@ def resume(run: Run) -> None:
     if run.saver is not None:
         run.saver.resume(run.state.step, found["best"])
     _warn_of_changes(found["settings"], plain_settings(run.settings))
+    _warn_of_iterator(run)
     restore_generators(found["generators"], run.generators)
 
 
 def open_epoch(run: Run, max_batches: int | None) -> Generator[Batch]:
     """Return an epoch's batches: all of a new one, what is left of one that was begun.
 
-    Where data draws its order from a generator, it finds it as it was when the epoch began. Those that are
-    its own, which may be ahead of the loop, it goes on with from there.
+    Where data draws its order from a generator, it finds it as it was when the epoch began. One of its own,
+    which may be ahead of the loop, it goes on with from there, unless only others have drawn from it since.
     """
     if not run.is_epoch_open:
         run.epoch_first_step, run.position, run.is_epoch_open = run.state.step, 0, True
         if run.saver is not None:
             run.epoch_generators = generator_states(run.generators)
-        return run.inbound(run.state.epoch, max_batches, 0)
-    now = generator_states()
+        batches = run.inbound(run.state.epoch, max_batches, 0)
+        run.epoch_generators["opened"] = [each.get_state() for each in run.generators]
+        return batches
+    now = generator_states(run.generators)
     restore_generators(run.epoch_generators, run.generators)
     try:
         return run.inbound(run.state.epoch, max_batches, run.position)
     finally:
+        opened = run.epoch_generators.get("opened", ())  # older checkpoints have none
+        own = zip(run.generators, opened, now["more"], strict=False)
+        for generator, state, later in own:  # a validation may have drawn, the epoch has not
+            if torch.equal(generator.get_state(), state):
+                generator.set_state(later)
         restore_generators(now)
 
 
@@ -238,6 +248,19 @@ def _check_ranks(found: dict[str, Any]) -> None:
         "samples. The run goes on, but not as the one that was stopped would have.",
         stacklevel=4,
     )
+
+
+def _warn_of_iterator(run: Run) -> None:
+    """Say it if epochs that were used may come again: an iterator goes on from one to the next."""
+    source = None if run.data is None else run.data.source
+    if run.state.epoch and isinstance(source, IterableSource) and is_read_once(source.data):
+        warnings.warn(
+            f"train_data is an iterator ({type(source.data).__name__}), of which {run.state.epoch} epochs "
+            "were used before the run was stopped. It is read from where it stands: if that is its "
+            "beginning, their batches come again. Pass one that stands behind them, or an object whose "
+            "__iter__ starts anew.",
+            stacklevel=3,
+        )
 
 
 def _warn_of_changes(before: dict[str, Any], now: dict[str, Any]) -> None:

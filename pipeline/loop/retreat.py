@@ -5,8 +5,8 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from pipeline.checks import Checks, DifferenceError, DoubtError
-from pipeline.data import Reader
+from pipeline.checks import OURS_REMEDY, Checks, DifferenceError, DoubtError
+from pipeline.data import READS_OURS, Reader
 from pipeline.errors import StageError, listed, warn_harmlessly
 from pipeline.loop.placement import TEXTBOOK, Place, may_be
 
@@ -40,12 +40,13 @@ class Retreat:
         if may_be(place, limits, is_threadable=True, is_random_access=reader.is_random_access):
             return place
         if self._is_pinned:
-            reason = limits.reason
             self.has_left = True
-            self._warn(
-                f"batches are made in the loop, and not in {place}, with the same numbers: {reason}. Keep "
-                "that out of the dataset, or set check_data=False if it decides nothing (docs/checks.md)."
-            )
+            if not limits.remedy:  # a Loader of ours does by itself what was asked for
+                self._warn(
+                    f"batches are made in the loop, and not in {place}, with the same numbers: "
+                    f"{limits.reason}. Keep that out of the dataset, or set check_data=False if it decides "
+                    "nothing (docs/checks.md)."
+                )
         return TEXTBOOK
 
     def after(self, doubt: DoubtError, place: Place) -> None:
@@ -75,7 +76,11 @@ class Retreat:
 
     def warn_of_draws(self, names: Sequence[str], reader: Reader) -> None:
         """Say that a thread cannot make batches that draw from these; once."""
-        if self._has_said_draws:
+        if names == READS_OURS:
+            reason = f"{self._name} reads a pipeline.Loader, which reads ahead itself"
+            self._checks.withdraw(reason, OURS_REMEDY)
+            self.has_left = self._is_pinned
+        if self._has_said_draws or names == READS_OURS:
             return
         self._has_said_draws = True
         can_share = reader.max_processes != 0 and self._checks.limits.has_processes

@@ -24,6 +24,7 @@ from pipeline.loop.outbound import Outbound
 from pipeline.loop.rates import StepDone
 from pipeline.loop.saver import Saver
 from pipeline.loop.step import TrainStep
+from pipeline.seeding import Moving
 from pipeline.settings import Settings
 from pipeline.state import TrainState
 
@@ -49,6 +50,7 @@ class Run:
         generators: Those that the data keeps for itself.
         checkpoint: What a run that is resumed goes on from; None for a new one.
         ends_at_s: When `max_time` is up, by `time.perf_counter`.
+        is_seed_given: Whether it was with ``seed=``; else it is what torch was seeded with.
 
     Attributes:
         stop_reason: Why the run is over; a run that was interrupted goes on when it is resumed.
@@ -91,10 +93,11 @@ class Run:
     num_samples_earlier: int = 0  # by the runs that this one goes on from
     run_dir: Path | None = None
     data: Inbound | None = None
-    generators: Sequence[torch.Generator] = ()
+    generators: Sequence[Moving] = ()
     checkpoint: dict[str, Any] | None = None
     ends_at_s: float = math.inf
     has_ranks: bool = False
+    is_seed_given: bool = False
     asked_by: str = ""
     interrupted_by: str = ""
     is_ending: bool = False

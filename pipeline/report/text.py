@@ -49,7 +49,8 @@ def outside_words(spent_s: Mapping[str, float]) -> str:
 
 def _headline(report: RunReport) -> str:
     facts = report.facts
-    seed = f", seed {facts['seed']}" if "seed" in facts else ""  # older reports have none
+    whose = "seed" if facts.get("is_seed_given", True) else "torch's seed"
+    seed = f", {whose} {facts['seed']}" if "seed" in facts else ""  # older reports have none
     which = " outside of the textbook windows" if report.gain is not None else ""
     return (
         f"{counted(facts['num_steps'], 'step')} in {_seconds(facts['train_s'])} s on {facts['device']}: "

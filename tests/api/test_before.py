@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -200,6 +202,80 @@ def test_an_iterator_is_no_validation_data_for_several_epochs():
         assert "val/loss" in fit(LOADER, val_data=iter(list(LOADER)), settings=settings).metrics
     with pytest.warns(UserWarning, match="read only once"), pytest.raises(StageError, match="gave no batch"):
         fit(LOADER, val_data=iter(list(LOADER)), settings={"val_check_interval": 2})
+
+
+@pytest.mark.parametrize(
+    "make",
+    [lambda: (batch for batch in LOADER), lambda: zip(*[list(LOADER)] * 2, strict=True),
+     lambda: map(list, LOADER), lambda: itertools.chain(LOADER, LOADER), lambda: iter(LOADER)],
+    ids=["generator", "zip", "map", "chain", "a loader's iterator"],
+)  # fmt: skip
+def test_an_iterator_is_no_training_data_for_several_epochs(make):
+    """It is empty in the second one, which is said before the first; with a limit it is read on."""
+    steps = []
+    with pytest.raises(ConfigError, match=r"train_data is an iterator \(.*read only once: the second epoch"):
+        fit(make(), settings={"max_epochs": 2}, steps=steps)
+    assert not steps
+    fit(map(list, LOADER), settings={"max_epochs": 1})
+    assert fit(map(list, LOADER), settings={"max_epochs": 2, "limit_train_batches": 2}).num_steps == 4
+
+
+class Restarting:
+    """An iterator that begins anew when it is asked for its iterator."""
+
+    def __iter__(self):
+        self.batches = iter(list(LOADER))
+        return self
+
+    def __next__(self):
+        return next(self.batches)
+
+
+def test_an_iterator_that_starts_anew_is_data_for_several_epochs():
+    """Of a class of the user's own nobody can know before; what never ends needs a limit."""
+    result = fit(Restarting(), val_data=Restarting(), settings={"max_epochs": 3})
+    assert (result.num_steps, result.num_epochs) == (12, 3)
+    assert fit(itertools.cycle(LOADER), settings={"max_epochs": 3, "limit_train_batches": 3}).num_steps == 9
+    with pytest.raises(ConfigError, match="never ends: set limit_val_batches"):
+        fit(LOADER, val_data=itertools.cycle(LOADER))
+
+
+class HuggingFaces:
+    """A map-style dataset that is no subclass of torch's."""
+
+    def __len__(self):
+        return 4
+
+    def __getitem__(self, index):
+        return {"x": index}
+
+    def __getitems__(self, indices):
+        return [self[index] for index in indices]
+
+
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        (lambda: iter(LOADER), r"got function. Call it: pass <lambda>\(\)"),
+        ("data/train", "got str.$"),
+        (HuggingFaces(), "dataset of samples .* batch_size=64"),
+    ],
+    ids=["function", "path", "samples"],
+)
+def test_what_yields_no_batches_is_refused_by_name(data, said):
+    """As training data, and by a loader of one's own."""
+    for use in (fit, Loader):
+        with pytest.raises(ConfigError, match=said):
+            use(data)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**64])
+def test_a_seed_that_cannot_be_is_refused(seed):
+    """torch has 64 bits for it, and would take another."""
+    for make in (Trainer, lambda seed: Loader(DATA, batch_size=4, seed=seed)):
+        with pytest.raises(ConfigError, match=rf"^seed must be between 0 and 2\*\*64 - 1, got {seed}"):
+            make(seed=seed)
+        make(seed=2**64 - 1)
 
 
 class Inputs(torch.nn.Module):

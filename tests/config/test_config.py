@@ -162,6 +162,12 @@ def test_a_mistake_is_an_error_on_one_screen(arguments, message):
     assert len(str(caught.value).splitlines()) < 5
 
 
+def test_a_seed_that_cannot_be_is_named_as_it_is_typed():
+    """It is a key of its own, and not one of the trainer's."""
+    with pytest.raises(ConfigError, match=r"^seed must be between 0 and"):
+        train("seed=-1")
+
+
 def test_every_mistake_is_named_at_once():
     """Unknown keys and wrong types, with the keys that a user types."""
     with pytest.raises(ConfigError) as caught:

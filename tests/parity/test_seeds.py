@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
-from pipeline import Loader, Trainer, prefetch
+from pipeline import Loader, StageError, Trainer, prefetch
 from pipeline.report.record import load
 from pipeline.seeding import sample_seed
 from tests.workers import Augmented, Stream
@@ -154,11 +155,12 @@ def test_a_run_says_by_which_seed_it_can_be_had_again(tmp_path, seed):
     result, seen = fit(Augmented(24), MAPPED, run_dir=tmp_path / "run")
     report = load(tmp_path / "run")
     assert (result.seed, report.settings["seed"], report.facts["seed"]) == (used, used, str(used))
-    assert f"seed {used}" in str(result.report).splitlines()[0]
+    assert f"torch's seed {used}" in str(result.report).splitlines()[0]
     assert f'"seed": "{used}"' in (tmp_path / "run" / "report.html").read_text()
     assert Trainer().seed is None
     again, found = fit(Augmented(24), MAPPED, seed=result.seed)
     assert again.seed == used
+    assert f", seed {used}" in str(again.report).splitlines()[0]
     assert all(map(torch.equal, found, seen))
 
 
@@ -285,6 +287,14 @@ def test_a_stateful_iterable_goes_on_drawing_where_it_was(tmp_path, place):
     assert all(map(torch.equal, [*part, *rest], whole))
 
 
+def test_a_seed_may_be_one_of_numpys(tmp_path):
+    """It is taken as the number that it is, in the checkpoint too."""
+    whole = run("dataset", 3, max_epochs=3, seed=5)[1]
+    part = run("dataset", 3, max_epochs=3, seed=np.int64(5), max_time=1e-9, run_dir=tmp_path)[1]
+    rest = run("dataset", 3, max_epochs=3, seed=5, run_dir=tmp_path, resume="auto")[1]
+    assert all(map(torch.equal, [*part, *rest], whole))
+
+
 def test_a_seed_reaches_the_loggers():
     """In the settings that describe the run."""
     found = []
@@ -305,3 +315,66 @@ def test_a_seed_reaches_the_loggers():
         loggers=[Keeper()],
     )  # fmt: skip
     assert found == [11]
+
+
+@pytest.mark.parametrize("count", [22, 24])
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_a_generator_of_the_loaders_moves_as_in_a_plain_loop(count, place, drop_last):
+    """torch's sampler draws once more behind its last sample, and so from another place in the next epoch."""
+    ends, orders = [], []
+    for epochs in (0, 3):
+        generator = torch.Generator().manual_seed(3)
+        loader = DataLoader(
+            Augmented(count, draws=()), 4, shuffle=True, drop_last=drop_last, generator=generator
+        )
+        if epochs:
+            seen = fit(loader, {}, max_epochs=epochs, **PLACES[place])[1]
+        else:
+            seen = [batch for _ in range(3) for batch, _ in loader]
+        orders.append([batch[:, 0].tolist() for batch in seen])
+        ends.append(generator.get_state())
+    assert orders[0] == orders[1]
+    assert torch.equal(*ends)
+
+
+class OfLoaders:
+    """Yields what two loaders of ours yield side by side."""
+
+    def __iter__(self):
+        loaders = [Loader(Augmented(40, draws=draws), **MAPPED) for draws in (("torch",), ("python",))]
+        for (inputs, target), (more, _) in zip(*loaders, strict=True):
+            yield inputs + more, target
+
+
+OURS = {
+    "loader": lambda: Loader(Augmented(40), **MAPPED),
+    "prefetch": lambda: prefetch(DataLoader(Augmented(40), 4), device="cpu"),
+    "of loaders": OfLoaders,
+}
+
+
+@pytest.mark.parametrize("place", set(PLACES) - {"textbook"})
+@pytest.mark.parametrize("name", OURS)
+def test_loaders_of_ours_are_read_by_the_loop_thread(name, place):
+    """They draw by the global generators, from which the model draws; and they read ahead themselves."""
+    torch.manual_seed(3)
+    expected, seen = fit(OURS[name](), {}, **PLACES["textbook"])
+    torch.manual_seed(3)
+    result, found = fit(OURS[name](), {}, **PLACES[place])
+    assert all(map(torch.equal, found, seen))
+    assert result.losses.tolist() == expected.losses.tolist()
+    if place != "auto":
+        assert result.placement.place == "textbook"
+        assert "which reads ahead itself" in str(result.placement)
+
+
+def test_a_loader_that_a_thread_begins_is_refused():
+    """It would draw beside the model; that it comes was not to be seen by the first batch."""
+
+    def late():
+        yield torch.rand(4, 6), torch.randint(3, (4,))
+        yield from Loader(Augmented(24), **MAPPED)
+
+    with pytest.raises(StageError, match=r"a pipeline.Loader .* was begun by a thread"):
+        fit(late(), {}, **PLACES["inline"])

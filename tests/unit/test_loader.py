@@ -72,6 +72,9 @@ def test_the_place_and_its_reason_can_be_read():
         assert str(loader.placement).startswith("process × 1 (3 threads each): by the settings")
         assert [worker.num_threads for worker in loader._inbound._processes._pool._workers] == [3]
         assert (loader.placement.num_workers, loader.placement.threads_per_worker) == (1, 3)
+    with Loader(iter([torch.zeros(2)] * 9), placement="thread", num_workers=3) as loader:
+        list(loader)
+        assert str(loader.placement) == "thread × 1: by the settings"  # what has an order is read by one
     with Loader(DataLoader(Augmented(8), 4)) as loader:
         list(loader)
         assert loader.placement.place == "textbook"
@@ -84,6 +87,8 @@ def test_wrong_settings_are_refused():
         Loader(Augmented(8), batch_size=4, num_workers=-1)
     with pytest.raises(ConfigError, match="threads_per_worker must be 1 or more, got 0"):
         Loader(Augmented(8), batch_size=4, threads_per_worker=0)
+    with pytest.raises(ConfigError, match=r"^depth must be 1 or more, got 0"):
+        Loader(Augmented(8), batch_size=4, depth=0)
     with pytest.raises(ConfigError, match="say how many make a batch"):
         Loader(Augmented(8))
     with pytest.raises(TypeError, match="does not say how many"):
