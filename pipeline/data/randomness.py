@@ -120,6 +120,7 @@ class SampleRandomness:
         self.suspects: list[ThreadRandomness] = []
         self.cleared: set[Hashable] = set()
         self.innocent: set[str] = set()
+        self._marks: list[Any] | None = None
 
     @property
     def drawn(self) -> tuple[str, ...]:
@@ -140,8 +141,10 @@ class SampleRandomness:
             return self._begin(make, batch)
         while True:
             self._watch.start(self._drawn)
+            (self._marks or []).clear()
             try:
                 made = make(self._seed_drawn if self._drawn else None)
+                self._mark()
             finally:
                 moved = self._watch.moved()
                 self._watch.restore(moved)
@@ -199,7 +202,22 @@ class SampleRandomness:
             raise UnhookableDrawError(names, is_certain=True)
         return made
 
+    @contextmanager
+    def marked(self) -> Iterator[list[Any]]:
+        """Have it noted, inside the block, how far each sample draws; the last batch made is what counts."""
+        self._marks = marks = list[Any]()
+        try:
+            yield marks
+        finally:
+            self._marks = None
+            del marks[:1]  # of before the first sample
+
+    def _mark(self) -> None:
+        if self._marks is not None:
+            self._marks.append([each.fingerprint() for each in self._drawn])
+
     def _seed_drawn(self, seed: Seed) -> None:
+        self._mark()
         value = seed()
         for generator in self._drawn:
             generator.seed(value)
