@@ -286,7 +286,8 @@ class Checks:
         """
         assert self._watch is not None
         cells = self._watch.moved_cells() if can_go_back and not is_over else ()
-        names = [each.name for each in self._moved() if each.change == "moved"]
+        moved, expected = self._moved(), self._watch.expected
+        names = [each.name for each in moved if each.change == "moved" and each.name not in expected]
         self._undo.begin(cells, names)
         text = f"{joined(names) or 'its state'} changed while batches were made ahead"
         if can_go_back:

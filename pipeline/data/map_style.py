@@ -158,7 +158,7 @@ class MapReader(IsolatedReader):
         """Make a batch on the loop thread; return it, and how far each of its samples drew."""
         with self._randomness.marked() as marks:
             batch = make()
-        return batch, marks
+        return batch, marks[1:]  # the first one stands before the first sample
 
     @property
     def num_left(self) -> float:

@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 import torch
 
 from pipeline.data.generator_mode import GeneratorMode, Seed, UnhookableDrawError
-from pipeline.data.generators import GlobalGenerator, TorchGenerator, Watch, global_generators
+from pipeline.data.generators import GlobalGenerator, TorchGenerator, Watch, global_generators, standing
 
 _NUM_ISOLATED = 64  # samples that show what a dataset draws from; to seed all three takes 20 µs
 
@@ -210,11 +210,10 @@ class SampleRandomness:
             yield marks
         finally:
             self._marks = None
-            del marks[:1]  # of before the first sample
 
     def _mark(self) -> None:
         if self._marks is not None:
-            self._marks.append([each.fingerprint() for each in self._drawn])
+            self._marks.append([standing(each) for each in self._drawn])
 
     def _seed_drawn(self, seed: Seed) -> None:
         self._mark()
