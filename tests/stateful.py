@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import abc
+import contextvars
+import functools
 import io
 import itertools
 import sqlite3
+import types
 import uuid
+import weakref
 from collections import OrderedDict, deque
 
 import numpy as np
@@ -289,6 +294,193 @@ class Worn(Stateful):
         return self.rows[index].sum()
 
 
+class CountingInFunction(Stateful):
+    """Counts in an attribute of a function."""
+
+    def value(self, index):
+        following.count += 1
+        return following.count
+
+
+def following():
+    """Have an attribute."""
+
+
+following.count = 0
+
+
+class CountingInAbstract(Stateful, abc.ABC):
+    """Counts in its class, which is made by another metaclass."""
+
+    num_asked = 0
+
+    def value(self, index):
+        CountingInAbstract.num_asked += 1
+        return CountingInAbstract.num_asked
+
+
+class Counter:
+    """Counts."""
+
+    count = 0
+
+
+class CountingBehindReference(Stateful):
+    """Counts in an object that it has a weak reference to."""
+
+    def __init__(self, size=64):
+        super().__init__(size)
+        counter = Counter()
+        self.keep, self.counter = lambda: counter, weakref.ref(counter)
+
+    def value(self, index):
+        self.counter().count += 1
+        return self.counter().count
+
+
+class CountingInContext(Stateful):
+    """Counts in a variable of the context."""
+
+    def value(self, index):
+        COUNT.set(COUNT.get() + 1)
+        return COUNT.get()
+
+
+COUNT = contextvars.ContextVar("COUNT", default=0)
+
+
+class DrawnOnce(Stateful):
+    """Keeps what it has drawn for a sample."""
+
+    def __init__(self, size=64):
+        super().__init__(size)
+        self.cache = {}
+
+    def value(self, index):
+        if index not in self.cache:
+            self.cache[index] = (float(torch.rand(())),)
+        return self.cache[index][0]
+
+
+class DrawnOfRecent(Stateful):
+    """Keeps what it has drawn for some samples, in a cache that forgets."""
+
+    def value(self, index):
+        return drawn(index)
+
+
+@functools.lru_cache(maxsize=40)
+def drawn(index):
+    """Draw a number."""
+    return float(torch.rand(()))
+
+
+class Augmenting(Plain):
+    """Keeps what it has loaded, and adds to it what it draws each time."""
+
+    def __init__(self, size=64):
+        super().__init__(size)
+        self.cache = {}
+
+    def value(self, index):
+        if index not in self.cache:
+            self.cache[index] = (index * 3,)
+        return self.cache[index][0] + float(torch.rand(()))
+
+
+class Switched(Stateful):
+    """Makes its samples with a module that does something else in training."""
+
+    def __init__(self, size=48):
+        super().__init__(size)
+        self.transform = torch.nn.Dropout(1.0)
+
+    def value(self, index):
+        return 0.0 if self.transform.training else 1.0
+
+
+class Late(Plain):
+    """Is a function of the index at first."""
+
+    late = 30
+
+    def value(self, index):
+        return index * 3 if index < self.late else self.late_value(index)
+
+
+class LateCounting(Late):
+    """Counts, from a certain sample on."""
+
+    count = 0
+
+    def late_value(self, index):
+        self.count += 1
+        return self.count
+
+
+class LateLog(Late):
+    """Keeps a list, from a certain sample on."""
+
+    def __init__(self, size=64):
+        super().__init__(size)
+        self.log = []
+
+    def late_value(self, index):
+        self.log.append(index)
+        return len(self.log)
+
+
+class LateStreaming(Late):
+    """Opens a file at a certain sample, and reads on in it."""
+
+    file = None
+
+    def late_value(self, index):
+        if self.file is None:
+            self.file = io.BytesIO(bytes(range(256)))
+        return self.file.read(1)[0]
+
+
+class LateDrawing(Late):
+    """Makes a generator of its own at a certain sample."""
+
+    rng = None
+
+    def late_value(self, index):
+        if self.rng is None:
+            self.rng = np.random.default_rng(0)
+        return self.rng.random()
+
+
+class LateConnecting(Late):
+    """Opens a database at a certain sample; another thread may not use it."""
+
+    connection = None
+
+    def late_value(self, index):
+        if self.connection is None:
+            self.connection = sqlite3.connect(":memory:")
+        return self.connection.execute("select ?", (index * 3,)).fetchone()[0]
+
+    def close(self):
+        if self.connection is not None:
+            self.connection.close()
+
+
+class LateReaders(Late):
+    """Opens files as their samples come, each behind an object of its own in a dict."""
+
+    def __init__(self, size=64):
+        super().__init__(size)
+        self.readers = {}
+
+    def late_value(self, index):
+        if index // 4 not in self.readers:
+            data = io.BytesIO(bytes(number % 256 for number in range(self.size)))
+            self.readers[index // 4] = types.SimpleNamespace(file=data)
+        return self.readers[index // 4].file.read(1)[0]
+
+
 FUNCTIONS_OF_INDEX = [Plain, Lazy, Cached, Recent, Reader, Rows, Sharded, Tabled, Scaled]
 IN_ORDER = [
     Drawing,
@@ -303,4 +495,10 @@ IN_ORDER = [
     Visited,
     VisitedInList,
     Worn,
+    CountingInFunction,
+    CountingInAbstract,
+    CountingBehindReference,
+    CountingInContext,
 ]
+LATE = [LateCounting, LateLog, LateStreaming, LateDrawing, LateConnecting, LateReaders]
+KEPT_DRAWS = [DrawnOnce, DrawnOfRecent]

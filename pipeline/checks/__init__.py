@@ -12,18 +12,21 @@
    over, and now and then the loop makes one again, to be compared before it is used. Both together take less
    than a hundredth of the run's time.
 
-kinds.py    what an object is: a handle, something that is read in turn, something that can change
-reach.py    all that is reachable from a dataset
-cells.py    what is looked at of each such object         watch.py  what has moved between two looks
-compare.py  a batch's record, and where two of them differ
-checks.py   `Checks`: which placements are allowed        limits.py  what follows from what was found
-trial.py    the batches of one placement, compared
+kinds.py      what an object is: a handle, something that is read in turn, something that can change
+reach.py      all that is reachable from a dataset        parts.py    what one object leads to
+cells.py      what is looked at of each such object       watch.py    what has moved between two looks
+undo.py       what batches made ahead have moved, put back
+in_worker.py  a look in a worker process
+compare.py    a batch's record, and where two differ       control.py  one batch made again by the loop
+comparer.py   batches compared now and then               trial.py    the batches of one placement, compared
+checks.py     `Checks`: which placements are allowed      limits.py   what follows from what was found
 """
 
 from pipeline.checks.checks import OURS_REMEDY, Checks
 from pipeline.checks.compare import NotComparableError, Record
+from pipeline.checks.in_worker import looking
 from pipeline.checks.limits import Limits
-from pipeline.checks.trial import REPEATED, DifferenceError, DoubtError, Noted, Trial
+from pipeline.checks.trial import REPEATED, DifferenceError, DoubtError, MovedThereError, Noted, Trial
 from pipeline.checks.watch import StateWatch
 
 __all__ = [
@@ -33,9 +36,11 @@ __all__ = [
     "DifferenceError",
     "DoubtError",
     "Limits",
+    "MovedThereError",
     "NotComparableError",
     "Noted",
     "Record",
     "StateWatch",
     "Trial",
+    "looking",
 ]

@@ -6,10 +6,11 @@ bytes of what is small. Of what is large some elements are looked at, all over i
 
 from __future__ import annotations
 
+import itertools
 import operator
 import random
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy
@@ -46,9 +47,9 @@ class Cell:
         """Say what lies between two looks of one sort."""
         return "" if before == after else "moved"
 
-    def name(self, before: Any, after: Any) -> str:
+    def names(self, before: Any, after: Any) -> list[str]:
         """Name what has changed."""
-        return self.path
+        return [self.path]
 
 
 class NamesCell(Cell):
@@ -57,12 +58,13 @@ class NamesCell(Cell):
     Args:
         path: How it is reached; a name goes behind it.
         read: Returns names and values.
+        holder: What has them, if they can be set there: an object, or a dict.
     """
 
     __slots__ = ("_read",)
 
-    def __init__(self, path: str, read: Callable[[], Mapping[str, Any]]) -> None:
-        super().__init__(path, None)
+    def __init__(self, path: str, read: Callable[[], Mapping[str, Any]], holder: Any = None) -> None:
+        super().__init__(path, holder)
         self._read = read
 
     def look(self) -> tuple[list[str], list[Any]]:
@@ -72,12 +74,13 @@ class NamesCell(Cell):
     def change(self, before: Any, after: Any) -> Change:
         if len(before[1]) == len(after[1]) and all(map(operator.is_, before[1], after[1])):
             return ""
-        return "moved" if self._changed(before, after) else ""
+        return "moved" if self.changed(before, after) else ""
 
-    def name(self, before: Any, after: Any) -> str:
-        return ", ".join(f"{self.path}{name}" for name in self._changed(before, after)[:3])
+    def names(self, before: Any, after: Any) -> list[str]:
+        return [f"{self.path}{name}" for name in self.changed(before, after)]
 
-    def _changed(self, before: Any, after: Any) -> list[str]:
+    def changed(self, before: Any, after: Any) -> list[str]:
+        """Return the names behind which there is another value."""
         old, new = dict(zip(*before, strict=True)), dict(zip(*after, strict=True))
         names = [*old, *(name for name in new if name not in old)]
         return [
@@ -102,15 +105,21 @@ class DictCell(Cell):
     """A dict: one that only gets new keys has grown, as a cache does; one that gets numbers may count."""
 
     def look(self) -> tuple[int, list[Any], list[Any]]:
-        if len(self.found) <= _SMALL:
-            return len(self.found), list(self.found), list(self.found.values())
-        keys = [*_first(self.found, _SMALL // 2), next(reversed(self.found))]
-        return len(self.found), keys, [self.found.get(key) for key in keys]
+        if (length := len(self.found)) <= _SMALL:
+            return self._all(length)
+        keys = [*_first(self.found, _SMALL // 2), *_first(reversed(self.found), 1)]
+        return self._settled(length, keys, [self.found.get(key) for key in keys])
 
     def look_in_full(self) -> tuple[int, list[Any], list[Any]]:
-        if len(self.found) > _MAX_ELEMENTS:
-            return self.look()
-        return len(self.found), list(self.found), list(self.found.values())
+        return self.look() if (length := len(self.found)) > _MAX_ELEMENTS else self._all(length)
+
+    def _all(self, length: int) -> tuple[int, list[Any], list[Any]]:
+        return self._settled(length, list(self.found), list(self.found.values()))
+
+    def _settled(self, length: int, keys: list[Any], values: list[Any]) -> tuple[int, list[Any], list[Any]]:
+        if len(self.found) != length:
+            raise RuntimeError("a thread has filled it meanwhile")
+        return length, keys, values
 
     def change(self, before: Any, after: Any) -> Change:
         if before[0] == after[0]:
@@ -121,9 +130,9 @@ class DictCell(Cell):
         is_counter = isinstance(after[2][-1] if after[2] else None, (bool, int, float))
         return "grown" if after[0] > before[0] and is_kept and not is_counter else "moved"
 
-    def newest(self) -> Any:
-        """Return the value put in last; None if there is none."""
-        return self.found[next(reversed(self.found))] if self.found else None
+    def newest(self, count: int) -> list[Any]:
+        """Return the values put in last."""
+        return _first(reversed(self.found.values()), count)
 
 
 class SetCell(Cell):
@@ -205,6 +214,8 @@ class GeneratorCell(Cell):
 
     def look(self) -> Any:
         generator = self.found
+        if isinstance(generator, numpy.random.BitGenerator):
+            return repr(generator.state)
         if isinstance(generator, torch.Generator):
             return bytes(generator.get_state().numpy())
         if isinstance(generator, numpy.random.Generator):
@@ -248,12 +259,16 @@ def is_same(left: Any, right: Any) -> bool:
     return type(left) is type(right) and isinstance(left, _PLAIN) and left == right
 
 
-def sampled(found: Sequence[Any]) -> list[Any]:
-    """Return all elements of what is short, and some of what is long, the last one among them."""
-    length = len(found)
+def sampled(found: Iterable[Any]) -> list[Any]:
+    """Return all elements of what is short, and some of what is long, the last one among them.
+
+    Each of these calls holds the GIL: another thread may be changing it.
+    """
+    whole = found if isinstance(found, (list, tuple)) else list(found)
+    length = len(whole)
     if length <= _SMALL:
-        return list(found)
-    return [*(found[index] for index in range(0, length, max(1, length // _SMALL))), found[length - 1]]
+        return list(whole)
+    return [*whole[:: max(1, length // _SMALL)], *whole[-1:]]
 
 
 def _sampled_bytes(tensor: torch.Tensor) -> Callable[[], bytes]:
@@ -277,5 +292,5 @@ def _no_bytes() -> bytes:
     return b""
 
 
-def _first(found: Any, count: int) -> list[Any]:
-    return [key for key, _ in zip(found, range(count), strict=False)]
+def _first(found: Iterable[Any], count: int) -> list[Any]:
+    return list(itertools.islice(found, count))  # in one call, which holds the GIL

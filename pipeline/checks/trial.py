@@ -14,6 +14,20 @@ class DoubtError(Exception):
     """What is made ahead must not be used: what it is made of has changed."""
 
 
+class MovedThereError(DoubtError):
+    """A worker process has changed its own copy of the dataset.
+
+    Args:
+        num_unseen: How many of its batches may have been used before it looked.
+        names: What has changed.
+    """
+
+    def __str__(self) -> str:
+        num_unseen, names = self.args[0], ", ".join(self.args[1:4])
+        used = f", and {num_unseen} batches may have been used since it looked last" if num_unseen else ""
+        return f"{names} changed as batches were made in a process{used}"
+
+
 class DifferenceError(DoubtError):
     """A batch came out differently in the place where batches are made."""
 

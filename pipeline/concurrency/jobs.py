@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import os
 import socket
 import struct
@@ -40,6 +41,7 @@ def answer_jobs(requests: socket.socket, answer: AnswerJob, num_threads: int) ->
     for number in range(1, num_threads):
         # Whatever ends one of them ends the process: a job that nobody answers would be waited for.
         run = partial(run_to_the_end, partial(_answer_in_turn, requests, answer))
+        run = partial(contextvars.copy_context().run, run)  # NumPy and decimal keep their settings there
         threading.Thread(target=run, name=f"worker/{number}", daemon=True).start()
     _answer_in_turn(requests, answer)
 

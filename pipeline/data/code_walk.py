@@ -26,6 +26,7 @@ import torch
 MAX_OBJECTS, MAX_ITEMS = 10_000, 100  # that are looked at; of one container
 _FILLING = {"add", "append", "appendleft", "extend", "setdefault", "update"}  # methods of containers
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
+_TABLES = (torch.Tensor, numpy.ndarray, list, dict)
 
 
 class Place(NamedTuple):
@@ -103,6 +104,8 @@ class CodeWalk:
             inner = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
             if isinstance(inner, (types.FunctionType, type)):
                 self._queue.append(inner)
+                if is_named and value is inner and _is_put_there(inner, found, name):
+                    self._note(Place(found.__module__, found.__qualname__, name), value)
             elif _is_descriptor(value):
                 self._queue.append(value)  # such as a cached property
             elif is_named and not (name.startswith("__") or name == "_abc_impl"):
@@ -114,8 +117,19 @@ class CodeWalk:
             self._queue.append(inner)
         module = found.__globals__.get("__name__", "")
         if _is_users(module):
+            self._note_own(module, found)
             for names in _codes(found.__code__):
                 self._visit_names(module, found.__globals__, names)
+
+    def _note_own(self, module: str, found: types.FunctionType) -> None:
+        """Note what a function itself holds: attributes, and tables among its defaults."""
+        if not _is_at_its_name(module, found):
+            return
+        own = {name: value for name, value in vars(found).items() if name != "__wrapped__"}
+        if any(isinstance(each, _TABLES) for each in found.__defaults__ or ()):
+            own["__defaults__"] = found.__defaults__
+        for name, value in own.items():
+            self._note(Place(module, found.__qualname__, name), value)
 
     def _visit_names(self, module: str, known: dict[str, Any], names: set[str]) -> None:
         package = known.get("__package__") or ""
@@ -144,6 +158,24 @@ class CodeWalk:
         self._queue.append(value)
         if not isinstance(value, _LEFT_ALONE) and not _is_of_library(value):
             self.places[place] = value
+
+
+def _is_put_there(found: Any, kind: type, name: str) -> bool:
+    """Say whether a function has been put into a class that was not defined in it."""
+    is_function = isinstance(found, types.FunctionType)
+    return is_function and (found.__module__, found.__qualname__) != (
+        kind.__module__,
+        f"{kind.__qualname__}.{name}",
+    )
+
+
+def _is_at_its_name(module: str, found: types.FunctionType) -> bool:
+    """Say whether a function is what its module has under its name, and not what a decorator has wrapped."""
+    there: Any = sys.modules.get(module)
+    try:
+        return functools.reduce(getattr, found.__qualname__.split("."), there) is found
+    except AttributeError:
+        return False
 
 
 def _is_of_library(value: Any) -> bool:

@@ -169,6 +169,15 @@ class Watch:
             generator.restore(self._before[generator.name][1])
 
 
+def standing(generator: GlobalGenerator) -> Hashable:
+    """Return where a generator stands: the same whenever it stands there.
+
+    Its fingerprint may also show a normal number of torch's that was in store before it was seeded.
+    """
+    is_torch = generator.name == TorchGenerator.name
+    return generator.state().numpy().tobytes() if is_torch else generator.fingerprint()
+
+
 def global_generators() -> list[GlobalGenerator]:
     """Return the generators that a dataset could draw from."""
     return [_TORCH, _PYTHON, _NUMPY]

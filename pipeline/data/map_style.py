@@ -188,6 +188,12 @@ class MapReader(IsolatedReader):
             self._source.unhookable = found.names
             return None
 
+    def noting_draws(self, make: Callable[[], Batch]) -> tuple[Batch, list[Any]]:
+        """Make a batch on the loop thread; return it, and how far each of its samples drew."""
+        with self._randomness.marked() as marks:
+            batch = make()
+        return batch, marks[1:]  # the first one stands before the first sample
+
     @property
     def num_left(self) -> float:
         return self.num_batches - self.position

@@ -48,6 +48,7 @@ class Processes:
         stall_timeout_s: Longest wait for a batch; None waits for ever.
         num_threads: Of each; it makes as many batches at once.
         pinning: Of the device that the batches are copied to from where they lie, if there is one.
+        make_look: Returns, in a worker, what is called after each batch; it raises if that must not be used.
 
     Attributes:
         in_order: Whether the batches of an epoch are handed over in its order, or as they are answered.
@@ -66,6 +67,7 @@ class Processes:
         stall_timeout_s: float | None = None,
         num_threads: int = 1,
         pinning: Pinning | None = None,
+        make_look: Callable[[Any], Callable[[], None]] | None = None,
     ) -> None:
         self._stall_timeout_s, self._batch_bytes = stall_timeout_s, 0
         self._tickets: dict[int, tuple[Any, Slot, _Asker]] = {}
@@ -79,7 +81,7 @@ class Processes:
             self._pool = WorkerPool(
                 ("pipeline.data.worker", "open_worker"),
                 (self._payload, self._slots.file, self._stacks),
-                (payload.offset, payload.nbytes, self._state.settings),
+                (payload.offset, payload.nbytes, self._state.settings, make_look),
                 num_workers,
                 MODULES,
                 prepare,

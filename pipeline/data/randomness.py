@@ -34,7 +34,7 @@ from typing import Any, TypeVar
 import torch
 
 from pipeline.data.generator_mode import GeneratorMode, Seed, UnhookableDrawError
-from pipeline.data.generators import GlobalGenerator, TorchGenerator, Watch, global_generators
+from pipeline.data.generators import GlobalGenerator, TorchGenerator, Watch, global_generators, standing
 from pipeline.seeding import take_generators
 
 _NUM_ISOLATED = 64  # samples that show what a dataset draws from; to seed all three takes 20 µs
@@ -121,6 +121,7 @@ class SampleRandomness:
         self.suspects: list[ThreadRandomness] = []
         self.cleared: set[Hashable] = set()
         self.innocent: set[str] = set()
+        self._marks: list[Any] | None = None
 
     @property
     def drawn(self) -> tuple[str, ...]:
@@ -142,8 +143,10 @@ class SampleRandomness:
             return self._begin(make, batch)
         while True:
             self._watch.start(self._drawn)
+            (self._marks or []).clear()
             try:
                 made = make(self._seed_drawn if self._drawn else None)
+                self._mark()
             finally:
                 moved = self._watch.moved()
                 self._watch.restore(moved)
@@ -202,7 +205,21 @@ class SampleRandomness:
             raise UnhookableDrawError(names, is_certain=True)
         return made
 
+    @contextmanager
+    def marked(self) -> Iterator[list[Any]]:
+        """Have it noted, inside the block, how far each sample draws; the last batch made is what counts."""
+        self._marks = marks = list[Any]()
+        try:
+            yield marks
+        finally:
+            self._marks = None
+
+    def _mark(self) -> None:
+        if self._marks is not None:
+            self._marks.append([standing(each) for each in self._drawn])
+
     def _seed_drawn(self, seed: Seed) -> None:
+        self._mark()
         value = seed()
         for generator in self._drawn:
             generator.seed(value)

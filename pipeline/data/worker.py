@@ -36,7 +36,13 @@ ended."""
 
 
 def open_worker(
-    payload: int, slots: int, stacks: int, offset: int, nbytes: int, settings: ProcessSettings
+    payload: int,
+    slots: int,
+    stacks: int,
+    offset: int,
+    nbytes: int,
+    settings: ProcessSettings,
+    make_look: Callable[[Any], Callable[[], None]] | None,
 ) -> Callable[[socket.socket, int], None]:
     """Take the dataset, once for all workers; return what each of them runs.
 
@@ -47,6 +53,7 @@ def open_worker(
         offset: Of the skeleton in the payload.
         nbytes: Of the skeleton.
         settings: Of the script's process.
+        make_look: Returns what is called after each batch, and raises if it must not be used.
 
     Runs on:
         The nursery.
@@ -61,7 +68,7 @@ def open_worker(
         faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         settings.apply_in_worker()
         keep_freed_memory()
-        worker = Worker(fetcher, slots, num_threads)
+        worker = Worker(fetcher, slots, num_threads, None if make_look is None else make_look(fetcher))
         worker.talk.listen()
         answer_jobs(requests, worker.answer, num_threads)
 
@@ -75,13 +82,20 @@ class Worker:
         fetcher: Makes them of samples.
         slots: The file of the slots.
         num_threads: That call `answer`, at once.
+        look: Called after each batch; raises if it must not be used.
 
     Attributes:
         talk: What was said and goes along with the next answer.
     """
 
-    def __init__(self, fetcher: Fetcher | ShardFetcher, slots: int, num_threads: int) -> None:
-        self._fetcher, self._memory = fetcher, map_slots(slots)
+    def __init__(
+        self,
+        fetcher: Fetcher | ShardFetcher,
+        slots: int,
+        num_threads: int,
+        look: Callable[[], None] | None = None,
+    ) -> None:
+        self._fetcher, self._memory, self._look = fetcher, map_slots(slots), look
         self._isolation, self.talk = Isolation(num_threads), Talk()
 
     def answer(self, job: bytes) -> tuple[bytes, list[int]]:
@@ -103,6 +117,8 @@ class Worker:
         arena = Arena(slot, start=indices.nbytes)
         if (batch := self._make(arena, indices, Epoch(number, seed), position)) is END:
             return False, 0, 0, 0
+        if self._look is not None:
+            self._look()
         packed = pack(batch, arena)
         if packed.overflow >= 0:
             files.append(packed.overflow)

@@ -97,13 +97,13 @@ class Inbound:
         is_checked: bool = True,
     ) -> None:
         self._times, self.is_training, self._in_order = times, False, in_order
-        self.num_pauses: Callable[[], int] = _none
+        self.num_pauses: Callable[[], int] = int
         self.source, self._transfer = source, transfer
         self._depth, self._stall_timeout_s = depth, stall_timeout_s
         self._opened: Reader | None = None
         self._place = ProcessPlace(source, transfer, depth, stall_timeout_s, in_order=in_order)
-        self.is_in_place = False
-        self._num_in_line = 0
+        self._place.is_checked = is_checked
+        self.is_in_place, self._num_in_line = False, 0
         self.age: int | None = None
         self._ages: deque[int] | None = None
         self._num_handed = 0
@@ -116,8 +116,7 @@ class Inbound:
 
     def batches(self, epoch: int, max_batches: int | None, start: int = 0) -> Generator[Batch]:
         """Open an epoch, at once, and return its batches, those before `start` left out."""
-        if (kept := self._place.processes) is not None and (self.checks.has_changed() or kept.is_stale()):
-            self.stop_processes()  # somebody has changed the dataset: give it to them anew
+        self._place.renew(self.checks)  # somebody may have changed the dataset: they are given it anew
         self._opened = self.source.open(epoch, max_batches, start)
         if isinstance(self._opened, IterableReader) and not self.source.is_known_kind:
             self._ages, self._num_handed = deque(), 0
@@ -163,7 +162,8 @@ class Inbound:
         batches = self.checks.looked_at(reader, bring, controls=place != TEXTBOOK)
         if place.name != "process":
             return batches
-        self.is_in_place = self.start_processes(place.num_workers, place.num_threads)  # nobody waits for them
+        self._place.renew(self.checks)  # they may have been starting for a while
+        self.is_in_place = self._place.starts(place, self._retreat.without_processes)  # nobody waits for them
         return self._counted(batches)
 
     @property
@@ -172,7 +172,7 @@ class Inbound:
 
     def _made_and_watched(self, place: Place, reader: Reader) -> Generator[Batch]:
         """Yield batches from a place until it is left, or until there is a doubt about what is made there."""
-        first, count = reader.position, 0
+        first, count, self.checks.is_leaving = reader.position, 0, False
         try:
             with (
                 closing(self._made_in(place, reader)) as made,
@@ -188,12 +188,11 @@ class Inbound:
         except DoubtError as doubt:
             if reader.is_random_access:
                 reader.position = first + count
-            self.stop_processes()  # what they were given is no longer what is wanted
-            self._retreat.after(doubt, place)
+            self._place.let_go(doubt)
+            self._retreat.after(doubt, place, reader.position + self._depth + 2 * place.num_workers)
 
     def _watched(self, place: Place, reader: Reader, batches: Generator[Batch]) -> Generator[Batch]:
-        is_ordered = self.checks.limits.num_threads == 1  # what moves is the making itself
-        if place == TEXTBOOK or is_ordered or not self.checks.is_of_use(reader):
+        if place == TEXTBOOK or not self.checks.is_of_use(reader):
             return batches
         return self.checks.watched(batches, can_go_back=reader.is_random_access and self._in_order)
 
@@ -242,7 +241,7 @@ class Inbound:
             in_line = read_in_line(reader, self._transfer, lambda: not self._place.is_there(place, reader))
             return self._counted(in_line)
         trial = self.checks.trial(place, reader)
-        compared = Trial(self.checks, reader if self._in_order else None)
+        compared = Trial(self.checks.comparer, reader if self._in_order else None)
         return self._place.batches(place, reader, self._goes_on, trial, compared)
 
     def _counted(self, batches: Generator[Batch]) -> Generator[Batch]:
@@ -258,7 +257,7 @@ class Inbound:
         report = replace(
             self.chooser.report,
             limit=checks.limits.reason,
-            num_compared=checks.num_compared,
+            num_compared=checks.comparer.num_compared,
             checks_s=checks.spent_s,
         )
         if self._retreat.has_left:
@@ -288,10 +287,6 @@ def _for(source: Source, place: Place) -> Place:
     if place.name != "process" or not isinstance(source, ShardedSource):
         return place
     return Place("process", min(place.num_workers, len(source.shards)))
-
-
-def _none() -> int:
-    return 0
 
 
 def _switching_often(batches: Generator[Batch]) -> Generator[Batch]:

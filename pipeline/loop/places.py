@@ -212,18 +212,20 @@ def _fill(
 
 
 def _entering_mode() -> Callable[[Make], Make]:
-    """Return what has batches made in the calling thread's grad mode, which a new thread does not inherit.
+    """Return what has batches made in the calling thread's modes (grad, autocast), which a new one lacks.
 
     Only the making: pinned memory that was made in inference mode could not be used again outside of it.
     """
     is_grad, is_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
+    is_cast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
 
     def enters_mode(make: Make) -> Make:
         def make_in_mode(position: int) -> Batch:
-            with torch.inference_mode(is_inference), torch.set_grad_enabled(is_grad):
+            cast = torch.autocast("cpu", dtype, enabled=is_cast)
+            with torch.inference_mode(is_inference), torch.set_grad_enabled(is_grad), cast:
                 return make(position)
 
-        return make if is_grad and not is_inference else make_in_mode
+        return make if is_grad and not is_inference and not is_cast else make_in_mode
 
     return enters_mode
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import closing
+from functools import partial
+from typing import Any
 
 from pipeline.batch import Batch
-from pipeline.checks import Trial
+from pipeline.checks import Checks, DoubtError, MovedThereError, Trial, looking
 from pipeline.data import (
     MapReader,
     MapSource,
@@ -35,6 +37,8 @@ class ProcessPlace:
 
     Attributes:
         processes: Those that there are.
+        is_checked: Whether workers look at what moves in their copies of a map-style dataset.
+        tolerated: Names of what may move in a worker, since the loop has looked at it.
 
     Runs on:
         Loop thread.
@@ -51,7 +55,9 @@ class ProcessPlace:
     ) -> None:
         self._source, self._transfer, self._depth = source, transfer, depth
         self._stall_timeout_s, self._in_order = stall_timeout_s, in_order
+        self.is_checked, self.tolerated = True, frozenset[str]()
         self.processes: Processes | None = None
+        self._has_started = False
 
     def start(self, num_workers: int, num_threads: int = 1) -> bool:
         """See that worker processes are there or on their way; say whether they are there.
@@ -72,20 +78,50 @@ class ProcessPlace:
         if isinstance(source, ShardedSource):
             num_workers, num_threads = min(num_workers, len(source.shards)), 1
         if self.processes is None:
-            pinning = self._transfer.pinning
-            self.processes = Processes(source, num_workers, self._stall_timeout_s, num_threads, pinning)
-            self.processes.in_order = self._in_order
+            timeout_s, pinning, look = self._stall_timeout_s, self._transfer.pinning, self._look()
+            self.processes = Processes(source, num_workers, timeout_s, num_threads, pinning, look)
+            self.processes.in_order, self._has_started = self._in_order, True
         is_ready = self.processes.is_ready(num_workers, num_threads)
         if isinstance(source, ShardedSource):
             source.check_processes()
             return is_ready and source.has_begun  # what data does to itself is seen in this process first
         return is_ready
 
+    def _look(self) -> Any:
+        """Return what makes a worker look at its dataset; shards move as they are read."""
+        is_looked_at = self.is_checked and isinstance(self._source, MapSource)
+        return partial(looking, self._source.name, self.tolerated) if is_looked_at else None
+
     def stop(self) -> None:
         """End the worker processes, if there are any; they are started again if they are wanted."""
         if self.processes is not None:
             self.processes.close()
             self.processes = None
+
+    def let_go(self, doubt: DoubtError) -> None:
+        """End the worker processes, since what they were given is no longer what is wanted."""
+        if isinstance(doubt, MovedThereError):
+            self.tolerated |= {*doubt.args[1:]}  # unless the loop sees it move, which ends all processes
+        self.stop()
+
+    def starts(self, place: Place, forbid: Callable[[ConfigError], None]) -> bool:
+        """Start processes as `start` does; where they were before, and can be no more, forbid them.
+
+        Such as those of a dataset that has got a connection meanwhile, which cannot be pickled.
+        """
+        try:
+            return self.start(place.num_workers, place.num_threads)
+        except ConfigError as error:
+            if not self._has_started:
+                raise
+            forbid(error)
+            return False
+
+    def renew(self, checks: Checks) -> None:
+        """End processes that were given a dataset which somebody has changed since."""
+        has_changed = checks.has_changed(has_processes=self.processes is not None)
+        if self.processes is not None and (has_changed or self.processes.is_stale()):
+            self.stop()
 
     def is_there(self, place: Place, reader: Reader) -> bool:
         """Say whether the processes are there, or start them; wait only if the loop would read all again."""

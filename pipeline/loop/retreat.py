@@ -5,9 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 
-from pipeline.checks import OURS_REMEDY, Checks, DifferenceError, DoubtError
+from pipeline.checks import OURS_REMEDY, Checks, DifferenceError, DoubtError, Limits
 from pipeline.data import READS_OURS, Reader
-from pipeline.errors import StageError, listed, warn_harmlessly
+from pipeline.errors import PipelineError, StageError, listed, warn_harmlessly
 from pipeline.loop.placement import TEXTBOOK, Place, may_be
 
 MAX_CHANGES = 3  # by a step, in a run; then batches stay in the loop
@@ -31,7 +31,7 @@ class Retreat:
     def __init__(self, checks: Checks, name: str, *, is_pinned: bool) -> None:
         self._checks, self._name, self._is_pinned = checks, name, is_pinned
         self.has_left = False
-        self._num_changes, self._has_warned, self._has_said_draws = 0, False, False
+        self._num_changes, self._has_said_draws = 0, False
 
     def allowed(self, place: Place, reader: Reader) -> Place:
         """Return a place, or the loop if batches may not be made there; a user who named it is told."""
@@ -39,17 +39,16 @@ class Retreat:
         # A thread makes these in order, too; but what it has made may have to be made again, for its draws.
         if may_be(place, limits, is_threadable=True, is_random_access=reader.is_random_access):
             return place
-        if self._is_pinned:
-            self.has_left = True
+        if self._is_pinned and not self.has_left:
+            self.has_left, same = True, "" if self._num_changes else ", with the same numbers"
             if not limits.remedy:  # a Loader of ours does by itself what was asked for
-                self._warn(
-                    f"batches are made in the loop, and not in {place}, with the same numbers: "
-                    f"{limits.reason}. Keep that out of the dataset, or set check_data=False if it decides "
-                    "nothing (docs/checks.md)."
+                warn_harmlessly(
+                    f"batches are made in the loop, and not in {place}{same}: {limits.reason}. Keep "
+                    "that out of the dataset, or set check_data=False if it decides nothing (docs/checks.md)."
                 )
         return TEXTBOOK
 
-    def after(self, doubt: DoubtError, place: Place) -> None:
+    def after(self, doubt: DoubtError, place: Place, until: int) -> None:
         """Go back to the loop: for good, or to look again, where only a step has changed something.
 
         Raises:
@@ -57,11 +56,12 @@ class Retreat:
         """
         if not isinstance(doubt, DifferenceError):
             self._num_changes += 1
+            self._checks.look_again(until)
             if self._num_changes > MAX_CHANGES:
                 self._checks.withdraw(f"{doubt}, for the {self._num_changes}th time")
-            else:
-                self._checks.look_again()
-            self._warn(f"{self._name}: {doubt}. The batches made ahead were dropped, and are made again.")
+            warn_harmlessly(
+                f"{self._name}: {doubt}. The batches made ahead were dropped, and are made again."
+            )
             return
         if self._is_pinned:
             raise StageError(
@@ -72,7 +72,11 @@ class Retreat:
                 stage="fetch",
             ) from doubt
         self._checks.withdraw(str(doubt))
-        self._warn(f"{self._name}: {doubt}. None was used; batches are made in the loop from here on.")
+        warn_harmlessly(f"{self._name}: {doubt}. None was used; batches are made in the loop from here on.")
+
+    def without_processes(self, error: PipelineError) -> None:
+        """Use no processes from here on, since they cannot be started again."""
+        self._checks.limits = self._checks.limits.restricted(Limits(None, False, str(error)))
 
     def warn_of_draws(self, names: Sequence[str], reader: Reader) -> None:
         """Say that a thread cannot make batches that draw from these; once."""
@@ -91,8 +95,3 @@ class Retreat:
             f"overlap. Draw from torch's functions that take a generator{or_process}.",
             stacklevel=2,
         )
-
-    def _warn(self, message: str) -> None:
-        if not self._has_warned:
-            self._has_warned = True
-            warn_harmlessly(message)

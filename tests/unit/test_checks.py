@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import abc
 import array
+import asyncio
+import contextvars
 import functools
 import importlib
 import importlib.util
@@ -15,6 +18,8 @@ import re
 import sqlite3
 import sys
 import threading
+import types
+import weakref
 from collections import OrderedDict, deque
 from contextlib import closing
 from types import SimpleNamespace
@@ -26,14 +31,48 @@ import torch
 from torchvision import transforms
 from torchvision.transforms import v2
 
-from pipeline.checks import Checks, DifferenceError, DoubtError, NotComparableError, Record, StateWatch, Trial
+from pipeline.checks import (
+    Checks,
+    DifferenceError,
+    DoubtError,
+    MovedThereError,
+    NotComparableError,
+    Record,
+    StateWatch,
+    Trial,
+)
+from pipeline.checks.in_worker import WorkerLook
 from pipeline.checks.reach import reach
+from pipeline.checks.undo import put_back
 from pipeline.data import MapSource, as_source
 from tests.stateful import Cached, Plain
 
 pandas = pytest.importorskip("pandas") if importlib.util.find_spec("pandas") else None
 TABLE = {"scale": 1.0}
+LEVEL = contextvars.ContextVar("LEVEL", default=1)
 logger = logging.getLogger("tests.checks")
+
+
+class Abstract(abc.ABC):  # noqa: B024
+    """A class that another metaclass makes."""
+
+    rng = random.Random(0)
+
+
+class Part:
+    """Has what it is given."""
+
+    def __init__(self, rng=None):
+        self.rng = rng
+
+
+KEPT = Part(random.Random(0))
+
+
+class Options(dict):
+    """A dict whose attributes are its values, and which has every attribute."""
+
+    __getattr__ = dict.get
 
 
 def found(thing):
@@ -52,6 +91,10 @@ def found(thing):
         lambda: np.random.RandomState(0),
         lambda: random.Random(0),
         lambda: torch.Generator(),
+        lambda: np.random.PCG64(0),
+        lambda: np.array([random.Random(0), None], dtype=object),
+        lambda: weakref.ref(KEPT),
+        lambda: Abstract,
         lambda: [[{"deep": (random.Random(0),)}]],
         lambda: functools.partial(max, random.Random(0)),
         lambda: SimpleNamespace(inner=SimpleNamespace(rng=random.Random(0))).inner.rng.random,
@@ -66,6 +109,33 @@ def test_a_handle_of_a_library_is_found_by_its_refusal_to_be_pickled():
     """A connection has no attributes to look into, and does not pickle."""
     with closing(sqlite3.connect(":memory:")) as connection:
         assert list(found([connection]).bound) == ["data.part[…]"]
+
+
+def test_an_event_loop_is_run_by_one_thread():
+    """Two threads cannot run it at once."""
+    with closing(asyncio.new_event_loop()) as loop:
+        assert "data.part[…]" in found([loop]).bound
+
+
+def test_each_thread_may_have_a_file_of_its_own():
+    """Behind `threading.local` a file is shared by none; a generator of numbers is another one in each."""
+    local = threading.local()
+    local.file = io.BytesIO(b"abc")
+    assert not found(local).ordered
+    local.rng = random.Random(0)
+    assert found(local).ordered
+
+
+def test_a_reference_to_what_is_gone_is_nothing():
+    """Neither a reference nor a proxy to it can be looked into."""
+    thing = Part()
+    gone = [weakref.ref(thing)]
+    del thing
+    assert not found(gone).is_cut
+    options = Options(a=1)
+    proxy = weakref.proxy(options)
+    del options
+    assert not found(proxy).cells[1:]
 
 
 def test_a_handle_hides_in_no_closure_default_or_global():
@@ -98,6 +168,7 @@ def test_a_handle_hides_in_no_closure_default_or_global():
         lambda: v2.Compose([v2.RandomHorizontalFlip(), v2.Normalize([0.5], [0.5])]),
         lambda: np.zeros(3),
         lambda: {"cache": {}},
+        lambda: Options(a=1),
     ],
 )
 def test_what_every_program_has_is_no_handle(make):
@@ -153,6 +224,13 @@ class Thing(Base):
         self.big, self.long, self.numbers = np.zeros(10**5), [0] * 10**4, array.array("i", [1, 2])
         self.module, self.slotted = torch.nn.Identity(), Slotted()
         self.module._level = 1
+        self.local, self.seeds, self.code = (
+            threading.local(),
+            np.random.SeedSequence(1),
+            types.ModuleType("mine"),
+        )
+        self.options, self.function = Options(a=1), (lambda: LEVEL.get())
+        self.function.count, self.level, self.objects = 0, LEVEL, np.array([1, None], dtype=object)
         self.table = SimpleNamespace() if pandas is None else pandas.DataFrame({"a": [1, 2]})
 
 
@@ -196,6 +274,19 @@ def write(memory, value):
         (lambda thing: thing.rng.random(), {"data.rng": "moved"}),
         (lambda thing: thing.bytes.__setitem__(0, 1), {"data.bytes": "moved"}),
         (lambda thing: thing.model.weight.data.add_(1), {"data.model['weight']": "moved"}),
+        (lambda thing: thing.module.eval(), {"data.module.training": "moved"}),
+        (lambda thing: setattr(thing.local, "count", 1), {"data.local.count": "moved"}),
+        (lambda thing: thing.seeds.spawn(1), {"data.seeds.n_children_spawned": "moved"}),
+        (lambda thing: setattr(thing.function, "count", 1), {"<lambda>.count": "moved"}),
+        (lambda thing: setattr(thing.code, "count", 1), {"data.code.count": "moved"}),
+        (lambda thing: LEVEL.set(5), {"data.level": "moved"}),
+        (lambda thing: thing.options.update(a=2), {"data.options": "moved"}),
+        (lambda thing: thing.objects.__setitem__(0, 2), {"data.objects": "moved"}),
+        (lambda thing: setattr(Thing, "level_of_class", 2), {"Thing.level_of_class": "moved"}),
+        (
+            lambda thing: thing.cache.__setitem__(2, SimpleNamespace(file=io.BytesIO())),
+            {"data.cache": "moved"},
+        ),
         (lambda thing: Thing.shared.append(1), {"Thing.shared": "moved"}),
         (lambda thing: None, {}),
     ],
@@ -286,7 +377,7 @@ def test_a_batch_that_differs_is_refused_before_it_is_used():
         trial.hand_on(1, torch.zeros(4, 2), lambda each: pytest.fail("it was handed on"))
     with pytest.raises(DifferenceError, match="could not be made there: KeyError: 'x'"):
         raise trial.blamed(2, KeyError("x"))
-    assert checks.num_compared == 3  # two of the loop with itself, and this one
+    assert checks.comparer.num_compared == 3  # two of the loop with itself, and this one
 
 
 def test_a_batch_is_compared_again_when_the_run_can_afford_it():
@@ -301,7 +392,7 @@ def test_a_batch_is_compared_again_when_the_run_can_afford_it():
         now[0] += 1.0
         return reader.__class__.remake(reader, position, is_hooked=is_hooked)
 
-    trial, seconds = Trial(checks, SimpleNamespace(is_random_access=True, remake=remake)), []
+    trial, seconds = Trial(checks.comparer, SimpleNamespace(is_random_access=True, remake=remake)), []
 
     def made():
         for position in range(3, 1000):
@@ -358,3 +449,85 @@ def test_moving_in_a_file_by_its_number_is_found():
         os.lseek(number, 0, os.SEEK_SET)
 
     assert found(read).ordered
+
+
+def test_a_dict_that_a_thread_fills_meanwhile_has_grown():
+    """A look that falls between two keys is taken again."""
+
+    class Filling(dict):
+        def get(self, key, otherwise=None):
+            if len(self) < 105:
+                self[len(self)] = str(len(self))
+            return super().get(key, otherwise)
+
+    cache = Filling({number: str(number) for number in range(99)})
+    watch = StateWatch(lambda: [("data", SimpleNamespace(cache=cache))])
+    cache[200] = "x"
+    assert watch.is_quiet()
+
+
+def test_what_has_no_equality_counts_as_moved():
+    """A key whose comparison fails, such as a tensor, breaks nothing."""
+    cache = {torch.zeros(2): 1}
+    watch = StateWatch(lambda: [("data", SimpleNamespace(cache=cache))])
+    cache.clear()
+    cache[torch.ones(2)] = 1
+    assert not watch.is_quiet()
+    assert [each.name for each in watch.moved()] == ["data.cache"]
+
+
+@pytest.mark.parametrize(
+    ("change", "value_of"),
+    [
+        (lambda thing: setattr(thing, "count", 7), lambda thing: thing.count),
+        (lambda thing: setattr(thing, "more", 7), lambda thing: hasattr(thing, "more")),
+        (lambda thing: thing.items.append(7), lambda thing: list(thing.items)),
+        (lambda thing: thing.queue.rotate(), lambda thing: list(thing.queue)),
+        (lambda thing: thing.cache.__setitem__(1, 7), lambda thing: dict(thing.cache)),
+        (lambda thing: thing.names.remove(1), lambda thing: set(thing.names)),
+        (lambda thing: thing.tensor.add_(7), lambda thing: thing.tensor.tolist()),
+        (lambda thing: thing.array.fill(7), lambda thing: thing.array.tolist()),
+        (lambda thing: setattr(thing.slotted, "inner", 7), lambda thing: thing.slotted.inner),
+        (lambda thing: setattr(Base, "scale", 7), lambda thing: Base.scale),
+        (lambda thing: setattr(thing.module, "_level", 7), lambda thing: thing.module._level),
+        (lambda thing: setattr(thing.function, "count", 7), lambda thing: thing.function.count),
+    ],
+)
+def test_what_batches_made_ahead_have_moved_is_put_back(change, value_of):
+    """Plain values, small containers, arrays and tensors, wherever they lie."""
+    thing = Thing()
+    watch, before = StateWatch(lambda: [("data", thing)]), value_of(thing)
+    change(thing)
+    assert value_of(thing) != before
+    are_back = [put_back(cell, was) for cell, was in watch.moved_cells()]
+    assert are_back
+    assert all(are_back)
+    assert value_of(thing) == before
+
+
+def test_what_cannot_be_put_back_is_said():
+    """The numbers of a table, a generator: nobody has kept what they were."""
+    thing = Thing()
+    watch = StateWatch(lambda: [("data", thing)])
+    thing.rng.random()
+    thing.big.fill(1)
+    assert [put_back(cell, was) for cell, was in watch.moved_cells()] == [False, False]
+
+
+def test_a_worker_says_what_moves_in_its_copy():
+    """From its second batch on; what the loop has looked at may move, and a connection that it opens."""
+    data = Part()
+    data.count, data.shard, data.connection = 0, 0, None
+    look = WorkerLook(lambda: [("data", data)], frozenset(["data.shard"]), 1e9)
+    data.count += 1
+    look()
+    data.shard += 1
+    look()
+    with closing(sqlite3.connect(":memory:")) as data.connection:
+        look()
+        data.count += 1
+        for _ in range(2):  # what has moved may have moved the next batch too
+            with pytest.raises(
+                MovedThereError, match=r"^data\.count changed as batches were made in a process$"
+            ):
+                look()
