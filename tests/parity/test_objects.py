@@ -354,7 +354,7 @@ def test_one_object_may_be_every_batch(placement):
 @pytest.mark.parametrize("place", ["textbook", "inline", "thread", "process"])
 def test_what_lies_in_one_memory_does_so_in_each_place(place):
     """A step that writes to one view sees it in the others; one object under two names is one."""
-    data = Augmented(8, draws=())
+    data = Augmented(40, draws=())
     if place == "process":
         batches = made_by_processes(data, collate_fn=collate_views)[0]
     elif place == "textbook":
@@ -362,7 +362,7 @@ def test_what_lies_in_one_memory_does_so_in_each_place(place):
     else:
         with Loader(data, batch_size=4, collate_fn=collate_views, placement=place, num_workers=2) as loader:
             batches = list(loader)
-    assert len(batches) == 2
+    assert len(batches) == 10
     for batch in batches:
         before = batch["all"].clone()
         batch["target"].add_(1)
