@@ -75,7 +75,7 @@ class _Copier:
 
     def _tensor(self, found: torch.Tensor) -> torch.Tensor:
         made = self._numbers(found)
-        if type(made) is type(found):
+        if found.__dict__ and type(made) is type(found):
             made.__dict__.update(found.__dict__)
         return made
 
@@ -92,7 +92,9 @@ class _Copier:
         if (shared := overlap_of(found, self._shared)) is not None:
             made: torch.Tensor = shared[1].view(self._memory(shared[0]))
             return made
-        return self._once(_memory_of(found), found, _cloned).as_strided(found.shape, found.stride())
+        if (key := _memory_of(found)) in self._copies:
+            return self._once(key, found, _cloned).as_strided(found.shape, found.stride())
+        return self._once(key, found, _cloned)
 
     def _memory(self, shared: Overlap) -> torch.Tensor:
         if shared not in self._copies:

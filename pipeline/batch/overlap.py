@@ -106,6 +106,8 @@ def _extent(found: Any) -> tuple[int, int] | None:
         if not _is_in_one_piece(found):
             return None
         start = found.data_ptr()
+        if found.is_contiguous():
+            return None if start % found.itemsize else (start, start + found.nbytes)
         last = sum((size - 1) * stride for size, stride in zip(found.shape, found.stride(), strict=True))
         return None if start % found.itemsize else (start, start + (last + 1) * found.itemsize)
     if type(found) is numpy.ndarray and found.nbytes and not found.dtype.hasobject:
