@@ -20,7 +20,7 @@ from pipeline.loop.callback import Callback
 from pipeline.loop.callback_list import CallbackList
 from pipeline.loop.check import check_listeners, check_model, check_targets, resolve_limit, split_batching
 from pipeline.loop.clock import StepClock
-from pipeline.loop.evaluate import forward_inputs, predict_batches
+from pipeline.loop.evaluate import forward_inputs, predict_batches, put_together
 from pipeline.loop.fit import fit
 from pipeline.loop.gil import GilWatch
 from pipeline.loop.resume import open_run_dir, resumed_seed
@@ -119,6 +119,7 @@ class Trainer(Settings):
         check_model(model, optimizer, scheduler, val_data, self)
         metrics, train_metrics, hparams = metrics or {}, train_metrics or {}, hparams or {}
         check_listeners(callbacks, loggers, (metrics, train_metrics), val_data)
+        setup.check_counters(count_samples, count_tokens)
         check_targets(self, loss_fn, train_data, val_data, batch_size, metrics, scheduler_interval)
         batching, val_batching = split_batching(train_data, val_data, batch_size, collate_fn, num_shards)
         seed = seed_of_run(self, train_data, batching["batch_size"])
@@ -236,6 +237,7 @@ class Trainer(Settings):
         """
         source = self._evaluation_source(data, batch_size, collate_fn, num_shards)
         belts = self._belts()
+        setup.check_counters(count_samples)
         objective = setup.make_objective(loss_fn, step, has_metrics=bool(metrics))
         if checkpoint is not None:
             load_model(checkpoint, model)
@@ -268,7 +270,7 @@ class Trainer(Settings):
 
         Returns:
             One tensor, the batches' outputs put together along their first dimension; or the list of
-            the batches' outputs, where they are not tensors.
+            the batches' outputs, where they are not tensors, or not of one size.
         """
         source = self._evaluation_source(data, batch_size, collate_fn, num_shards)
         belts = self._belts()
@@ -280,8 +282,7 @@ class Trainer(Settings):
             outputs = predict_batches(
                 model, forward, batches, setup.make_autocast(self.precision, belts.device)
             )
-        is_tensors = all(isinstance(each, torch.Tensor) and each.ndim for each in outputs)
-        return torch.cat(outputs) if outputs and is_tensors else outputs
+        return put_together(outputs)
 
     def _belts(self) -> Belts:
         prepare = setup.to_channels_last if self.channels_last else None

@@ -469,3 +469,10 @@ def collate_encoded(samples):
 def collate_graph(samples):
     """Return an object that remembers a parameter: it cannot leave its process."""
     return [torch.stack([inputs for inputs, _ in samples]) * torch.ones(1, requires_grad=True)]
+
+
+def collate_views(samples):
+    """Return what lies in one memory: rows of tokens as inputs and as targets, an array over both."""
+    rows, names = torch.stack([inputs for inputs, _ in samples]), ["a"]
+    views = {"inputs": rows[:, :-1], "target": rows[:, 1:], "all": rows, "again": rows}
+    return {**views, "array": rows.numpy()[::-1], "names": names, "same": names}

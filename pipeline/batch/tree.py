@@ -15,6 +15,7 @@ Who only looks (`tensors_in`) looks further: into the attributes of any object, 
 
 from __future__ import annotations
 
+import array
 import copy
 import functools
 import inspect
@@ -67,7 +68,7 @@ def map_tensors(batch: Batch, function: Callable[[torch.Tensor], Any]) -> Batch:
 class _Walk:
     """One way through a batch; a class, since a function that calls itself is garbage for the collector."""
 
-    __slots__ = ("_inside", "_on_object", "_on_other", "_on_tensor", "_rebuilds_all")
+    __slots__ = ("_made", "_on_object", "_on_other", "_on_tensor", "_rebuilds_all")
 
     def __init__(
         self,
@@ -78,7 +79,7 @@ class _Walk:
     ) -> None:
         self._on_tensor, self._on_object, self._on_other = on_tensor, on_object, on_other
         self._rebuilds_all = rebuilds_all
-        self._inside: set[int] = set()
+        self._made: dict[int, tuple[Any, Any]] = {}  # with what it was, or its id would be used again
 
     def visit(self, found: Any) -> Any:
         kind = _kind_of(type(found))  # type: ignore[arg-type]  # classes are hashable
@@ -92,13 +93,10 @@ class _Walk:
                 return made
         if kind.rebuild is None:
             return found if self._on_other is None else self._on_other(found)
-        if id(found) in self._inside:
-            return found  # it holds itself
-        self._inside.add(id(found))
-        try:
-            return kind.rebuild(found, self.visit, self._rebuilds_all)
-        finally:
-            self._inside.discard(id(found))
+        if id(found) not in self._made:
+            self._made[id(found)] = found, found  # it may hold itself
+            self._made[id(found)] = found, kind.rebuild(found, self.visit, self._rebuilds_all)
+        return self._made[id(found)][1]
 
 
 class _Kind(NamedTuple):
@@ -123,6 +121,8 @@ def _kind_of(kind: type) -> _Kind:
 
 
 def _rebuilder(kind: type) -> Rebuild | None:
+    if issubclass(kind, (bytearray, memoryview, array.array)):
+        return None  # bytes, which call themselves a sequence
     for base, rebuild in _REBUILDERS:
         if issubclass(kind, base):
             return rebuild

@@ -192,7 +192,7 @@ class ArrayCell(Cell):
     def look_in_full(self) -> Any:
         array = self.found
         is_read = array.flags.writeable and array.flags.c_contiguous and not array.dtype.hasobject
-        checked = checksum(array.reshape(-1).view("u1")) if is_read and array.nbytes <= _MAX_BYTES else 0
+        checked = checksum(array.reshape(-1).view("u1")) if is_read and 0 < array.nbytes <= _MAX_BYTES else 0
         return self.look(), checked
 
 

@@ -72,7 +72,7 @@ def _parts(path: str, found: Any, depth: int, above: list[int]) -> Iterator[tupl
         yield path, (type(found), repr(found))  # NaN is the same as NaN, and 0.0 not as -0.0
     elif isinstance(found, torch.Tensor):
         yield path, _of_tensor(found)
-    elif isinstance(found, numpy.ndarray) and found.dtype != object and type(found) is numpy.ndarray:
+    elif type(found) is numpy.ndarray and not found.dtype.hasobject:
         yield path, _of_array(found)
     elif id(found) in above or depth > _MAX_DEPTH:
         yield path, (type(found), "what it lies in")
@@ -112,10 +112,10 @@ def _reduced(found: Any) -> Iterator[tuple[str, Any]]:
         yield ".dtype", str(found.dtype)
         if isinstance(found, numpy.ma.MaskedArray):
             yield ".mask", numpy.ma.getmaskarray(found)
-            yield ".data", numpy.asarray(found.filled(0) if found.dtype != object else found.filled(None))
+            yield ".data", numpy.asarray(found.filled(None if found.dtype.hasobject else 0))
         else:
             plain = numpy.asarray(found)
-            yield "", plain.tolist() if plain.dtype == object else plain
+            yield "", plain.tolist() if plain.dtype.hasobject else plain
         return
     try:
         reduced = found.__reduce_ex__(4)
@@ -167,8 +167,8 @@ def _bytes_of(found: torch.Tensor) -> Hashable:
 
 
 def _of_array(found: numpy.ndarray[Any, Any]) -> Hashable:
-    contiguous = numpy.ascontiguousarray(found)
-    return ("array", str(found.dtype), found.shape, found.strides, _digest(contiguous.reshape(-1).view("u1")))
+    data = numpy.ascontiguousarray(found).reshape(-1).view("u1") if found.nbytes else b""
+    return "array", str(found.dtype), found.shape, found.strides, _digest(data)
 
 
 def _digest(data: Any) -> bytes | tuple[int, int]:

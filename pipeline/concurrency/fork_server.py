@@ -37,6 +37,7 @@ from multiprocessing import spawn
 from typing import Any, TypeAlias
 
 from pipeline.concurrency.deafness import become_deaf, hear_in_forks
+from pipeline.concurrency.reimport import nothing_taken
 
 RunWorker: TypeAlias = Callable[[socket.socket, int], None]
 """Runs in a worker, given the socket of its jobs and its number of threads."""
@@ -123,8 +124,9 @@ def _nurse_by(control: socket.socket) -> None:
         preparation, environment, home, name, arguments = pickle.loads(message)
         os.environ.clear()
         os.environ.update(environment)
-        _prepare(preparation)
-        run_worker: RunWorker = getattr(importlib.import_module(home), name)(*files, *arguments)
+        with nothing_taken():
+            _prepare(preparation)
+            run_worker: RunWorker = getattr(importlib.import_module(home), name)(*files, *arguments)
     except BaseException as error:
         with contextlib.suppress(BrokenPipeError):
             control.send(pickle.dumps(("failed", pickled_error(error))))
@@ -146,7 +148,7 @@ def _prepare(preparation: dict[str, Any]) -> None:
     if path is not None:
         with io.open_code(path) as file:
             _run_as_main(compile(file.read(), path, "exec"), __file__=path, __package__="")
-    elif name is not None and name.rpartition(".")[2] != "__main__":
+    elif name is not None:
         spec: Any = importlib.util.find_spec(name)
         code = spec.loader.get_code(name)
         _run_as_main(code, __file__=spec.origin, __package__=spec.parent, __spec__=spec)

@@ -39,9 +39,10 @@ def answer_jobs(requests: socket.socket, answer: AnswerJob, num_threads: int) ->
     if not _answer_next(requests, answer):
         return
     for number in range(1, num_threads):
-        # Whatever ends one of them ends the process: a job that nobody answers would be waited for.
-        run = partial(run_to_the_end, partial(_answer_in_turn, requests, answer))
-        run = partial(contextvars.copy_context().run, run)  # NumPy and decimal keep their settings there
+        # Each has the settings that belong to a context: NumPy's errors, those of decimals. Whatever ends one
+        # of them ends the process: a job that nobody answers would be waited for.
+        answer_all = partial(contextvars.copy_context().run, _answer_in_turn, requests, answer)
+        run = partial(run_to_the_end, answer_all)
         threading.Thread(target=run, name=f"worker/{number}", daemon=True).start()
     _answer_in_turn(requests, answer)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import socket
 import subprocess
@@ -111,7 +112,9 @@ def open_nursery(modules: Sequence[str] = ()) -> socket.socket:
 
 def preparation() -> dict[str, Any]:
     """Return what a fresh process needs to find the modules of this one, `__main__` left out."""
-    return {"sys_path": _import_path(), "sys_argv": list(sys.argv), "dir": os.getcwd()}
+    found = {"sys_path": _import_path(), "sys_argv": list(sys.argv), "dir": os.getcwd()}
+    method = multiprocessing.get_start_method(allow_none=True)  # of what a dataset starts itself
+    return found if method is None else {**found, "start_method": method}
 
 
 def _import_path() -> list[str]:

@@ -44,6 +44,13 @@ class Place(NamedTuple):
         found: Any = importlib.import_module(self.module)
         return functools.reduce(getattr, filter(None, self.owner.split(".")), found)
 
+    def holds(self, owner: Any) -> bool:
+        """Say whether its holder is this object."""
+        try:
+            return self.holder() is owner
+        except (AttributeError, ImportError):  # it was made in a function
+            return False
+
 
 class CodeWalk:
     """Goes from objects to their code, and from code to the globals that it names.
@@ -95,17 +102,17 @@ class CodeWalk:
             self._queue.extend(itertools.islice(_attributes(found), MAX_ITEMS))
 
     def _visit_class(self, found: type) -> None:
-        if not _is_users(found.__module__):
-            self._queue.extend(each for each in found.__mro__[1:] if _is_users(each.__module__))
+        if not is_users(found.__module__):
+            self._queue.extend(each for each in found.__mro__[1:] if is_users(each.__module__))
             return
         self._queue.extend(found.__mro__[1:])
         is_named = "<locals>" not in found.__qualname__ and not issubclass(found, Enum)
         for name, value in vars(found).items():
             inner = getattr(value, "__func__", None) or getattr(value, "fget", None) or value
-            if isinstance(inner, (types.FunctionType, type)):
+            if isinstance(value, types.FunctionType) and is_named:
+                self._note(Place(found.__module__, found.__qualname__, name), value)  # it may be replaced
+            elif isinstance(inner, (types.FunctionType, type)):
                 self._queue.append(inner)
-                if is_named and value is inner and _is_put_there(inner, found, name):
-                    self._note(Place(found.__module__, found.__qualname__, name), value)
             elif _is_descriptor(value):
                 self._queue.append(value)  # such as a cached property
             elif is_named and not (name.startswith("__") or name == "_abc_impl"):
@@ -116,20 +123,21 @@ class CodeWalk:
         if (inner := getattr(found, "__wrapped__", None)) is not None:
             self._queue.append(inner)
         module = found.__globals__.get("__name__", "")
-        if _is_users(module):
-            self._note_own(module, found)
+        if is_users(module):
+            self._visit_own(module, found)
             for names in _codes(found.__code__):
                 self._visit_names(module, found.__globals__, names)
 
-    def _note_own(self, module: str, found: types.FunctionType) -> None:
-        """Note what a function itself holds: attributes, and tables among its defaults."""
-        if not _is_at_its_name(module, found):
-            return
+    def _visit_own(self, module: str, found: types.FunctionType) -> None:
+        """Note what a function itself holds: its attributes and its defaults."""
         own = {name: value for name, value in vars(found).items() if name != "__wrapped__"}
-        if any(isinstance(each, _TABLES) for each in found.__defaults__ or ()):
-            own["__defaults__"] = found.__defaults__
+        own |= {name: getattr(found, name) for name in ("__defaults__", "__kwdefaults__")}
         for name, value in own.items():
-            self._note(Place(module, found.__qualname__, name), value)
+            place = Place(module, found.__qualname__, name)
+            if value is not None:
+                self._queue.append(value)
+                if place.holds(found):
+                    self.places[place] = value
 
     def _visit_names(self, module: str, known: dict[str, Any], names: set[str]) -> None:
         package = known.get("__package__") or ""
@@ -148,7 +156,7 @@ class CodeWalk:
 
     def _visit_module(self, found: types.ModuleType, names: set[str]) -> None:
         key = found.__name__, frozenset(names)
-        if not _is_users(found.__name__) or key in self._seen_modules:
+        if not is_users(found.__name__) or key in self._seen_modules:
             return
         self._seen_modules.add(key)
         for name in names & vars(found).keys():
@@ -156,33 +164,16 @@ class CodeWalk:
 
     def _note(self, place: Place, value: Any) -> None:
         self._queue.append(value)
-        if not isinstance(value, _LEFT_ALONE) and not _is_of_library(value):
+        is_imported = _is_of_library(value) and value.__name__ == place.name
+        if not isinstance(value, _LEFT_ALONE) and not is_imported:
             self.places[place] = value
-
-
-def _is_put_there(found: Any, kind: type, name: str) -> bool:
-    """Say whether a function has been put into a class that was not defined in it."""
-    is_function = isinstance(found, types.FunctionType)
-    return is_function and (found.__module__, found.__qualname__) != (
-        kind.__module__,
-        f"{kind.__qualname__}.{name}",
-    )
-
-
-def _is_at_its_name(module: str, found: types.FunctionType) -> bool:
-    """Say whether a function is what its module has under its name, and not what a decorator has wrapped."""
-    there: Any = sys.modules.get(module)
-    try:
-        return functools.reduce(getattr, found.__qualname__.split("."), there) is found
-    except AttributeError:
-        return False
 
 
 def _is_of_library(value: Any) -> bool:
     """Say whether a global is a function or class of a package."""
     if not isinstance(value, (type, types.FunctionType, types.BuiltinFunctionType)):
         return False
-    return not _is_users(getattr(value, "__module__", None) or "")
+    return not is_users(getattr(value, "__module__", None) or "")
 
 
 def _codes(code: types.CodeType) -> Iterator[set[str]]:
@@ -233,7 +224,7 @@ def _is_descriptor(value: Any) -> bool:
 
 
 @functools.cache
-def _is_users(module: str) -> bool:
+def is_users(module: str) -> bool:
     """Say whether a module is the user's own: neither installed, nor Python's, nor ours."""
     if module in ("__main__", "__mp_main__"):
         return True

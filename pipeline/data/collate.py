@@ -37,7 +37,8 @@ def collate_samples(samples: Any, memory: Memory) -> Any:
     functions: CollateFns = default_collate_fn_map
     if functions.get(torch.Tensor) is collate_tensor_fn:
         functions = {**functions, torch.Tensor: partial(_stack, memory)}
-    if type(samples) is not list or set(map(type, samples)) != {tuple}:
+    is_usual = type(samples) is list and set(map(type, samples)) == {tuple}
+    if not is_usual or any(issubclass(tuple, kind) for kind in functions):
         return collate(samples, collate_fn_map=functions)  # type: ignore[arg-type]
     try:
         columns = list(zip(*samples, strict=True))

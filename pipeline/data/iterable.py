@@ -11,13 +11,19 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader
 
 from pipeline.batch import Batch
 from pipeline.data.generator_mode import GeneratorMode
 from pipeline.data.generators import Watch, global_generators
 from pipeline.data.kept_states import KeptStates
-from pipeline.data.loaders import fetching_from, is_known_kind, length_or_none, let_dead_workers_go
+from pipeline.data.loaders import (
+    fetching_from,
+    have_own_memory,
+    is_known_kind,
+    length_or_none,
+    let_dead_workers_go,
+)
 from pipeline.data.reader import END
 from pipeline.errors import add_stage_note
 from pipeline.seeding import Epoch, drawing_from, sample_seed, take_generators, times_taken
@@ -54,10 +60,7 @@ class IterableSource:
         # A loader of ours: nothing of it draws from the stream, and its epochs have numbers of their own.
         self.is_ours = bool(getattr(batches, "sets_draws_apart", False))
         self._first_epoch: int | None = None
-        self.makes_fresh_batches = isinstance(batches, (list, tuple)) or (
-            isinstance(batches, DataLoader)
-            and (batches.num_workers > 0 or batches.collate_fn is default_collate)
-        )
+        self.makes_fresh_batches = have_own_memory(batches)
         self.is_known_kind, self.is_function_of_index = is_known_kind(batches), False
 
     def roots(self) -> list[tuple[str, Any]]:

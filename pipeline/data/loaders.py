@@ -7,9 +7,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
+from pipeline.data.code_walk import is_users
 from pipeline.seeding import drawing_from
 
 _KNOWN_LOADERS = ("torch.utils.data", "torchdata", "spdl", "grain", "webdataset")
@@ -19,7 +20,7 @@ def is_known_kind(batches: Any) -> bool:
     """Say whether batches come from a loader whose code is known, or lie there."""
     return (
         type(batches) in (list, tuple)
-        or isinstance(batches, DataLoader)
+        or _is_plain_loader(batches)
         or any(type(batches).__module__.startswith(name) for name in _KNOWN_LOADERS)
     )
 
@@ -31,6 +32,19 @@ def is_read_once(batches: Any) -> bool:
     """
     is_pythons = type(batches).__module__ in ("builtins", "itertools") and isinstance(batches, Iterator)
     return is_pythons or isinstance(batches, _BaseDataLoaderIter)
+
+
+def have_own_memory(batches: Any) -> bool:
+    """Say whether each batch is known to lie in memory that none of the others is written to."""
+    if not _is_plain_loader(batches):
+        return type(batches) in (list, tuple)
+    return batches.num_workers > 0 or batches.collate_fn is default_collate
+
+
+def _is_plain_loader(batches: Any) -> bool:
+    """Say whether this is a DataLoader, or derived from it without an ``__iter__`` of the user's own."""
+    home = getattr(type(batches).__iter__, "__module__", None) if isinstance(batches, DataLoader) else ""
+    return isinstance(batches, DataLoader) and not is_users(home or "")
 
 
 def length_or_none(data: Any) -> int | None:

@@ -37,7 +37,7 @@ def packed_for_process(fetcher: Any, state: ProcessState) -> tuple[Packed, dict[
     try:
         packed = pack((Applied(state.globals), fetcher), Arena(None))
     except Exception as error:
-        raise ConfigError(describe_unpicklable(fetcher.dataset, error)) from error
+        raise ConfigError(describe_unpicklable(fetcher, error)) from error
     try:
         skeleton = os.pread(packed.overflow, packed.nbytes, packed.offset)
         return packed, main_preparation(skeleton)
@@ -59,9 +59,6 @@ def main_preparation(skeleton: bytes) -> dict[str, Any]:
     if b"__main__" not in skeleton:
         return prepare
     main = sys.modules["__main__"]
-    spec = getattr(main, "__spec__", None)
-    if spec is not None and spec.name:
-        return {**prepare, "init_main_from_name": spec.name}
     path = getattr(main, "__file__", None)
     if path is None or not os.path.exists(path):
         raise ConfigError(
@@ -75,22 +72,37 @@ def main_preparation(skeleton: bytes) -> dict[str, Any]:
             f"defined in {os.path.basename(path)}, which has no guard: to import it would train again.\n"
             + _GUARD
         )
+    spec = getattr(main, "__spec__", None)
+    if spec is not None and spec.name not in (None, "", "__main__"):  # the last is that of a folder
+        return {**prepare, "init_main_from_name": spec.name}
     return {**prepare, "init_main_from_path": os.path.abspath(path)}
 
 
-def describe_unpicklable(dataset: Any, error: Exception) -> str:
-    """Say which attribute of a dataset keeps it out of a process."""
+def describe_unpicklable(fetcher: Any, error: Exception) -> str:
+    """Say what keeps a dataset out of a process: which of its attributes, or the collate function."""
+    (_, dataset), (_, collate_fn) = fetcher.roots("dataset")
     where = "the dataset"
+    if not _is_picklable(collate_fn):
+        return (
+            f"placement=process needs collate_fn in a process, but it cannot be pickled: {error}. Define it "
+            "at the top of a module, or set placement=thread."
+        )
     for name, value in getattr(dataset, "__dict__", {}).items():
-        try:
-            pickle.dumps(value)
-        except Exception:
+        if not _is_picklable(value):
             where = f"the dataset's attribute {name!r} ({type(value).__name__})"
             break
     return (
         f"placement=process needs the dataset in a process, but {where} cannot be pickled: {error}. Make it "
         "in __getitem__ when it is first needed, or set placement=thread."
     )
+
+
+def _is_picklable(found: Any) -> bool:
+    try:
+        pickle.dumps(found)
+    except Exception:
+        return False
+    return True
 
 
 def refuse_in_nursery() -> None:

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import numpy
 import torch
 
-from pipeline.batch import Batch, dense_array, keep_objects, lay_out, map_batch
+from pipeline.batch import Batch, Overlap, dense_array, keep_objects, lay_out, map_batch, overlap_of, overlaps
 from pipeline.concurrency import view_file
 from pipeline.data.reduction import reduce_tensor
 
@@ -109,23 +109,31 @@ class _Overflow:
 
 
 class _Packer(pickle.Pickler):
-    def __init__(self, file: io.BytesIO, arena: Arena) -> None:
+    def __init__(self, file: io.BytesIO, arena: Arena, shared: list[Overlap]) -> None:
         super().__init__(file, pickle.HIGHEST_PROTOCOL)
-        self._arena, self.overflow = arena, _Overflow()
+        self._arena, self.overflow, self._shared = arena, _Overflow(), shared
+        self._numbers: dict[int, tuple[int, Any]] = {}  # what is one object here is one there
         # What was put, by address and bytes: what shares its memory here shares it there, so that a step
         # which writes to one sees it in the other. The tensors are kept, or an address would be used again.
         self._put_before: dict[tuple[int, int], tuple[torch.Tensor, tuple[bool, int]]] = {}
 
     def persistent_id(self, found: Any) -> Any:
-        if type(found) is torch.Tensor and is_plain(found):
+        is_array = type(found) is numpy.ndarray and not found.dtype.hasobject
+        if not is_array and not (type(found) is torch.Tensor and is_plain(found)):
+            return None
+        number, _ = self._numbers.setdefault(id(found), (len(self._numbers), found))
+        return number, self._where(found, is_array)
+
+    def _where(self, found: Any, is_array: bool) -> Any:
+        if (shared := overlap_of(found, self._shared)) is not None:
+            memory = shared[0].read()
+            return "among others", *self._put(memory), shared[1], len(memory), None, None
+        if not is_array:
             flat, stride = _flat(found)
             return "tensor", *self._put(flat), found.dtype, flat.numel(), found.shape, stride
-        if type(found) is numpy.ndarray and not found.dtype.hasobject:
-            dense, layout = dense_array(found)
-            flat = torch.frombuffer(_readable(dense), dtype=torch.uint8) if dense.nbytes else _EMPTY
-            count = dense.size if dense.nbytes else 0
-            return "array", *self._put(flat), found.dtype, count, dense.shape, layout
-        return None
+        dense, layout = dense_array(found)
+        flat = torch.frombuffer(_readable(dense), dtype=torch.uint8) if dense.nbytes else _EMPTY
+        return "array", *self._put(flat), found.dtype, len(flat) and dense.size, dense.shape, layout
 
     def reducer_override(self, found: Any) -> Any:
         return reduce_tensor(found) if isinstance(found, torch.Tensor) else NotImplemented
@@ -158,7 +166,7 @@ def pack(packed: Any, arena: Arena) -> Packed:
         Exception: What pickling raises, of which the object's own methods are a part.
     """
     file = io.BytesIO()
-    packer = _Packer(file, arena)
+    packer = _Packer(file, arena, overlaps(packed))
     packer.dump(packed)
     skeleton = torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
     overflow, nbytes = packer.overflow, len(skeleton)
@@ -211,16 +219,22 @@ class _Unpacker(pickle.Unpickler):
     ) -> None:
         super().__init__(file)
         self._buffers, self._views = (buffer, overflow), views
+        self._made: dict[Any, Any] = {}
 
-    def persistent_load(self, where: Any) -> Any:
-        found = self._load(where)
-        if self._views is not None:
-            self._views.append(found)
-        return found
+    def persistent_load(self, found: Any) -> Any:
+        number, where = found
+        if number not in self._made:
+            self._made[number] = self._load(where)
+            if self._views is not None:
+                self._views.append(self._made[number])
+        return self._made[number]
 
     def _load(self, where: Any) -> Any:
-        kind, is_overflow, offset, dtype, count, shape, layout = where
+        kind, is_overflow, offset, dtype, count, shape, layout = where  # or, for a dtype, how it lies there
         buffer = self._buffers[is_overflow]
+        if kind == "among others":
+            memory = view(buffer, offset, torch.uint8, count)
+            return dtype.view(self._made.setdefault((is_overflow, offset), memory))
         if kind == "array":
             array: Any = numpy.empty(shape, dtype)
             if count:

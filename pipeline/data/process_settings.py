@@ -99,6 +99,15 @@ class ProcessSettings:
             {name: read() for name, (read, _) in _SETTINGS.items()}, flags, library, torch.get_num_threads()
         )
 
+    @property
+    def has_changed(self) -> bool:
+        """Whether something that a sample may depend on is set otherwise by now."""
+        now = ProcessSettings.capture()
+        mine, others = ({**each.values, **dict.fromkeys(_SPOKEN)} for each in (self, now))
+        flags = all(now.flags.get(name, found) == found for name, found in self.flags.items())
+        library = all(now.library.get(name, found) == found for name, found in self.library.items())
+        return (mine, self.num_threads) != (others, now.num_threads) or not (flags and library)
+
     def apply(self) -> None:
         """Make them those of this process, but for what may start threads."""
         for name, (read, write) in _SETTINGS.items():
@@ -217,6 +226,11 @@ def _set_context(found: tuple[Any, ...]) -> None:
     decimal.setcontext(decimal.Context(precision, rounding, low, high, capitals, clamp, [], list(traps)))
 
 
+def _flushes_denormals() -> bool:
+    smallest = sys.float_info.min
+    return smallest / 2 == 0  # there is no call that reads it
+
+
 def _set_zone(names: tuple[str, str]) -> None:
     time.tzset()  # the environment has it already
 
@@ -233,6 +247,8 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
         _set_deterministic,
     ),
     "mkldnn": (lambda: torch.backends.mkldnn.enabled, _set_mkldnn),
+    "denormals": (_flushes_denormals, torch.set_flush_denormal),
+    "sharing": (torch.multiprocessing.get_sharing_strategy, torch.multiprocessing.set_sharing_strategy),
     "numpy errors": (numpy.geterr, lambda found: numpy.seterr(**found)),
     "numpy print": (_print_options, lambda found: numpy.set_printoptions(**found)),
     "warnings": (_filters, _set_filters),
@@ -249,3 +265,5 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "limits": (_limits, _set_limits),
     "cores": (_affinity, _set_affinity),
 }
+# What is heard by the script's own loggers and filters in any case, and changes with what is imported.
+_SPOKEN = ("warnings", "logging levels", "logging off")

@@ -110,8 +110,8 @@ class Processes:
             return self._pool.is_ready() and self._pool.resize(num_workers, num_threads)
 
     def is_stale(self) -> bool:
-        """Say whether a global of the dataset's code is no longer what the workers were given."""
-        return self._state.globals.has_changed
+        """Say whether a setting or a global of the dataset's code is no longer what workers were given."""
+        return self._state.globals.has_changed or self._state.settings.has_changed
 
     def wait_until_ready(self) -> bool:
         """Wait until the workers are there; False after the time-out. Raises as `is_ready` does."""

@@ -59,7 +59,8 @@ class ScriptGlobals:
             data = _pickled(value)
             if data is not None:
                 found.carried[place] = data
-            elif not walk.is_made_by_code(place, value):
+            is_by_name = isinstance(value, types.FunctionType)  # and another may have its name
+            if (data is None or is_by_name) and not walk.is_made_by_code(place, value):
                 found.checked[place] = fingerprint(value)
             if isinstance(value, PLAIN) and not walk.is_made_by_code(place, value):
                 found.plain[place] = value
@@ -107,7 +108,10 @@ def fingerprint(value: Any) -> tuple[Any, ...]:
         return *kind, len(value), _sample(value)
     if isinstance(value, (dict, set, frozenset)):
         return *kind, len(value)
-    if isinstance(value, (type, types.FunctionType)):
+    if isinstance(value, types.FunctionType):
+        code = value.__code__
+        return *kind, _name_of(value), code.co_name, code.co_filename.rpartition("/")[2]
+    if isinstance(value, type):
         return *kind, _name_of(value)
     return kind
 
@@ -174,7 +178,9 @@ def _name_of(found: Any) -> str:
 
 def _describe(place: Place, wanted: tuple[Any, ...], here: tuple[Any, ...]) -> str:
     kind = wanted[0].removeprefix("builtins.")
-    if wanted[0] == here[0]:
+    if wanted[0] == here[0] == "builtins.function":
+        found = f"is {wanted[2]}() here, and where a process imports {place.module} it is {here[2]}()"
+    elif wanted[0] == here[0]:
         found = f"is another {kind} where a process imports {place.module}, and too large to be carried there"
     else:
         found = (

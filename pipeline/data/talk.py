@@ -15,6 +15,7 @@ import pickle
 import warnings
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TypeAlias
 
 Saying: TypeAlias = tuple[str, Any]
@@ -58,7 +59,8 @@ class Talk:
 
     def _say_record(self, record: logging.LogRecord) -> None:
         found = logging.makeLogRecord(vars(record))
-        found.msg, found.args = record.getMessage(), None
+        with suppress(Exception):  # else its handlers say so, as they do in the script
+            found.msg, found.args = record.getMessage(), None
         if record.exc_info:
             found.exc_text = logging.Formatter().formatException(record.exc_info)
             found.exc_info = None
@@ -89,7 +91,8 @@ def hear(file: int, known: dict[Any, Any]) -> None:
 def _hear_record(found: dict[str, Any], known: dict[Any, Any]) -> None:
     logger = logging.getLogger(None if found["name"] == "root" else found["name"])
     if logger.isEnabledFor(found["levelno"]):  # the script may have changed its mind
-        logger.handle(logging.makeLogRecord(found))
+        name = logging.getLevelName(found["levelno"])  # a level may have a name in the script alone
+        logger.handle(logging.makeLogRecord(found | {"levelname": name}))
 
 
 def _hear_warning(found: tuple[Any, ...], known: dict[Any, Any]) -> None:

@@ -96,6 +96,14 @@ def predict_batches(
         return outputs
 
 
+def put_together(outputs: list[Any]) -> Any:
+    """Return batches' outputs as one tensor; the list, where they are not tensors of one kind and size."""
+    is_plain = [isinstance(each, torch.Tensor) and not each.is_nested and each.ndim > 0 for each in outputs]
+    if not outputs or not all(is_plain):
+        return outputs
+    return torch.cat(outputs) if len({(each.layout, each.shape[1:]) for each in outputs}) == 1 else outputs
+
+
 def forward_inputs(model: torch.nn.Module, batch: Batch) -> Any:
     """Call the model on a batch's inputs.
 

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, NoReturn, TypeAlias
 import torch
 
 from pipeline.batch import Batch, Scalars
-from pipeline.errors import StageError
+from pipeline.errors import StageError, listed, warn_harmlessly
 from pipeline.protocols import LossFn, Step
 
 
@@ -56,8 +56,9 @@ def from_step(step: Step, *, has_metrics: bool = False) -> Objective:
     Args:
         step: The user's.
         has_metrics: Whether metrics take what the step returned: then it may hold more than numbers. So may
-            a model's own output that is a kind of dict, of which numbers are logged.
+            a model's own output that is a kind of dict: its numbers are logged, and the rest is said once.
     """
+    said = set[type]()
 
     def compute(model: torch.nn.Module, batch: Batch) -> Computed:
         returned = step(model, batch)
@@ -69,15 +70,29 @@ def from_step(step: Step, *, has_metrics: bool = False) -> Objective:
                 stage="step",
             )
         loss = _checked(returned["loss"])
-        takes_all = has_metrics or type(returned) is not dict
+        is_plain = type(returned).__module__ in ("builtins", "collections")
+        takes_all = has_metrics or not is_plain
         scalars = {
             str(name): value if _is_scalar(value) else _as_scalar(name, value)
             for name, value in returned.items()
             if name != "loss" and (not takes_all or _is_scalar(value))
         }
+        if not (is_plain or has_metrics or type(returned) in said):
+            said.add(type(returned))
+            _say_what_is_not_logged(returned)
         return Computed(loss, scalars, (returned,))
 
     return compute
+
+
+def _say_what_is_not_logged(returned: dict[Any, Any]) -> None:
+    rest = {str(name): each for name, each in returned.items() if name != "loss" and each is not None}
+    names = [name for name, each in rest.items() if not _is_scalar(each)]
+    if names:
+        warn_harmlessly(
+            f"step returned a {type(returned).__name__}: its numbers are logged, and {listed(names)} not. "
+            "Return the loss alone, or a dict with it and the numbers that are wanted."
+        )
 
 
 def refuse_graphless() -> NoReturn:

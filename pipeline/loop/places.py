@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator
+from contextlib import ExitStack
 from functools import partial
 from typing import Any, Protocol, TypeAlias
 
@@ -212,20 +213,28 @@ def _fill(
 
 
 def _entering_mode() -> Callable[[Make], Make]:
-    """Return what has batches made in the calling thread's modes (grad, autocast), which a new one lacks.
+    """Return what has batches made in torch's modes of the calling thread, which a new one does not inherit.
 
     Only the making: pinned memory that was made in inference mode could not be used again outside of it.
     """
     is_grad, is_inference = torch.is_grad_enabled(), torch.is_inference_mode_enabled()
-    is_cast, dtype = torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu")
+    modes: list[Callable[[], Any]] = []
+    if not is_grad or is_inference:
+        modes = [partial(torch.inference_mode, is_inference), partial(torch.set_grad_enabled, is_grad)]
+    for kind in ("cpu", "cuda"):
+        if torch.is_autocast_enabled(kind):
+            modes.append(partial(torch.autocast, kind, torch.get_autocast_dtype(kind)))
+    if (device := torch.get_default_device()).type != "cpu":
+        modes.append(lambda: device)
 
     def enters_mode(make: Make) -> Make:
         def make_in_mode(position: int) -> Batch:
-            cast = torch.autocast("cpu", dtype, enabled=is_cast)
-            with torch.inference_mode(is_inference), torch.set_grad_enabled(is_grad), cast:
+            with ExitStack() as stack:
+                for mode in modes:
+                    stack.enter_context(mode())
                 return make(position)
 
-        return make if is_grad and not is_inference and not is_cast else make_in_mode
+        return make_in_mode if modes else make
 
     return enters_mode
 

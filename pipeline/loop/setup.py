@@ -46,6 +46,23 @@ def make_objective(loss_fn: LossFn | None, step: Step | None, *, has_metrics: bo
     return from_loss_fn(loss_fn)
 
 
+def check_counters(count_samples: Any, count_tokens: Any = None) -> None:
+    """Refuse what cannot be asked how many samples or tokens a batch has.
+
+    Raises:
+        ConfigError: Naming it.
+    """
+    counters = {"count_samples": count_samples}
+    if count_tokens is not None:
+        counters["count_tokens"] = count_tokens
+    for name, found in counters.items():
+        if not callable(found):
+            raise ConfigError(
+                f"{name} must be a function of a batch that returns a number, got {found!r}. Leave it out, "
+                f"or pass one such as {name}=lambda batch: batch[0].size(0)."
+            )
+
+
 def at_most(count: int | None, limit: int | None) -> int | None:
     """Return the smaller of two numbers, of which None is unknown or unlimited."""
     return min((each for each in (count, limit) if each is not None), default=None)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import array
 import json
 import mmap
 import pickle
 import types
-from collections import UserDict, deque
+from collections import OrderedDict, UserDict, deque
 
 import numpy as np
 import pytest
@@ -17,7 +18,9 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 
 from pipeline import Loader, SimulatedBackend, Trainer
 from pipeline.batch import copy_memory, map_tensors, move_batch, tensors_in
+from pipeline.data import as_source
 from pipeline.data.packing import Arena, pack, unpack
+from pipeline.errors import ConfigError, StageError
 from tests.parity.test_places import PLACES, made_by_processes
 from tests.textbook import assert_same_weights, build_model, weights
 from tests.workers import (
@@ -29,6 +32,7 @@ from tests.workers import (
     collate_encoded,
     collate_graph,
     collate_packed,
+    collate_views,
     odd_values,
 )
 
@@ -345,3 +349,136 @@ def test_one_object_may_be_every_batch(placement):
     for number, batch in enumerate(loader):
         assert batch["x"].tolist() == [3 * number, 3 * number + 1, 3 * number + 2]
         assert batch["names"] == ["0", "1", "2"]
+
+
+@pytest.mark.parametrize("place", ["textbook", "inline", "thread", "process"])
+def test_what_lies_in_one_memory_does_so_in_each_place(place):
+    """A step that writes to one view sees it in the others; one object under two names is one."""
+    data = Augmented(40, draws=())
+    if place == "process":
+        batches = made_by_processes(data, collate_fn=collate_views)[0]
+    elif place == "textbook":
+        batches = list(DataLoader(data, 4, collate_fn=collate_views))
+    else:
+        with Loader(data, batch_size=4, collate_fn=collate_views, placement=place, num_workers=2) as loader:
+            batches = list(loader)
+    assert len(batches) == 10
+    for batch in batches:
+        before = batch["all"].clone()
+        batch["target"].add_(1)
+        assert torch.equal(batch["inputs"][:, 1:], before[:, 1:-1] + 1)
+        assert torch.equal(batch["all"][:, 1:], before[:, 1:] + 1)
+        batch["array"][0] = 7
+        assert batch["all"][-1].tolist() == [7] * 6
+        assert batch["again"] is batch["all"]
+        assert batch["same"] is batch["names"]
+
+
+class Meta:
+    """What belongs to a batch, without a tensor."""
+
+    def __init__(self):
+        self.numbers = []
+
+
+def refilled():
+    """Yield one batch again and again, filled anew."""
+    kept = {"meta": Meta(), "array": array.array("f", [0]), "tagged": torch.zeros(1).as_subclass(Labelled)}
+    kept["tagged"].label = "a"
+    for number in range(9):
+        kept["meta"].numbers[:] = [number]
+        kept["array"][0] = number
+        kept["tagged"].fill_(number)
+        yield kept
+
+
+class Labelled(torch.Tensor):
+    """A tensor that may have attributes."""
+
+
+def test_whatever_is_filled_anew_is_the_batchs_own():
+    """An object without tensors, as a list is; a tensor of a class of its own, with its attributes."""
+    for number, batch in enumerate(list(Loader(refilled(), placement="inline"))):
+        assert batch["meta"].numbers == [number]
+        assert batch["array"].tolist() == [number]
+        assert batch["tagged"].tolist() == [number]
+        assert batch["tagged"].label == "a"
+
+
+class Refilled(list):
+    """A list of batches that are one tensor, filled anew for each."""
+
+    def __iter__(self):
+        memory = torch.zeros(1)
+        for value in super().__iter__():
+            yield memory.fill_(value)
+
+
+class RefilledLoader(DataLoader):
+    """A DataLoader whose user fills one tensor with each of its batches."""
+
+    def __iter__(self):
+        memory = torch.zeros(1)
+        for batch in super().__iter__():
+            yield memory.copy_(batch)
+
+
+@pytest.mark.parametrize(
+    "data", [Refilled(range(12)), RefilledLoader(torch.arange(12.0), 1)], ids=lambda data: type(data).__name__
+)
+def test_what_iterates_in_a_way_of_its_own_is_taken_for_the_users_code(data):
+    """A class derived from a list or a DataLoader may use its memory again: batches made ahead are copied."""
+    source = as_source(data, name="data", batch_size=None, collate_fn=None, seed=0)
+    assert not source.is_known_kind
+    loader = Loader(data, placement="inline")
+    assert [batch.item() for batch in list(loader)] == list(range(12))
+
+
+def test_what_is_registered_for_tuples_is_called(monkeypatch):
+    """As torch calls it, for whatever class somebody has put into its table."""
+    table = torch.utils.data._utils.collate.default_collate_fn_map
+    monkeypatch.setitem(table, tuple, lambda samples, *, collate_fn_map: ("mine", len(samples)))
+    assert list(Loader(Augmented(4, draws=()), batch_size=2, placement="inline")) == [("mine", 2)] * 2
+
+
+def test_a_count_that_is_no_function_is_refused():
+    """Before the first step, with what to write."""
+    data, model = [(torch.ones(2, 6), torch.ones(2, 3))], build_model("linear")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    loss_fn = torch.nn.functional.mse_loss
+    with pytest.raises(ConfigError, match=r"count_samples must be a function of a batch.*got 4"):
+        no_progress().fit(model, optimizer, data, loss_fn=loss_fn, count_samples=4)
+    with pytest.raises(ConfigError, match=r"count_tokens must be a function of a batch.*got 4"):
+        no_progress().fit(model, optimizer, data, loss_fn=loss_fn, count_tokens=4)
+    with pytest.raises(ConfigError, match=r"count_samples must be a function of a batch.*got None"):
+        no_progress().evaluate(model, data, loss_fn=loss_fn, count_samples=None)
+
+
+class Output(OrderedDict):
+    """Like the result of a model of Hugging Face."""
+
+
+@pytest.mark.parametrize("kind", [Output, OrderedDict])
+def test_what_a_kind_of_dict_has_beside_numbers_is_said(kind):
+    """Of a model's own output once; of Python's own kinds it is refused, as in a dict."""
+
+    def step(model, batch):
+        outputs = model(batch[0])
+        return kind(loss=outputs.sum(), size=2, logits=outputs, nothing=None)
+
+    data, model = [(torch.ones(2, 6),)] * 3, build_model("linear")
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    if kind is OrderedDict:
+        with pytest.raises(StageError, match="'logits' beside the loss, which must be a number"):
+            no_progress().fit(model, optimizer, data, step=step)
+        return
+    with pytest.warns(UserWarning, match="Output: its numbers are logged, and logits not") as found:
+        no_progress().fit(model, optimizer, data, step=step)
+    assert len(found) == 1
+
+
+def test_predictions_of_different_length_are_a_list():
+    """Sequences that were padded batch by batch cannot be put together."""
+    data = [torch.ones(2, 3, 6), torch.ones(2, 5, 6)]
+    found = no_progress().predict(build_model("linear"), data)
+    assert [each.shape for each in found] == [(2, 3, 3), (2, 5, 3)]

@@ -100,6 +100,29 @@ def test_threads_make_batches_in_the_callers_grad_mode(mode):
                 )
 
 
+class Multiplied:
+    """Samples that are products, whose type depends on autocast."""
+
+    def __len__(self):
+        return 12
+
+    def __getitem__(self, index):
+        return torch.full((2, 2), 1.1) @ torch.full((2, 2), index / 3)
+
+
+@pytest.mark.parametrize("place", ["inline", "thread"])
+def test_threads_make_batches_in_the_callers_autocast(place):
+    """Of a dataset and of a generator: a plain loop's are made in it as well."""
+    data = Multiplied()
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = [data[index] for index in range(12)]
+        found = [batch[0] for batch in Loader(data, batch_size=1, placement=place, num_workers=2)]
+        yielded = list(Loader((data[index] for index in range(12)), placement=place, num_workers=2))
+    for made in (found, yielded):
+        assert [each.dtype for each in made] == [torch.bfloat16] * 12
+        assert all(map(torch.equal, made, expected))
+
+
 DRAWS = [(), ("torch",), ("python",), ("numpy", "torch"), ("dropout",)]
 
 

@@ -129,6 +129,26 @@ GLOBALS = {
         "class Data(Base):\n    def __getitem__(self, i): return load(i)",
         lambda made: setattr(made, "load", made.double),
     ),
+    "a method that is replaced": (
+        "def double(self, i): return 2 * i\nclass Data(Base):\n    def load(self, i): return i\n"
+        "    def __getitem__(self, i): return self.load(i)",
+        lambda made: setattr(made.Data, "load", made.double),
+    ),
+    "a default drawn at import, and a changed one": (
+        "def row(i, rows=torch.rand(16), *, options={'scale': 1}): return rows[i] * options['scale']\n"
+        "class Data(Base):\n    def __getitem__(self, i): return row(i)",
+        lambda made: made.row.__kwdefaults__["options"].update(scale=3),
+    ),
+    "read by a default": (
+        "SCALE = 1.0\ndef scale(i): return i * SCALE\nclass Data(Base):\n"
+        "    def __getitem__(self, i, scale=scale): return scale(i)",
+        lambda made: setattr(made, "SCALE", 2.0),
+    ),
+    "a function that is replaced by a library's": (
+        "def load(i): return i\nclass Data(Base):\n"
+        "    def __getitem__(self, i): return load(torch.ones(2) * i)",
+        lambda made: setattr(made, "load", torch.nn.functional.relu6),
+    ),
     "an object of a class of the module": (
         "class Config:\n    scale = 1\nCONFIG = Config()\n"
         "class Data(Base):\n    def __getitem__(self, i): return i * CONFIG.scale",
@@ -212,6 +232,11 @@ REFUSED = {
         "def load(i): return i\nclass Data(Base):\n    def __getitem__(self, i): return load(i)",
         lambda made: setattr(made, "load", lambda i: 2 * i),
         "load, which",
+    ),
+    "a function that has the name of another": (
+        "def load(i): return i\nclass Data(Base):\n    def __getitem__(self, i): return load(i)",
+        lambda made: setattr(made, "load", made.functools.wraps(made.load)(lambda i: 2 * i)),
+        r"load, which is <lambda>\(\) here, and where a process imports .* it is load\(\)",
     ),
 }
 
@@ -443,3 +468,168 @@ def test_a_warning_that_the_script_makes_an_error_is_one_in_workers(make_module)
         warnings.filterwarnings("error", message="not known")
         with pytest.raises(UserWarning, match="not known"):
             made_by_processes(made.Data())
+
+
+CONTEXT = """
+import decimal
+HOME, TWO = os.getpid(), threading.Barrier(2)
+class Data(Base):
+    def __getitem__(self, i):
+        if os.getpid() != HOME and i in (4, 8):
+            TWO.wait(60)  # two threads of a worker make the second and the third batch
+        return f"{decimal.Decimal(1) / 3} {np.geterr()['divide']} {i}"
+"""
+
+
+def test_settings_of_a_context_hold_on_each_thread_of_a_worker(make_module):
+    """Those of decimals and of NumPy's errors, which a new thread does not have by itself."""
+    made = make_module(CONTEXT)
+    with made.decimal.localcontext() as context, np.errstate(divide="raise"):
+        context.prec = 7
+        source, batches = made_by_processes(made.Data(), num_threads=2)
+        here = [made.Data()[index] for index in range(16)]
+    assert [each for batch in batches for each in batch] == here
+
+
+KEPT = """
+import multiprocessing
+class Data(Base):
+    def __getitem__(self, i):
+        method = multiprocessing.get_start_method()
+        strategy = torch.multiprocessing.get_sharing_strategy()
+        return f"{method} {strategy} {float(np.float64(sys.float_info.min) / 2)}"
+"""
+
+
+def test_how_processes_are_started_and_tiny_numbers_are_kept(make_module):
+    """`multiprocessing`'s start method, torch's strategy, and whether denormal numbers are zero."""
+    made = make_module(KEPT)
+    before = torch.multiprocessing.get_sharing_strategy()
+    flushes = torch.set_flush_denormal(True)
+    made.multiprocessing.set_start_method("spawn", force=True)
+    torch.multiprocessing.set_sharing_strategy("file_system")
+    try:
+        _, batches = made_by_processes(made.Data())
+    finally:
+        made.multiprocessing.set_start_method(None, force=True)
+        torch.multiprocessing.set_sharing_strategy(before)
+        torch.set_flush_denormal(False)
+    tiny = 0.0 if flushes else sys.float_info.min / 2
+    assert {each for batch in batches for each in batch} == {f"spawn file_system {tiny}"}
+
+
+def test_a_setting_that_is_changed_later_is_seen_by_the_next_epoch(make_module):
+    """As a callback may do; what is imported or logged meanwhile starts no process anew."""
+    made = make_module("import decimal\nclass Data(Base):\n    def __getitem__(self, i): return i")
+    _, processes = opened(made.Data())
+    try:
+        logging.getLogger("mine").setLevel(logging.DEBUG)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            assert not processes.is_stale()
+        with np.errstate(divide="raise"):
+            assert processes.is_stale()
+        assert not processes.is_stale()
+    finally:
+        logging.getLogger("mine").setLevel(logging.NOTSET)
+        processes.close()
+
+
+def test_a_level_has_the_name_that_the_script_gave_it(make_module):
+    """Whoever made the record."""
+    made = make_module(
+        "import logging\nclass Data(Base):\n    def __getitem__(self, i):\n"
+        "        logging.getLogger('mine').log(37, 'sample')\n        return i"
+    )
+    kept, before = Kept(), logging.getLevelName(37)
+    logging.addLevelName(37, "NOTED")
+    logging.getLogger("mine").addHandler(kept)
+    try:
+        made_by_processes(made.Data())
+    finally:
+        logging.getLogger("mine").removeHandler(kept)
+        logging.addLevelName(37, before)
+    assert {each.levelname for each in kept.records} == {"NOTED"}
+
+
+TAKING = {
+    "empties a file": "FILE = open({path!r}, 'w')",
+    "empties it by a library": "import pathlib\npathlib.Path({path!r}).write_text('anew')",
+    "removes it": "os.path.exists({path!r}) and os.remove({path!r})",
+    "removes its folder": "import shutil\nshutil.rmtree(os.path.dirname({path!r}), ignore_errors=True)",
+}
+
+
+@pytest.mark.parametrize("kind", TAKING)
+def test_what_an_import_would_take_from_the_script_is_refused(make_module, tmp_path, kind):
+    """By the line that would; what the script has written is there still."""
+    path = tmp_path / "results" / "mine.csv"
+    path.parent.mkdir()
+    code = TAKING[kind].format(path=str(path))
+    made = make_module(f"{code}\nclass Data(Base):\n    def __getitem__(self, i): return i")
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("written since")
+    source, processes = opened(made.Data())
+    try:
+        with pytest.raises(ConfigError, match=r"its line \d+ would (empty|remove) .*placement=thread"):
+            processes.wait_until_ready()
+    finally:
+        processes.close()
+        if hasattr(made, "FILE"):
+            made.FILE.close()
+    assert path.read_text() == "written since"
+
+
+def run_main(folder, *command):
+    """Run a program in a folder."""
+    return subprocess.run(
+        [sys.executable, *command, "--scale", "3"],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_package_that_is_run_is_imported_like_a_script(tmp_path):
+    """`python -m` of a package, and a folder that is run."""
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__main__.py").write_text(MAIN)
+    for command in (["-m", "mine"], ["mine"]):
+        done = run_main(tmp_path, *command)
+        assert done.stdout.split() == ["True", "6.0"], done.stderr
+
+
+def test_a_module_without_a_guard_is_not_run_a_second_time(tmp_path):
+    """It is refused before, however it was started: what it does at its top would be done again."""
+    code = MAIN.replace('if __name__ == "__main__":', "print('begun')\nif True:")
+    (tmp_path / "script.py").write_text(code)
+    for command in (["script.py"], ["-m", "script"]):
+        done = run_main(tmp_path, *command)
+        assert done.stdout.split() == ["begun"]
+        assert "which has no guard" in done.stderr
+
+
+def test_a_collate_function_that_does_not_pickle_is_named():
+    """And not the dataset, which does."""
+    with pytest.raises(ConfigError, match="needs collate_fn in a process, but it cannot be pickled"):
+        opened(torch.utils.data.TensorDataset(torch.zeros(4)), collate_fn=lambda samples: samples)
+
+
+def test_a_log_call_that_is_wrong_ends_no_worker(make_module, capsys):
+    """As in the script: it is said on the standard error, and the sample is made."""
+    made = make_module(
+        "import logging\nclass Data(Base):\n    def __getitem__(self, i):\n"
+        "        logging.getLogger('mine').warning('%d', 'no number')\n        return i"
+    )
+    handler, logger = logging.StreamHandler(), logging.getLogger("mine")
+    logger.propagate = False  # the handler of these tests raises
+    logger.addHandler(handler)
+    try:
+        _, batches = made_by_processes(made.Data())
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = True
+    assert len(batches) == 4
+    assert "Logging error" in capsys.readouterr().err

@@ -352,6 +352,22 @@ def test_a_record_is_of_the_batch_as_it_was():
     assert record.difference(Record(batch())) == ""
 
 
+ODD_ARRAYS = {
+    "records with objects": lambda name: np.array([(1, name)], dtype=[("number", int), ("name", object)]),
+    "texts of any length": lambda name: np.array([name, "b"], dtype=np.dtypes.StringDType()),
+    "masked objects": lambda name: np.ma.masked_array(np.array([name, None], dtype=object), mask=[0, 1]),
+    "no bytes at all": lambda name: np.empty(len(name), dtype="V0"),
+}
+
+
+@pytest.mark.parametrize("kind", ODD_ARRAYS)
+def test_arrays_that_are_not_plain_bytes_are_compared_too(kind):
+    """By what is in them."""
+    make = ODD_ARRAYS[kind]
+    assert Record([make("a")]).difference(Record([make("a")])) == ""
+    assert Record([make("a")]).difference(Record([make("other")]))
+
+
 def test_what_cannot_be_read_cannot_be_compared():
     """A lock in a batch is named."""
     with pytest.raises(NotComparableError, match="lock"):
