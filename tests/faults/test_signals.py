@@ -94,7 +94,8 @@ def test_a_signal_while_a_run_is_resumed(tmp_path, moment, first):
     assert train(tmp_path / "part", max_epochs=3, resume="auto").losses == whole.losses
 
 
-def wait_for_a_signal():
+def wait_for_a_signal(ready):
+    ready.send(None)  # one that comes before Python has begun in a fork is lost to any handler
     signal.pause()
 
 
@@ -103,10 +104,14 @@ def test_a_fork_can_be_ended_with_sigterm(tmp_path):
     found = []
 
     def loss_fn(outputs, target):
-        fork = multiprocessing.get_context("fork").Process(target=wait_for_a_signal)
-        fork.start()
-        fork.terminate()
-        fork.join(60)
+        context = multiprocessing.get_context("fork")
+        ours, theirs = context.Pipe()
+        with ours, theirs:
+            fork = context.Process(target=wait_for_a_signal, args=(theirs,))
+            fork.start()
+            ours.recv()
+            fork.terminate()
+            fork.join(20)
         found.append(fork.exitcode)
         fork.kill()
         fork.join()
