@@ -129,8 +129,8 @@ class NonFiniteError(PipelineError):
 
     Attributes:
         was_left_out: Whether the step's update was not made, or had no effect.
-        spoiled_part: What was found not to be finite when the run ended: ``weights`` or ``optimizer's
-            state``; nothing if both were, None if nobody looked.
+        spoiled_part: What was found not to be finite when the run ended: ``weights``, ``optimizer's state``
+            or ``buffers``, with names behind a colon; nothing if all were, None if nobody looked.
         samples_path: The file with the samples of the step; None if there is none.
     """
 
@@ -166,9 +166,13 @@ class NonFiniteError(PipelineError):
                 "made or loaded the model and the optimizer."
             )
         if self.spoiled_part:
+            part, _, names = self.spoiled_part.partition(": ")
+            held, where = f"The {part} held NaN or infinity before", f" ({names})" if names else ""
+            if not self.first_step:
+                return f"{held} the first step{where}: look at how they were made and what was loaded."
             return (
-                f"The {self.spoiled_part} held NaN or infinity before that step already, which no loss and "
-                "no gradient had shown: go on from the newest checkpoint that is clean."
+                f"{held} that step already{where}, which no loss and no gradient had shown: go on from the "
+                "newest checkpoint that is clean."
             )
         if self.was_left_out:
             return f"The weights are those before step {self.first_step}."
@@ -178,6 +182,8 @@ class NonFiniteError(PipelineError):
         if self.first_step == 0 and self.cause in ("loss", "gradients", "buffers"):
             return "" if self.spoiled_part else _BEFORE_ANY_UPDATE
         remedy = "Lower the learning rate, set gradient_clip_val"
+        if self.spoiled_part and not self.first_step:
+            return ""
         if self.spoiled_part:
             return f"{remedy}, or look at what else changes the weights."
         return f"{remedy}, or pass on_nonfinite='skip' to leave such steps out."

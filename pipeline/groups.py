@@ -129,3 +129,16 @@ def _regroup(
         names = before.get("param_names")
         params: Any = parameters if names is None else list(zip(names, parameters, strict=True))
         optimizer.add_param_group({**settings, "params": params})
+
+
+def keep_dtypes(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Give an optimizer's state the dtypes that it had: torch loads it in those of the parameters."""
+    if type(optimizer).load_state_dict is not torch.optim.Optimizer.load_state_dict:
+        return  # it has a reason of its own
+    numbers = [number for group in state["param_groups"] for number in group["params"]]
+    parameters = [each for group in optimizer.param_groups for each in group["params"]]
+    for number, parameter in zip(numbers, parameters, strict=True):
+        now = optimizer.state.get(parameter, {})
+        for name, saved in state["state"].get(number, {}).items():
+            if isinstance(saved, torch.Tensor) and saved.dtype != now[name].dtype:
+                now[name] = saved.to(now[name].device)

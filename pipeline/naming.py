@@ -9,7 +9,7 @@ called ``module`` is a name like any other.
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -30,7 +30,8 @@ def plain_names(model: torch.nn.Module, names: Iterable[str]) -> dict[str, str]:
 
 def with_plain_names(model: torch.nn.Module, state: Mapping[str, Any]) -> dict[str, Any]:
     """Return what a model has by name, such as its state, under plain names."""
-    return {plain: state[name] for plain, name in plain_names(model, state).items()}
+    plain = {plain: state[name] for plain, name in plain_names(model, state).items()}
+    return with_notes(plain, with_plain_names(model, notes) if (notes := notes_of(state)) else None)
 
 
 def with_names_of(model: torch.nn.Module, names: Iterable[str], found: Mapping[str, Any]) -> dict[str, Any]:
@@ -47,7 +48,23 @@ def with_names_of(model: torch.nn.Module, names: Iterable[str], found: Mapping[s
     bare_left, bare_found = Counter(map(_bare, left)), Counter(map(_bare, others))
     by_bare = {_bare(plain): name for plain, name in left.items() if bare_left[_bare(plain)] == 1}
     renamed = {name: by_bare.get(_bare(name), name) for name in others if bare_found[_bare(name)] == 1}
-    return {own.get(name) or renamed.get(name, name): value for name, value in found.items()}
+    state = {own.get(name) or renamed.get(name, name): value for name, value in found.items()}
+    known, notes = notes_of(names), notes_of(found)
+    return with_notes(state, with_names_of(model, known, notes) if known and notes else None)
+
+
+def notes_of(state: Any) -> dict[str, Any] | None:
+    """Return what torch notes beside a model's state: each module's version, by which old ones are read."""
+    return getattr(state, "_metadata", None)
+
+
+def with_notes(state: Mapping[str, Any], notes: Mapping[str, Any] | None) -> dict[str, Any]:
+    """Return a state with such notes; as it is if there are none."""
+    if notes is None:
+        return dict(state)
+    noted: Any = OrderedDict(state)
+    noted._metadata = {name: dict(each) for name, each in notes.items()}  # torch writes to them
+    return noted  # type: ignore[no-any-return]
 
 
 def named_parameters(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:

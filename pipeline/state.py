@@ -9,7 +9,7 @@ import torch
 
 from pipeline import groups
 from pipeline.errors import CheckpointError
-from pipeline.naming import with_names_of, with_plain_names
+from pipeline.naming import notes_of, with_names_of, with_notes, with_plain_names
 from pipeline.protocols import Scheduler
 
 
@@ -38,7 +38,8 @@ class TrainState:
     def state_dict(self) -> dict[str, Any]:
         """Return the parts' states, live and not copied; names in them are those of the plain model."""
         states = {name: part.state_dict() for name, part in self._parts().items() if name != "scaler"}
-        states["model"] = with_plain_names(self.model, states["model"])
+        model = with_plain_names(self.model, states["model"])
+        states["model"] = dict(model)
         states["optimizer"] = groups.without_wrappers(self.model, self.optimizer, states["optimizer"])
         if "scheduler" in states:  # functions, which a fresh scheduler has itself
             states["scheduler"] = _without_functions(states["scheduler"])
@@ -46,11 +47,12 @@ class TrainState:
             states["scaler"] = _scaler_state(self.scaler)
         if self.ema is not None:
             weights = with_plain_names(self.ema.module, self.ema.module.state_dict())
-            states["ema"] = {"n_averaged": self.ema.n_averaged, "weights": weights}
+            states["ema"] = {"n_averaged": self.ema.n_averaged, "weights": dict(weights)}
         return {
             "epoch": self.epoch,
             "step": self.step,
             **states,
+            "modules": notes_of(model),
             "buffers": with_plain_names(self.model, self._unsaved_buffers()),
             "trained": groups.describe(self.model, self.optimizer),
         }
@@ -73,14 +75,13 @@ class TrainState:
         missing = [name for name in self._parts() if name not in found]
         if missing:
             raise CheckpointError(f"it has no {' and no '.join(missing)}: the run was set up differently.")
-        self._load("model", with_names_of(self.model, self.model.state_dict(), found["model"]))
+        model = with_notes(found["model"], found.get("modules"))
+        self._load("model", with_names_of(self.model, self.model.state_dict(), model))
         if self.ema is not None:
-            self._load("ema", _ema_state(self.ema, found["ema"]))
-        with torch.no_grad():
-            buffers = self._unsaved_buffers()
-            for name, value in with_names_of(self.model, buffers, found.get("buffers", {})).items():
-                if name in buffers and buffers[name].shape == value.shape:
-                    buffers[name].copy_(value)
+            self._load("ema", _ema_state(self.ema, found["ema"], found.get("modules")))
+        buffers = self._unsaved_buffers()
+        for name, value in with_names_of(self.model, buffers, found.get("buffers", {})).items():
+            _put_buffer(self.model, name, value)
         self.epoch, self.step = found["epoch"], found["step"]
 
     def load_training(self, found: dict[str, Any]) -> None:
@@ -95,6 +96,7 @@ class TrainState:
         if "trained" in found:
             groups.restore(self.model, self.optimizer, found["trained"], state["param_groups"])
         self._load("optimizer", groups.with_own_names(self.optimizer, state))
+        groups.keep_dtypes(self.optimizer, state)
         if self.scheduler is not None:
             _check_functions(self.scheduler, found["scheduler"])
         for name in ("scheduler", "scaler"):
@@ -119,10 +121,18 @@ class TrainState:
         }
         return {name: part for name, part in parts.items() if part is not None}
 
-    def _unsaved_buffers(self) -> dict[str, torch.Tensor]:
+    def _unsaved_buffers(self) -> dict[str, torch.Tensor | None]:
         """Return the buffers that the model leaves out of its state: they may decide the next step too."""
-        saved = self.model.state_dict().keys()
-        return {name: value for name, value in self.model.named_buffers() if name not in saved}
+        saved, ids = self.model.state_dict().keys(), set[int]()
+        found: dict[str, torch.Tensor | None] = {}
+        for prefix, module in self.model.named_modules():
+            for leaf, each in module._buffers.items():
+                name = f"{prefix}.{leaf}" if prefix else leaf
+                is_there = each is not None or leaf in module._non_persistent_buffers_set
+                if is_there and name not in saved and id(each) not in ids:
+                    found[name] = each
+                    ids |= set() if each is None else {id(each)}
+        return found
 
 
 def _check_functions(scheduler: Scheduler, found: dict[str, Any]) -> None:
@@ -150,11 +160,17 @@ def _is_functions(value: Any) -> bool:
     return callable(value)
 
 
-def _ema_state(ema: torch.optim.swa_utils.AveragedModel, found: dict[str, Any]) -> dict[str, Any]:
+def _ema_state(
+    ema: torch.optim.swa_utils.AveragedModel, found: dict[str, Any], notes: dict[str, Any] | None
+) -> dict[str, Any]:
     """Return the average's state as torch has it, which is how older files have it."""
     before = {name.removeprefix("module."): each for name, each in found.items() if name != "n_averaged"}
-    weights = with_names_of(ema.module, ema.module.state_dict(), found.get("weights", before))
-    return {"n_averaged": found["n_averaged"], **{f"module.{name}": each for name, each in weights.items()}}
+    weights = with_names_of(
+        ema.module, ema.module.state_dict(), with_notes(found.get("weights", before), notes)
+    )
+    state = {"n_averaged": found["n_averaged"], **{f"module.{name}": each for name, each in weights.items()}}
+    notes = notes_of(weights) or {}
+    return with_notes(state, {f"module.{name}".rstrip("."): each for name, each in notes.items()} or None)
 
 
 def _scaler_state(scaler: Any) -> dict[str, Any]:
@@ -171,3 +187,23 @@ def _scaler_state(scaler: Any) -> dict[str, Any]:
 
 def _numbers(state: dict[str, Any]) -> dict[str, Any]:
     return {name: each.item() if isinstance(each, torch.Tensor) else each for name, each in state.items()}
+
+
+@torch.no_grad()
+def _put_buffer(model: torch.nn.Module, name: str, value: torch.Tensor | None) -> None:
+    """Give a buffer its value back, which may have another shape by then, or be there only since a step."""
+    path, _, leaf = name.rpartition(".")
+    try:
+        module = model.get_submodule(path)
+    except AttributeError:  # one that a step has added
+        return
+    now = module._buffers.get(leaf)
+    if now is not None and value is not None and now.shape == value.shape:
+        now.copy_(value)
+        return
+    device = next((each.device for each in model.parameters()), None) if now is None else now.device
+    value = None if value is None else value.to(device)
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+    elif not hasattr(module, leaf):
+        module.register_buffer(leaf, value, persistent=False)

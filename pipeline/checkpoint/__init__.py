@@ -11,7 +11,7 @@ from pipeline.checkpoint.file import SUFFIX, read_file, write_file
 from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.checkpoint.tree import UnsaveableError, pack, unpack
 from pipeline.errors import CheckpointError
-from pipeline.naming import with_names_of
+from pipeline.naming import with_names_of, with_notes
 
 __all__ = [
     "SUFFIX",
@@ -72,7 +72,7 @@ def load_weights(path: str | Path) -> dict[str, Any]:
         name.removeprefix("module."): each for name, each in average.items() if name != "n_averaged"
     }
     weights: dict[str, Any] = kept or found["model"]
-    return {_without_compiler(name): each for name, each in weights.items()}
+    return with_notes({_without_compiler(name): each for name, each in weights.items()}, found.get("modules"))
 
 
 def load_model(path: str | Path, model: torch.nn.Module) -> None:

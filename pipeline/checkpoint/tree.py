@@ -56,9 +56,7 @@ def pack(value: Any, tensors: dict[str, torch.Tensor], path: str = "", depth: in
         raise UnsaveableError(path[:100] + "…", f"is in {_MAX_DEPTH} containers: does it contain itself?")
     if is_array(value):
         packed = pack_array(value, lambda tensor: _pack_tensor(tensor, tensors, path))
-        if packed is None:
-            return _refuse(value, path)
-        return packed if isinstance(packed, dict) else pack(packed, tensors, path, depth)
+        return _refuse(value, path) if packed is None else packed
     if (packed := pack_value(value)) is not None:
         return packed
     if isinstance(value, numbers.Number):
@@ -70,7 +68,7 @@ def pack(value: Any, tensors: dict[str, torch.Tensor], path: str = "", depth: in
         return (
             items
             if isinstance(value, list)
-            else {_KIND: _sequence_kind(value), "items": items, **_bound(value)}
+            else {_KIND: _sequence_kind(value), "items": items, **_more_of(value)}
         )
     if isinstance(value, (bytes, bytearray)):
         return pack_value(bytes(value))
@@ -108,6 +106,7 @@ def unpack(packed: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 
 _MAKERS: dict[str, Any] = {
     "tuple": lambda items, packed: tuple(items),
+    "named": lambda items, packed: collections.namedtuple(packed["name"], packed["fields"])(*items),
     "set": lambda items, packed: set(items),
     "frozenset": lambda items, packed: frozenset(items),
     "deque": lambda items, packed: collections.deque(items, packed["maxlen"]),
@@ -130,7 +129,7 @@ def _pack_tensor(value: torch.Tensor, tensors: dict[str, torch.Tensor], path: st
             return parts
     while path in tensors:  # keys may have dots, or differ in their type alone
         path += "'"
-    stride = None if value.is_contiguous() else list(value.stride())
+    stride = None if value.is_contiguous() or not _fills_memory(value) else list(value.stride())
     tensors[path], more = to_bytes(value)
     packed: dict[str, Any] = {_KIND: "tensor", "name": path, **more}
     if stride is not None:  # a file holds values in order; sums over them go by their place in memory
@@ -209,12 +208,21 @@ def _refuse(value: Any, path: str) -> Any:
 
 
 def _sequence_kind(value: Any) -> str:
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return "named"
     kinds = {tuple: "tuple", frozenset: "frozenset", collections.deque: "deque"}
     return next((kind for each, kind in kinds.items() if isinstance(value, each)), "set")
 
 
-def _bound(value: Any) -> dict[str, Any]:
+def _more_of(value: Any) -> dict[str, Any]:
+    if isinstance(value, tuple) and hasattr(value, "_fields"):  # not its class, but its names
+        return {"name": type(value).__name__, "fields": list(value._fields)}
     return {"maxlen": value.maxlen} if isinstance(value, collections.deque) else {}
+
+
+def _fills_memory(tensor: torch.Tensor) -> bool:
+    """Say whether a tensor's elements are all that lies between its first and its last, each once."""
+    return torch.empty_like(tensor, device="meta").stride() == tensor.stride()
 
 
 def _strided(tensor: torch.Tensor, stride: list[int] | None) -> torch.Tensor:

@@ -21,15 +21,15 @@ from pipeline.checkpoint.tensors import dtype_named
 _BIG = 1 << 1000  # Python refuses to write much larger numbers in decimal
 
 
-def _datetime(value: datetime.datetime) -> str | None:
+def _time(value: datetime.datetime | datetime.time) -> str | None:
     return value.isoformat() if isinstance(value.tzinfo, (datetime.timezone, type(None))) else None
 
 
 # Each type's name in a file, what stands for a value of it (None: it cannot be held), how to make it again.
 _KINDS: dict[type, tuple[str, Callable[[Any], Any], Callable[[Any], Any]]] = {
-    datetime.datetime: ("datetime", _datetime, datetime.datetime.fromisoformat),
+    datetime.datetime: ("datetime", _time, datetime.datetime.fromisoformat),
     datetime.date: ("date", datetime.date.isoformat, datetime.date.fromisoformat),
-    datetime.time: ("time", datetime.time.isoformat, datetime.time.fromisoformat),
+    datetime.time: ("time", _time, datetime.time.fromisoformat),
     datetime.timedelta: (
         "timedelta",
         lambda value: [value.days, value.seconds, value.microseconds],
@@ -73,6 +73,9 @@ def unpack_value(packed: dict[str, Any]) -> Any:
     """Return what `pack_value` was given."""
     if packed["$"] == "int":
         return int(packed["value"], 16)
+    if packed["$"] == "number of numpy":
+        numpy: Any = sys.modules["numpy"]
+        return numpy.frombuffer(base64.b64decode(packed["value"]), _described(packed["dtype"])).copy()[0]
     return _MAKERS[packed["$"]](packed["value"] if "value" in packed else packed["base64"])
 
 
@@ -83,31 +86,26 @@ def is_array(value: Any) -> bool:
 
 
 def pack_array(value: Any, part: Callable[[torch.Tensor], dict[str, Any]]) -> Any:
-    """Return what stands for an array, its values as a tensor; for a plain number Python's own.
+    """Return what stands for an array, its values as a tensor; for a number its bytes.
 
     None if it cannot be held: an array of objects, or one with a mask.
     """
     numpy: Any = sys.modules["numpy"]
-    if isinstance(value, numpy.generic) and not isinstance(value, numpy.longdouble):
-        plain = value.item()
-        if isinstance(plain, (bool, int, float, complex, str, bytes)) and value.dtype.kind not in "mM":
-            return plain
+    if isinstance(value, numpy.bytes_):
+        return pack_value(value.item())
+    if isinstance(value, numpy.generic) and not value.dtype.hasobject:  # its sums are not those of Python's
+        data = base64.b64encode(value.tobytes()).decode()
+        return {"$": "number of numpy", "dtype": _description(value.dtype), "value": data}
     array = numpy.array(value, copy=True, order="C")
     if array.dtype.hasobject or isinstance(value, numpy.ma.MaskedArray):
         return None
-    kind = "scalar" if isinstance(value, numpy.generic) else "array"
     try:
         tensor = torch.from_numpy(array)
     except (TypeError, ValueError):  # texts, times, records, another byte order: kept as bytes
         flat = numpy.frombuffer(array.tobytes(), dtype=numpy.uint8).copy()
-        description = repr(numpy.lib.format.dtype_to_descr(array.dtype))
-        return {
-            **part(torch.from_numpy(flat)),
-            "$": kind,
-            "numpy": description,
-            "numpy_shape": list(array.shape),
-        }
-    return {**part(tensor), "$": kind}
+        more = {"numpy": _description(array.dtype), "numpy_shape": list(array.shape)}
+        return {**part(torch.from_numpy(flat)), "$": "array", **more}
+    return {**part(tensor), "$": "array"}
 
 
 def unpack_array(packed: dict[str, Any], tensor: torch.Tensor) -> Any:
@@ -115,6 +113,14 @@ def unpack_array(packed: dict[str, Any], tensor: torch.Tensor) -> Any:
     array: Any = tensor.numpy()
     if "numpy" in packed:
         numpy: Any = sys.modules["numpy"]
-        dtype = numpy.lib.format.descr_to_dtype(ast.literal_eval(packed["numpy"]))
-        array = numpy.frombuffer(array.tobytes(), dtype=dtype).reshape(packed["numpy_shape"]).copy()
+        array = numpy.frombuffer(array.tobytes(), dtype=_described(packed["numpy"]))
+        array = array.reshape(packed["numpy_shape"]).copy()
     return array[()] if packed["$"] == "scalar" else array
+
+
+def _description(dtype: Any) -> str:
+    return repr(sys.modules["numpy"].lib.format.dtype_to_descr(dtype))
+
+
+def _described(text: str) -> Any:
+    return sys.modules["numpy"].lib.format.descr_to_dtype(ast.literal_eval(text))

@@ -23,6 +23,7 @@ from pipeline.loop.callback import (
 )
 from pipeline.loop.clock import BETWEEN, CALLBACKS, DATA_WAIT, LOG, VALIDATE
 from pipeline.loop.cut_off import stopping_where_data_ends, validated
+from pipeline.loop.guard import SKIPPED
 from pipeline.loop.rates import StepDone
 from pipeline.loop.resume import open_epoch, resume
 from pipeline.loop.run import Run
@@ -208,15 +209,18 @@ def _finish_epoch(run: Run) -> None:
 
 
 def _check_weights(run: Run) -> None:
-    """Refuse to skip for ever: an epoch whose last loss is not finite may have NaN in its weights.
+    """Refuse to skip for ever: an epoch whose last step is bad may have NaN in weights or state.
 
     Raises:
         NonFiniteError: If it has.
     """
     step, losses = run.state.step - 1, run.journal.losses
-    is_bad = run.settings.on_nonfinite == "skip" and bool(losses) and not isfinite(losses[-1])
-    if is_bad and run.step.spoiled_part() == "weights":
-        raise NonFiniteError(step, step, losses[-1])
+    if run.settings.on_nonfinite != "skip" or not losses:
+        return
+    is_left_out = SKIPPED in run.journal.last_values
+    is_bad = is_left_out or not isfinite(losses[-1])
+    if is_bad and (run.step.spoiled_part() or "buffers").partition(":")[0] != "buffers":
+        raise NonFiniteError(step, step, losses[-1], cause="update" if isfinite(losses[-1]) else "loss")
 
 
 def _validate(run: Run, means: dict[str, float]) -> None:

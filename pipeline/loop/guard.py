@@ -28,6 +28,7 @@ from typing import Any, Literal
 import torch
 
 from pipeline.batch import Scalars
+from pipeline.errors import listed
 from pipeline.loop.buffers import BufferKeeper
 from pipeline.loop.finite import MODERATE, are_finite, are_moderate, has_numbers
 from pipeline.loop.update import UpdateCopy, gradients_of, is_tame, parameters_of
@@ -72,11 +73,12 @@ class Guard:
     ) -> None:
         self._state, self._mode = state, mode
         self._knows_norm, self._has_ranks = knows_norm, has_ranks
-        self._buffers = BufferKeeper(modules)
+        self._modules, self._buffers = modules, BufferKeeper(modules)
         self._copy = UpdateCopy(state.optimizer)
         self._is_bad: bool | torch.Tensor = False
         self._has_tripped: bool | torch.Tensor = False
         self._has_said = False
+        self._is_known = False  # whether the optimizer's state was clean once
 
     def begin(self) -> None:
         """Keep what the forward passes of a step will change."""
@@ -106,11 +108,17 @@ class Guard:
 
     def spoiled_part(self) -> str:
         """Say what is not finite by now, of what a step should leave clean; nothing if all is. Waits."""
+        trained = {id(each) for each in parameters_of(self._state.optimizer)}
+        weights = [each for module in self._modules for each in module.named_parameters()]
+        if names := [name for name, each in weights if not _is_clean(each, id(each) in trained)]:
+            return f"weights: {listed(names, 3)}"
         if not are_finite(parameters_of(self._state.optimizer)):
             return "weights"
-        if not are_finite(each for each in self._copy.live() if has_numbers(each) and each.ndim):
+        if not self._has_clean_state():
             return "optimizer's state"
-        return ""
+        buffers = [each for module in self._modules for each in module.named_buffers()]
+        names = [name for name, each in buffers if not _is_clean(each, counts_infinity=False)]
+        return f"buffers: {listed(names, 3)}" if names else ""
 
     def state_dict(self) -> dict[str, Any]:
         """Return what is known of the step under way."""
@@ -128,14 +136,21 @@ class Guard:
     def _look_at_buffers(self) -> int:
         return BUFFERS if self._buffers.is_kept and self._buffers.are_spoiled() else 0
 
+    def _has_clean_state(self) -> bool:
+        """Say whether the optimizer's state is finite; a single number may be meant, such as a least loss."""
+        return are_finite(each for each in self._copy.live_state() if has_numbers(each) and each.ndim)
+
     def _update(self, is_moderate: bool) -> bool:
         """Make the update, and say whether it may stay."""
         has_no_risk = is_tame(self._state.optimizer)
+        if not self._is_known:  # it may have come with NaN, from a file or from somebody else's loop
+            self._is_known = self._has_clean_state()
+            has_no_risk = has_no_risk and self._is_known
         if is_moderate and has_no_risk:
             self._make_update()
             return True
         self._copy.take()
-        if not has_no_risk:
+        if not has_no_risk and self._is_known:
             self._say_why()
         self._make_update()
         if self._copy.is_finite():
@@ -154,7 +169,7 @@ class Guard:
             found |= LEFT_OUT if is_left_out else 0
             if self._mode == "stop":
                 self._has_tripped = True
-            elif _has_nan(parameters_of(self._state.optimizer)):
+            elif _has_nan([each for each in self._copy.live() if has_numbers(each)]):
                 found |= SPOILED
             scalars[SKIPPED] = float(found)
         self._buffers.forget()
@@ -176,6 +191,12 @@ class Guard:
             "on_nonfinite=ignore leaves it out.",
             file=sys.stderr,
         )
+
+
+def _is_clean(tensor: torch.Tensor, counts_infinity: bool) -> bool:
+    if not has_numbers(tensor):
+        return True
+    return are_finite([tensor]) if counts_infinity else not _has_nan([tensor])
 
 
 def _has_nan(tensors: Sequence[torch.Tensor]) -> bool:

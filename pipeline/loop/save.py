@@ -110,8 +110,9 @@ def restore_counters(run: Run, found: dict[str, Any]) -> None:
     # Rates and the report are of this process; what an accumulation has seen counts for its step.
     run.num_samples, run.num_tokens = counters["num_samples_pending"], counters["num_tokens_pending"]
     run.num_samples_earlier = counters["num_samples"] - run.num_samples
-    run.is_ending = bool(run.stop_reason) and run.stop_reason not in ("max_steps", "max_epochs")
-    if not run.is_ending:
+    is_over = bool(run.stop_reason) and run.stop_reason not in ("max_steps", "max_epochs")
+    run.is_ending = is_over or bool(run.interrupted_by)  # by a signal that came meanwhile
+    if not is_over:
         run.stop_reason = ""  # the limits may be others now
 
 

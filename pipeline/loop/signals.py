@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -15,6 +16,7 @@ from pipeline.loop.run import STOPPING_SIGNALS, Run
 
 _STOPPING = tuple(signal.Signals[name] for name in STOPPING_SIGNALS)
 _SAVING = getattr(signal, "SIGUSR1", None)  # not on Windows
+_ECHO_S = 1.0  # `timeout` and torchrun send what they were sent to a process that has it already
 
 
 @contextmanager
@@ -25,29 +27,32 @@ def handling_signals(run: Run) -> Iterator[None]:
     ignored, as Ctrl-C is in a background job, stays so.
 
     Runs on:
-        Main thread. A handler sets a flag, which the loop looks at after each step; the second signal
-        raises KeyboardInterrupt wherever the thread is.
+        Main thread. A handler sets a flag, which the loop looks at after each step; a second signal,
+        unless it is an echo of the first, raises KeyboardInterrupt wherever the thread is.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     before: dict[signal.Signals, Any] = {}
-    owner = os.getpid()
+    owner, asked, asked_s = os.getpid(), "", 0.0
 
     def put_back() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
     def stop(number: int, frame: FrameType | None) -> None:
+        nonlocal asked, asked_s
         if os.getpid() != owner:
-            return  # a fork, such as a DataLoader's worker: the step under way needs it
+            _hear_in_fork(number)
+            return
         name = signal.Signals(number).name
-        if run.asked_by in STOPPING_SIGNALS:
+        if not asked:
+            asked, asked_s = name, time.monotonic()
+            run.interrupt(name)
+            os.write(2, _announcement(run, name).encode())  # not print: it may have come in one
+        elif time.monotonic() - asked_s >= _ECHO_S:
             put_back()
-            raise KeyboardInterrupt(f"{name} after {run.asked_by}: stopped at once")
-        run.interrupt(name)
-        # Not print: the signal may have come in the middle of one.
-        os.write(2, f"{name}: the step under way is finished and saved. Once more stops at once.\n".encode())
+            raise KeyboardInterrupt(f"{name} after {asked}: stopped at once")
 
     def save(number: int, frame: FrameType | None) -> None:
         if run.saver is not None:
@@ -64,3 +69,22 @@ def handling_signals(run: Run) -> Iterator[None]:
             yield
     finally:
         put_back()
+
+
+def _hear_in_fork(number: int) -> None:
+    """Answer in a fork of the trainer, such as a worker of somebody's pool, which is ended with SIGTERM.
+
+    Ctrl-C it leaves to the trainer: the step under way may need it.
+    """
+    if number == signal.SIGTERM:
+        signal.signal(number, signal.SIG_DFL)
+        signal.raise_signal(number)
+
+
+def _announcement(run: Run, name: str) -> str:
+    what = "all ranks stop behind the same step" if run.has_ranks else "what is under way is finished"
+    if run.saver is not None:
+        what += f", and saved. To go on from there, set run_dir={str(run.run_dir)!r} and resume='auto'"
+    elif not run.has_ranks:  # of several, rank zero saves
+        what += "; nothing is saved, since there is no run_dir, or enable_checkpointing is False"
+    return f"{name}: {what}. Once more, after a second, stops at once.\n"

@@ -60,6 +60,8 @@ def is_tame(optimizer: torch.optim.Optimizer) -> bool:
 def _is_tame(group: dict[str, Any]) -> bool:
     return (
         bool(0 <= group["lr"] <= MODERATE)  # False for NaN
+        and bool(0 <= group["lr"] * group.get("weight_decay", 0.0) <= 1)  # or weights grow by it alone
+        and 0 <= group.get("momentum", 0.0) < 1
         and group.get("eps", 1.0) > 1e-30
         and not group.get("centered", False)  # the root of a difference, which may be negative
         and not any(each.dtype is torch.float16 for each in group["params"])  # its eps is 0
@@ -111,12 +113,14 @@ class UpdateCopy:
 
     def live(self) -> list[torch.Tensor]:
         """Return the tensors that a step may change."""
-        found = [*parameters_of(self._optimizer)]
-        for state in self._optimizer.state.values():
-            found += _tensors(state)
+        found = [*parameters_of(self._optimizer), *self.live_state()]
         for group in self._optimizer.param_groups:
             found += _tensors({name: value for name, value in group.items() if name != "params"})
         return [*{id(each): each for each in found if not is_lazy(each)}.values()]
+
+    def live_state(self) -> list[torch.Tensor]:
+        """Return the tensors of the optimizer's state."""
+        return [each for state in self._optimizer.state.values() for each in _tensors(state)]
 
     def _host_counts(self) -> set[int]:
         """Return the counts of steps that an optimizer keeps on the host beside a device."""

@@ -166,3 +166,48 @@ def test_names_that_differ_in_a_wrappers_name_alone_stay_apart(tmp_path):
     save_checkpoint(tmp_path / "a.safetensors", {"model": before.state_dict()})
     load_model(tmp_path / "a.safetensors", after)
     assert all(map(torch.equal, after.state_dict().values(), before.state_dict().values()))
+
+
+class Versioned(torch.nn.Linear):
+    """A module that reads states of its first version as half of what they are."""
+
+    _version = 2
+
+    def _load_from_state_dict(self, state, prefix, notes, *rest):
+        if notes.get("version", 1) < 2:
+            state[f"{prefix}weight"] = 2 * state[f"{prefix}weight"]
+        super()._load_from_state_dict(state, prefix, notes, *rest)
+
+
+class HasVersion(Net):
+    """The model of this file, with such a module in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.versioned = Versioned(2, 2)
+
+
+@pytest.mark.parametrize("name", ["plain", "compiled", "parts"])
+def test_a_modules_version_is_that_of_its_state(tmp_path, name):
+    """As with `state_dict` and `load_state_dict`: what is new is not taken for old, in any wrapping."""
+    model = WRAPPERS[name](HasVersion())
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    save_checkpoint(tmp_path / "a.safetensors", TrainState(model, optimizer).state_dict())
+    averaged = TrainState(model, optimizer, ema=average).state_dict()
+    save_checkpoint(tmp_path / "b.safetensors", averaged)
+    for wrap in (WRAPPERS[each] for each in ("plain", "compiled", "parts")):
+        for path in ("a.safetensors", "b.safetensors"):
+            other = wrap(HasVersion())
+            load_model(tmp_path / path, other)
+            assert all(map(torch.equal, other.state_dict().values(), model.state_dict().values()))
+        other = wrap(HasVersion())
+        now = TrainState(
+            other, torch.optim.SGD(other.parameters(), 0.1), ema=torch.optim.swa_utils.AveragedModel(other)
+        )
+        now.load_state_dict(load_checkpoint(tmp_path / "b.safetensors"))
+        for found in (other, now.ema.module):
+            assert all(map(torch.equal, found.state_dict().values(), model.state_dict().values()))
+    plain = HasVersion()
+    plain.load_state_dict(load_weights(tmp_path / "a.safetensors"))
+    assert all(map(torch.equal, plain.state_dict().values(), model.state_dict().values()))

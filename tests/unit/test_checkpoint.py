@@ -14,7 +14,9 @@ import os
 import pathlib
 import pickle
 import signal
+import typing
 import uuid
+import zoneinfo
 
 import numpy as np
 import pytest
@@ -90,7 +92,7 @@ def test_what_json_does_not_have_comes_back_too(tmp_path):
     save_checkpoint(path, {"model": {}, **tree, "number": np.float32(0.5)})
     found = load_checkpoint(path)
     assert all(same(found[name], each) for name, each in tree.items())
-    assert same(found["number"], 0.5)
+    assert same(found["number"], np.float32(0.5))
 
 
 class Enough(str, enum.Enum):  # noqa: UP042  (as users write it)
@@ -129,6 +131,13 @@ VALUES = {
     "zero": np.array(3.5),
     "turned array": np.arange(6).reshape(2, 3).T[::-1],
     "of NumPy": np.datetime64("2026-01-02"),
+    "half of NumPy": np.float16(0.1),
+    "float of NumPy": np.float64(0.1),
+    "byte of NumPy": np.uint8(250),
+    "complex of NumPy": np.complex64(1 - 2j),
+    "truth of NumPy": np.bool_(True),
+    "record of NumPy": np.array([(1, 2.5)], dtype=[("a", ">i4"), ("b", "f8")])[0],
+    "number as a key": {np.int64(3): 1},
 }
 
 
@@ -147,12 +156,55 @@ def test_what_a_callback_or_a_scheduler_may_keep_comes_back(tmp_path, name):
 
 
 def test_numbers_and_texts_of_other_types_are_pythons(tmp_path):
-    """NumPy's, and those of an enum; a file like an open one keeps its bytes."""
-    values = [np.bool_(True), np.int64(3), np.bytes_(b"x"), np.str_("y"), Enough.YES, signal.SIGTERM]
+    """NumPy's texts, and what an enum has; a file like an open one keeps its bytes."""
+    values = [np.bytes_(b"x"), np.str_("y"), Enough.YES, signal.SIGTERM]
     save_checkpoint(tmp_path / "a.safetensors", {"model": {}, "value": values, "file": io.BytesIO(b"abc")})
     found = load_checkpoint(tmp_path / "a.safetensors")
-    assert all(map(same, found["value"], [True, 3, b"x", "y", "yes", 15]))
+    assert all(map(same, found["value"], [b"x", "y", "yes", 15]))
     assert found["file"].getvalue() == b"abc"
+
+
+class Place(typing.NamedTuple):
+    step: int
+    values: torch.Tensor
+
+
+def test_a_named_tuple_keeps_its_names(tmp_path):
+    """Not its class, for which code would have to be run."""
+    place = Place(3, torch.ones(2))
+    save_checkpoint(tmp_path / "a.safetensors", {"model": {}, "value": [place]})
+    (found,) = load_checkpoint(tmp_path / "a.safetensors")["value"]
+    assert (type(found).__name__, found._fields) == ("Place", ("step", "values"))
+    assert found.step == 3
+    assert torch.equal(found.values, place.values)
+
+
+VIEWS = {
+    "expanded": lambda: torch.arange(3.0).expand(4, 3),
+    "overlapping": lambda: torch.arange(10.0).unfold(0, 4, 1),
+    "a column": lambda: torch.randn(300, 300)[:, 7],
+    "every third": lambda: torch.arange(20.0)[::3],
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_a_view_takes_the_memory_of_its_own_elements(tmp_path, name):
+    """It comes back with its values; neither with gaps nor with elements that share a place."""
+    value = VIEWS[name]()
+    save_checkpoint(tmp_path / "a.safetensors", {"model": {}, "value": value})
+    found = load_checkpoint(tmp_path / "a.safetensors")["value"]
+    assert torch.equal(found, value)
+    assert found.is_contiguous()
+    assert found.untyped_storage().nbytes() == 4 * value.numel()
+
+
+def test_a_time_whose_zone_would_be_lost_is_refused():
+    """As a date and time is; what has an offset of its own is kept."""
+    zone = zoneinfo.ZoneInfo("UTC")
+    for value in (datetime.time(1, tzinfo=zone), datetime.datetime(2026, 1, 2, tzinfo=zone)):
+        with pytest.raises(CheckpointError, match=r"a is a (date)?time"):
+            pack({"a": value}, {})
+    assert pack({"a": datetime.time(1, tzinfo=datetime.UTC)}, {})
 
 
 def quantized(kind):
