@@ -41,9 +41,6 @@ class Checks:
         trained: The models that are trained on the batches, if that is known.
         comparer: Makes batches again.
         is_leaving: Whether what is being made ahead is to be the last, where it cannot be made again.
-
-    Runs on:
-        Loop thread.
     """
 
     def __init__(

@@ -18,11 +18,11 @@ from pipeline.data.generator_mode import GeneratorMode
 from pipeline.data.generators import Watch, global_generators
 from pipeline.data.kept_states import KeptStates
 from pipeline.data.loaders import (
+    end_dead_workers,
     fetching_from,
     have_own_memory,
     is_known_kind,
     length_or_none,
-    let_dead_workers_go,
 )
 from pipeline.data.reader import END
 from pipeline.errors import add_stage_note
@@ -79,7 +79,7 @@ class IterableSource:
         begun = Epoch.begun(epoch, self.seed)
         draws = torch.Generator().manual_seed(sample_seed(begun.seed, epoch, self._rank))
         is_plain = type(self.data) in (list, tuple) or self.is_ours  # so nothing draws from the stream
-        let_dead_workers_go(self.data)
+        end_dead_workers(self.data)
         if self.is_ours:
             self._count_epochs(self.data, epoch)
         position, is_over = self._go_to(start, draws)

@@ -115,7 +115,7 @@ class OwnEpoch:
         self._owner.set_epoch(int(state))
 
 
-def let_dead_workers_go(batches: Any) -> None:
+def end_dead_workers(batches: Any) -> None:
     """Have a DataLoader that keeps its workers start others, if one of those that it has is dead."""
     kept = getattr(batches, "_iterator", None) if isinstance(batches, DataLoader) else None
     if any(not worker.is_alive() for worker in getattr(kept, "_workers", [])):

@@ -1,15 +1,14 @@
 """Random draws of a dataset: the same numbers inline, beside the loop, and in the textbook loop.
 
-What is promised: while sample ``index`` is made, the global generators of torch, NumPy and Python
-behave as if they had just been seeded from ``(seed, epoch, index)``, and afterwards they are as they
-were. So unmodified augmentation gives the same sample wherever it runs, and the model's dropout,
-which draws from torch's global generator, never notices.
+While sample ``index`` is made, the global generators of torch, NumPy and Python behave as if they had just
+been seeded from ``(seed, epoch, index)``; afterwards they are as they were. So augmentation gives the same
+sample wherever it runs, and the model's dropout, which draws from torch's global generator, never notices.
 
 How it is kept, cheapest first:
 
 - **Isolated** (loop thread). Generators are seeded for each sample and put back after the batch. This is the
   definition; the other two give the same numbers. The first samples are made so, with all three generators,
-  which shows which of them the dataset draws from; later those alone are seeded.
+  to see which of them the dataset draws from; later those alone are seeded.
 - **Watched** (loop thread). Most datasets draw nothing. The generators are left alone and compared
   after each batch; if one has moved all the same, it is put back and the batch is made again, isolated. Where
   making a batch moves a state of the dataset's own, all generators are isolated, and nothing is made twice.
@@ -19,10 +18,9 @@ How it is kept, cheapest first:
   no such hook, nor do draws that take no generator (`F.dropout`): these are noticed and raise
   `UnhookableDrawError` before their batch is used, upon which the belt goes on in the loop thread, isolated.
 
-What is not exact, because the first batch of an epoch (of a worker, if that has several threads) does not
-show it: a dataset that only later reseeds torch (`torch.manual_seed`, `fork_rng`) or draws in a traced
-function; and one that only later draws from Python's or NumPy's generator while the model draws from the
-same one.
+Not exact, because the first batch of an epoch (of a worker with several threads) does not show it: a dataset
+that only later reseeds torch (`torch.manual_seed`, `fork_rng`) or draws in a traced function; and one that
+only later draws from Python's or NumPy's generator while the model draws from the same one.
 """
 
 from __future__ import annotations
