@@ -35,8 +35,8 @@ class IterableSource:
     """A DataLoader, or any iterable of batches, run as it is.
 
     What it draws from torch's global generator comes from a stream of its own, seeded with ``(seed, epoch,
-    rank)``, so that data never draws from the generator that the model's dropout uses. Its first batch is made
-    on the loop thread, which shows whether a thread can be given the stream. Where it cannot (`F.dropout` in a
+    rank)``, so data never draws from the generator that the model's dropout uses. Its first batch is made on
+    the loop thread, which shows whether a thread can be given the stream. Where it cannot (`F.dropout` in a
     transform), or where Python's or NumPy's generator moves, the loop thread makes the batches. A DataLoader
     draws its base seed and its order from the global generator when an epoch begins, as in a plain loop.
 
