@@ -150,7 +150,7 @@ def test_who_is_overtaken_waits_only_out_of_order(in_order):
     """A sample waits until a later one is made: in order its batch comes in its turn all the same."""
     gate = Gate()
     data = Gated(24, index=11, gate=gate, opener=19)
-    settings = {"placement": "thread", "num_workers": 2, "check_data": False}  # a gate moves, and decides nothing
+    settings = {"placement": "thread", "num_workers": 2, "check_data": False}  # a gate decides nothing
     loader = Loader(data, batch_size=2, in_order=in_order, **settings)
     found = numbers(loader)
     assert (found == epoch_of(24, 2)) == in_order
