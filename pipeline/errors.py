@@ -160,11 +160,6 @@ class NonFiniteError(PipelineError):
     def _weights(self) -> str:
         if self.spoiled_part is None:
             return ""
-        if self.spoiled_part and self.first_step == 0:
-            return (
-                f"The {self.spoiled_part} held NaN or infinity before the first step already: look at what "
-                "made or loaded the model and the optimizer."
-            )
         if self.spoiled_part:
             part, _, names = self.spoiled_part.partition(": ")
             held, where = f"The {part} held NaN or infinity before", f" ({names})" if names else ""
@@ -179,11 +174,11 @@ class NonFiniteError(PipelineError):
         return "Its update was made, since its gradients are finite; the weights are finite."
 
     def _advice(self) -> str:
-        if self.first_step == 0 and self.cause in ("loss", "gradients", "buffers"):
-            return "" if self.spoiled_part else _BEFORE_ANY_UPDATE
-        remedy = "Lower the learning rate, set gradient_clip_val"
-        if self.spoiled_part and not self.first_step:
+        if not self.first_step and self.spoiled_part:
             return ""
+        if not self.first_step and self.cause in ("loss", "gradients", "buffers"):
+            return _BEFORE_ANY_UPDATE
+        remedy = "Lower the learning rate, set gradient_clip_val"
         if self.spoiled_part:
             return f"{remedy}, or look at what else changes the weights."
         return f"{remedy}, or pass on_nonfinite='skip' to leave such steps out."

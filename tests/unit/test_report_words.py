@@ -312,15 +312,6 @@ def test_a_nan_of_the_first_step_is_not_laid_to_the_learning_rate(bad_step):
     assert ("No update had been made by then" in str(caught.value)) != bool(bad_step)
 
 
-def test_a_model_that_begins_with_nan_is_told_so():
-    """There is no checkpoint to go back to."""
-    model = torch.nn.Linear(8, 3)
-    torch.nn.init.constant_(model.bias, float("nan"))
-    with pytest.raises(NonFiniteError, match="NaN or infinity before the first step already") as caught:
-        fit(model=model, max_steps=3)
-    assert "checkpoint" not in str(caught.value)
-
-
 # ---- settings and the bar
 
 
