@@ -12,9 +12,7 @@ import dis
 import functools
 import importlib
 import itertools
-import site
 import sys
-import sysconfig
 import types
 from collections.abc import Iterator
 from enum import Enum
@@ -22,6 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy
 import torch
+
+from pipeline.user_code import is_users
 
 MAX_OBJECTS, MAX_ITEMS = 10_000, 100  # that are looked at; of one container
 _FILLING = {"add", "append", "appendleft", "extend", "setdefault", "update"}  # methods of containers
@@ -223,22 +223,4 @@ def _is_descriptor(value: Any) -> bool:
     return hasattr(type(value), "__get__")
 
 
-@functools.cache
-def is_users(module: str) -> bool:
-    """Say whether a module is the user's own: neither installed, nor Python's, nor ours."""
-    if module in ("__main__", "__mp_main__"):
-        return True
-    if not module or module.partition(".")[0] == "pipeline":
-        return False
-    path = getattr(sys.modules.get(module), "__file__", None)
-    return isinstance(path, str) and not path.startswith(_INSTALLED)
-
-
-def _installed() -> tuple[str, ...]:
-    paths = sysconfig.get_paths()
-    found = {paths[name] for name in ("stdlib", "platstdlib", "purelib", "platlib")}
-    return tuple(f"{path}/" for path in {*found, *site.getsitepackages(), site.getusersitepackages()})
-
-
-_INSTALLED = _installed()
 _LEFT_ALONE: tuple[Any, ...] = (types.ModuleType, property, classmethod, staticmethod)

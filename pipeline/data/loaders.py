@@ -10,8 +10,8 @@ import torch
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from pipeline.data.code_walk import is_users
 from pipeline.seeding import drawing_from
+from pipeline.user_code import is_users
 
 _KNOWN_LOADERS = ("torch.utils.data", "torchdata", "spdl", "grain", "webdataset")
 
