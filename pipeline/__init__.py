@@ -9,6 +9,18 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.batch import Media, Row
+    from pipeline.callbacks.events import (
+        Callback,
+        EarlyStopping,
+        EpochFinished,
+        FitFailed,
+        FitFinished,
+        FitStarted,
+        StepFinished,
+        StepRead,
+        Validated,
+    )
+    from pipeline.callbacks.profiler import ProfilerWindow
     from pipeline.device import SimulatedBackend
     from pipeline.errors import (
         CheckpointError,
@@ -22,23 +34,11 @@ if TYPE_CHECKING:
     )
     from pipeline.every import Every
     from pipeline.gil import GilReport, gil_account, stage
-    from pipeline.loop.callback import (
-        Callback,
-        EarlyStopping,
-        EpochFinished,
-        FitFailed,
-        FitFinished,
-        FitStarted,
-        StepFinished,
-        StepRead,
-        Validated,
-    )
-    from pipeline.loop.loader import Loader
-    from pipeline.loop.prefetch import prefetch
-    from pipeline.loop.profiler import ProfilerWindow
-    from pipeline.loop.reads import DeferredReads
+    from pipeline.inbound.loader import Loader
+    from pipeline.inbound.prefetch import prefetch
+    from pipeline.outbound.reads import DeferredReads
     from pipeline.protocols import Datasets, Logger
-    from pipeline.report.placement import PlacementReport
+    from pipeline.report.placement_report import PlacementReport
     from pipeline.result import FitResult
     from pipeline.trainer import Trainer
 
@@ -97,7 +97,7 @@ _HOMES = {
     ],
     "every": ["Every"],
     "gil": ["GilReport", "gil_account", "stage"],
-    "loop.callback": [
+    "callbacks.events": [
         "Callback",
         "EarlyStopping",
         "EpochFinished",
@@ -108,11 +108,11 @@ _HOMES = {
         "StepRead",
         "Validated",
     ],
-    "loop.loader": ["Loader"],
-    "loop.prefetch": ["prefetch"],
-    "report.placement": ["PlacementReport"],
-    "loop.profiler": ["ProfilerWindow"],
-    "loop.reads": ["DeferredReads"],
+    "inbound.loader": ["Loader"],
+    "inbound.prefetch": ["prefetch"],
+    "report.placement_report": ["PlacementReport"],
+    "callbacks.profiler": ["ProfilerWindow"],
+    "outbound.reads": ["DeferredReads"],
     "protocols": ["Datasets", "Logger"],
     "result": ["FitResult"],
     "trainer": ["Trainer"],

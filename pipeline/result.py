@@ -12,7 +12,7 @@ import torch
 from pipeline.batch import Row
 from pipeline.gil import GilReport, StageTime
 from pipeline.report import OutboundReport, SaveReport
-from pipeline.report.placement import PlacementReport
+from pipeline.report.placement_report import PlacementReport
 from pipeline.report.record import RunReport
 
 

@@ -11,27 +11,29 @@ from typing import Any, Literal
 import torch
 
 from pipeline.batch import Batch, num_samples
+from pipeline.callbacks.callback_list import CallbackList
+from pipeline.callbacks.events import Callback
 from pipeline.checkpoint import load_model
 from pipeline.concurrency import Scope
-from pipeline.data import EVALUATION_EPOCH, Source, as_source, own_generators, ranks, refuse_in_nursery
+from pipeline.data import EVALUATION_EPOCH, Source, as_source, own_generators
 from pipeline.device import select_backend
+from pipeline.inbound.shared_data import check_ranks, seed_of_run, watch_ranks
 from pipeline.loop import setup, wiring
-from pipeline.loop.callback import Callback
-from pipeline.loop.callback_list import CallbackList
 from pipeline.loop.check import check_listeners, check_model, check_targets, resolve_limit, split_batching
-from pipeline.loop.clock import StepClock
-from pipeline.loop.evaluate import forward_inputs, predict_batches, put_together
-from pipeline.loop.fit import fit
-from pipeline.loop.gil import GilWatch
+from pipeline.loop.loop import fit
 from pipeline.loop.resume import open_run_dir, resumed_seed
 from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
-from pipeline.loop.share import check_ranks, seed_of_run, watch_ranks
 from pipeline.loop.signals import handling_signals
 from pipeline.loop.summary import make_result
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
+from pipeline.ranks import ranks
 from pipeline.result import FitResult
 from pipeline.settings import Settings
+from pipeline.step.evaluate import forward_inputs, predict_batches, put_together
+from pipeline.watch.clock import StepClock
+from pipeline.watch.gil_watch import GilWatch
+from pipeline.workers import refuse_in_nursery
 
 
 class Trainer(Settings):

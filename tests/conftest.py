@@ -16,7 +16,7 @@ import torch
 from hypothesis import settings
 
 from pipeline.concurrency import fork_server
-from pipeline.data.processes import MODULES
+from pipeline.workers.processes import MODULES
 
 settings.register_profile("ci", deadline=None, max_examples=25, print_blob=True, derandomize=True)
 settings.load_profile("ci")

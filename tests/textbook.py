@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from pipeline.seeding import sample_seed, shuffle_generator
+from pipeline.randomness.seeds import sample_seed, shuffle_generator
 
 
 def textbook(model, optimizer, epochs_of_batches, *, loss_fn=F.cross_entropy, accumulate=1, clip=None):

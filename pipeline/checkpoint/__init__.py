@@ -11,7 +11,7 @@ from pipeline.checkpoint.file import SUFFIX, read_file, write_file
 from pipeline.checkpoint.folder import CheckpointFolder
 from pipeline.checkpoint.tree import UnsaveableError, pack, unpack
 from pipeline.errors import CheckpointError
-from pipeline.naming import with_names_of, with_notes
+from pipeline.state.naming import with_names_of, with_notes
 
 __all__ = [
     "SUFFIX",

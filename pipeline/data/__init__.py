@@ -1,13 +1,8 @@
 """From a user's data to host batches: sampler, fetch, collate."""
 
-from pipeline.data.generator_mode import UnhookableDrawError
 from pipeline.data.iterable import READS_OURS, IterableReader, IterableSource
-from pipeline.data.loaders import is_read_once
-from pipeline.data.main_module import refuse_in_nursery
+from pipeline.data.loader_kinds import is_read_once
 from pipeline.data.map_style import MapReader, MapSource
-from pipeline.data.process_reader import ProcessReader
-from pipeline.data.processes import Processes
-from pipeline.data.ranks import ranks
 from pipeline.data.reader import END, EVALUATION_EPOCH, Reader, Source
 from pipeline.data.several import several_sets_problem
 from pipeline.data.shards import ShardedReader, ShardedSource
@@ -21,18 +16,13 @@ __all__ = [
     "IterableSource",
     "MapReader",
     "MapSource",
-    "ProcessReader",
-    "Processes",
     "Reader",
     "ShardedReader",
     "ShardedSource",
     "Source",
-    "UnhookableDrawError",
     "as_source",
     "is_read_once",
     "is_shared_out",
     "own_generators",
-    "ranks",
-    "refuse_in_nursery",
     "several_sets_problem",
 ]

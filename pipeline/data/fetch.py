@@ -12,10 +12,10 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 from pipeline.batch import Batch
 from pipeline.data.collate import Memory, collate_samples, select_rows
 from pipeline.data.recycling import RecycledMemory
-from pipeline.data.sampler import Indices
+from pipeline.data.sample_order import Indices
 from pipeline.errors import StageError, add_stage_note
 from pipeline.gil import stage
-from pipeline.seeding import Epoch, epoch_key, seed_in_epoch
+from pipeline.randomness.seeds import Epoch, epoch_key, seed_in_epoch
 
 CollateFn: TypeAlias = Callable[[Any], Batch]
 """Takes a list of samples, or whatever a dataset's ``__getitems__`` returns."""

@@ -14,10 +14,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from pipeline.batch import Batch
-from pipeline.data.generator_mode import GeneratorMode
-from pipeline.data.generators import Watch, global_generators
-from pipeline.data.kept_states import KeptStates
-from pipeline.data.loaders import (
+from pipeline.data.iterable_states import KeptStates
+from pipeline.data.loader_kinds import (
     end_dead_workers,
     fetching_from,
     have_own_memory,
@@ -26,7 +24,9 @@ from pipeline.data.loaders import (
 )
 from pipeline.data.reader import END
 from pipeline.errors import add_stage_note
-from pipeline.seeding import Epoch, drawing_from, sample_seed, take_generators, times_taken
+from pipeline.randomness.generator_mode import GeneratorMode
+from pipeline.randomness.generators import Watch, global_generators
+from pipeline.randomness.seeds import Epoch, drawing_from, sample_seed, take_generators, times_taken
 
 READS_OURS = ("the samples of a pipeline.Loader",)  # and so from the global generators, on the loop thread
 

@@ -11,13 +11,13 @@ import torch
 
 from pipeline.batch import Batch
 from pipeline.data.fetch import Fetcher
-from pipeline.data.generator_mode import UnhookableDrawError
-from pipeline.data.generators import TorchGenerator
-from pipeline.data.randomness import SampleRandomness, ThreadRandomness
-from pipeline.data.ranks import ranks
 from pipeline.data.reader import END
-from pipeline.data.sampler import Plan
-from pipeline.seeding import Epoch
+from pipeline.data.sample_order import Plan
+from pipeline.randomness.draws import SampleRandomness, ThreadRandomness
+from pipeline.randomness.generator_mode import UnhookableDrawError
+from pipeline.randomness.generators import TorchGenerator
+from pipeline.randomness.seeds import Epoch
+from pipeline.ranks import ranks
 
 
 class MapSource:

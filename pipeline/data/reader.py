@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from pipeline.batch import Batch
-from pipeline.seeding import Epoch
+from pipeline.randomness.seeds import Epoch
 
 END: Any = object()
 """What a reader returns after the last batch of its epoch."""

@@ -29,7 +29,7 @@ from pipeline.data.reader import END
 from pipeline.data.recycling import RecycledMemory
 from pipeline.data.worker_info import told, worker_info
 from pipeline.errors import ConfigError, add_stage_note
-from pipeline.seeding import Epoch, sample_seed
+from pipeline.randomness.seeds import Epoch, sample_seed
 
 logger = logging.getLogger("pipeline")
 

@@ -18,11 +18,11 @@ import torch
 
 from pipeline.batch import Batch
 from pipeline.data.map_style import IsolatedReader
-from pipeline.data.randomness import SampleRandomness
 from pipeline.data.reader import END
 from pipeline.data.shard_fetch import ShardFetcher
 from pipeline.errors import ConfigError, listed
-from pipeline.seeding import Epoch
+from pipeline.randomness.draws import SampleRandomness
+from pipeline.randomness.seeds import Epoch
 
 
 class Turn(NamedTuple):

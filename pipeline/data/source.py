@@ -23,15 +23,15 @@ from torch.utils.data import (
 
 from pipeline.data.fetch import CollateFn, Fetcher
 from pipeline.data.iterable import IterableSource
-from pipeline.data.loaders import OwnEpoch, length_or_none
+from pipeline.data.loader_kinds import OwnEpoch, length_or_none
 from pipeline.data.map_style import MapSource
 from pipeline.data.reader import Source
-from pipeline.data.sampler import BatchPlan, SamplerPlan, num_batches
+from pipeline.data.sample_order import BatchPlan, SamplerPlan, num_batches
 from pipeline.data.several import several_sets_problem
 from pipeline.data.shard_fetch import ShardFetcher
 from pipeline.data.shards import ShardedSource
 from pipeline.errors import ConfigError
-from pipeline.seeding import Epoch, Moving
+from pipeline.randomness.seeds import Epoch, Moving
 
 
 def as_source(

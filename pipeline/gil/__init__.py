@@ -13,10 +13,10 @@ live.py         `gil_account`               census/, script.py, command.py  the 
 """
 
 from pipeline.gil.account import GilReport, HoldingFunction, StageShare
+from pipeline.gil.cheap_signals import StageTime
 from pipeline.gil.live import GilAccount, gil_account
 from pipeline.gil.marks import stage, stage_cell, stage_id
 from pipeline.gil.report import to_json, to_text
-from pipeline.gil.signals import StageTime
 
 __all__ = [
     "GilAccount",

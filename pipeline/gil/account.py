@@ -7,8 +7,8 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.gil.child.states import BLOCKED, HELD, HELD_ASLEEP, NATIVE, WAITING, WAITING_AWAKE
-from pipeline.gil.signals import StageTime
+from pipeline.gil.cheap_signals import StageTime
+from pipeline.gil.sampler.states import BLOCKED, HELD, HELD_ASLEEP, NATIVE, WAITING, WAITING_AWAKE
 
 LATE_S = 0.001
 FEW_SAMPLES = 100
@@ -87,7 +87,7 @@ class GilReport:
     """One window of the account.
 
     Args:
-        backend: How it was measured, one of `pipeline.gil.sampler.BACKENDS`, or ``signals``.
+        backend: How it was measured, one of `pipeline.gil.measuring.sampler_client.BACKENDS`, or ``signals``.
         python: Version of the interpreter.
         wall_s: Length of the window.
         num_samples: Samples taken.

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 
 from pipeline.errors import PipelineError
 from pipeline.gil import script
-from pipeline.gil.census import command as census
+from pipeline.gil.census import census_command as census
 from pipeline.gil.live import gil_account
-from pipeline.gil.sampler import BACKENDS
+from pipeline.gil.measuring.sampler_client import BACKENDS
 
 EXAMPLES = """examples:
   python -m pipeline.gil census                                  when does what is installed release the GIL?

@@ -11,10 +11,10 @@ from typing import Any, Protocol
 from pipeline.errors import GilAccountError
 from pipeline.gil import marks
 from pipeline.gil.account import GilReport
-from pipeline.gil.interpreter import handoff_counter
+from pipeline.gil.cheap_signals import Handoffs, SharedTimes
+from pipeline.gil.measuring.interpreter import handoff_counter
+from pipeline.gil.measuring.sampler_client import PERIOD_S, Sampler, SecondAccountError
 from pipeline.gil.report import make_report, make_signals_report, thread_names
-from pipeline.gil.sampler import PERIOD_S, Sampler, SecondAccountError
-from pipeline.gil.signals import Handoffs, SharedTimes
 from pipeline.gil.trace import chrome_trace, write_trace
 
 

@@ -17,8 +17,8 @@ from contextlib import ContextDecorator
 from types import TracebackType
 from typing import Any
 
-from pipeline.gil.child.sampler import NO_STAGE
-from pipeline.gil.interpreter import thread_state
+from pipeline.gil.measuring.interpreter import thread_state
+from pipeline.gil.sampler.sampler import NO_STAGE
 
 MAX_MARKED_THREADS = 256
 MAX_NAMES = 4096  # of threads, those that have ended too

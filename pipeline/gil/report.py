@@ -14,8 +14,8 @@ from typing import Any
 
 from pipeline.gil import marks
 from pipeline.gil.account import GilReport, HoldingFunction, StageShare, doubts_about, stage_shares
-from pipeline.gil.child.threads import ENDED
-from pipeline.gil.signals import StageTime
+from pipeline.gil.cheap_signals import StageTime
+from pipeline.gil.sampler.thread_list import ENDED
 
 NUM_FUNCTIONS = 10
 MIN_SHOWN_RATIO = 0.005  # of the window: shorter stages are left out of the text

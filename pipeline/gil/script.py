@@ -19,8 +19,8 @@ from typing import Any
 from pipeline.errors import ConfigError, GilAccountError
 from pipeline.gil.live import GilAccount, gil_account
 from pipeline.gil.marks import stage_cell
+from pipeline.gil.measuring.sampler_client import PERIOD_S
 from pipeline.gil.report import to_json, to_text
-from pipeline.gil.sampler import PERIOD_S
 from pipeline.gil.torch_stages import torch_stages
 
 

@@ -5,7 +5,7 @@ from pipeline.loggers.group import LoggerGroup, LoggerTime
 from pipeline.loggers.jsonl import JsonlLogger
 from pipeline.loggers.mlflow import MlflowLogger
 from pipeline.loggers.process import InProcess
-from pipeline.loggers.progress import ProgressBar
+from pipeline.loggers.progress_bar import ProgressBar
 from pipeline.loggers.tensorboard import TensorBoardLogger
 from pipeline.loggers.wandb import WandbLogger
 

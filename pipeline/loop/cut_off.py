@@ -21,9 +21,9 @@ from typing import Any
 from torch.utils.data._utils import signal_handling
 
 from pipeline.errors import warn_harmlessly
-from pipeline.loop.clock import DATA_WAIT, VALIDATE
 from pipeline.loop.run import STOPPING_SIGNALS, Run
-from pipeline.seeding import generator_states, restore_generators
+from pipeline.randomness.seeds import generator_states, restore_generators
+from pipeline.watch.clock import DATA_WAIT, VALIDATE
 
 # Whoever sends a signal to each process by itself may come to this one last.
 SIGNAL_WAIT_S, _LOOK_S = 1.0, 0.01

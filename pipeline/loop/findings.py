@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from pipeline.loop.run import Run
-from pipeline.report.placement import PlacementReport
+from pipeline.report.placement_report import PlacementReport
 from pipeline.report.text import OUTSIDE, outside_words
 from pipeline.report.verdict import LARGE_RATIO, UNSETTLED
 from pipeline.settings import Settings

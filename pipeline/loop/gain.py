@@ -21,12 +21,12 @@ from typing import Literal
 
 from pipeline.batch import Batch, Media, Progress, Row, Scalars
 from pipeline.data import Reader
-from pipeline.loop.inbound import Inbound
-from pipeline.loop.outbound import BeltOutbound, DirectOutbound
-from pipeline.loop.placement import TEXTBOOK, Place
-from pipeline.loop.rates import StepDone
-from pipeline.loop.saver import BestJob, SaveJob
-from pipeline.report.placement import PlacementReport
+from pipeline.inbound.belt import Inbound
+from pipeline.inbound.decide_placement import TEXTBOOK, Place
+from pipeline.outbound.belt import BeltOutbound, DirectOutbound
+from pipeline.outbound.rates import StepDone
+from pipeline.outbound.saver import BestJob, SaveJob
+from pipeline.report.placement_report import PlacementReport
 from pipeline.report.record import Gain
 from pipeline.settings import Settings
 

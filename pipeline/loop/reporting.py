@@ -26,9 +26,9 @@ from pipeline.protocols import RunInfo
 from pipeline.report.ceilings import WHERE, Ceiling, StepCost, Where, ceilings, predict_all
 from pipeline.report.costs import WAIT, RunClocks, stage_lines, step_cost
 from pipeline.report.lanes import lanes_of_trace, make_lanes, make_series, write_trace
-from pipeline.report.outbound import OutboundReport
-from pipeline.report.page import to_html
-from pipeline.report.placement import PlacementReport
+from pipeline.report.outbound_report import OutboundReport
+from pipeline.report.page.render import to_html
+from pipeline.report.placement_report import PlacementReport
 from pipeline.report.possible import ONE_CORE, DataKind, Possible, places_of
 from pipeline.report.record import Gain, Lane, RunReport, to_dict, to_json
 from pipeline.report.verdict import TRIALS, advise, binding_of, describe, describe_ceiling, lift

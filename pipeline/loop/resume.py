@@ -13,12 +13,13 @@ import torch
 
 from pipeline.batch import Batch, Row
 from pipeline.checkpoint import CheckpointFolder, load_checkpoint
-from pipeline.data import IterableSource, Source, is_read_once, ranks
+from pipeline.data import IterableSource, Source, is_read_once
 from pipeline.errors import CheckpointError, ConfigError
 from pipeline.loop.run import Run
 from pipeline.loop.save import plain_settings, restore_counters
 from pipeline.loop.setup import is_rank_zero, make_run_dir
-from pipeline.seeding import generator_states, is_typed, restore_generators
+from pipeline.randomness.seeds import generator_states, is_typed, restore_generators
+from pipeline.ranks import ranks
 from pipeline.settings import AUTO_RUN_DIR, Settings
 
 # What changes the numbers of a run; the rest may be others after a resume.

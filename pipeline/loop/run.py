@@ -12,21 +12,21 @@ from typing import Any, Literal
 import torch
 
 from pipeline.batch import Batch, Media, MediaKind, Progress, Row
+from pipeline.callbacks.callback_list import CallbackList
+from pipeline.callbacks.events import Event, StepRead
 from pipeline.device import ReadDetector, StepLimiter
-from pipeline.loop.callback import Event, StepRead
-from pipeline.loop.callback_list import CallbackList
-from pipeline.loop.clock import StepClock
-from pipeline.loop.collector import Collector
-from pipeline.loop.gil import GilWatch
-from pipeline.loop.inbound import Inbound
-from pipeline.loop.journal import Journal
-from pipeline.loop.outbound import Outbound
-from pipeline.loop.rates import StepDone
-from pipeline.loop.saver import Saver
-from pipeline.loop.step import TrainStep
-from pipeline.seeding import Moving
+from pipeline.inbound.belt import Inbound
+from pipeline.outbound.belt import Outbound
+from pipeline.outbound.journal import Journal
+from pipeline.outbound.rates import StepDone
+from pipeline.outbound.saver import Saver
+from pipeline.randomness.seeds import Moving
 from pipeline.settings import Settings
 from pipeline.state import TrainState
+from pipeline.step.step import TrainStep
+from pipeline.watch.clock import StepClock
+from pipeline.watch.garbage_collector import Collector
+from pipeline.watch.gil_watch import GilWatch
 
 STOPPING_SIGNALS = ("SIGINT", "SIGTERM")
 _REASONS = ("", "max_time", *STOPPING_SIGNALS)  # of several, the last one counts for all ranks

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from pipeline.data import ranks
-from pipeline.loop.clock import BETWEEN, CHECKPOINT, LOG
 from pipeline.loop.run import Run
-from pipeline.seeding import generator_states
+from pipeline.randomness.seeds import generator_states
+from pipeline.ranks import ranks
 from pipeline.settings import Settings
+from pipeline.watch.clock import BETWEEN, CHECKPOINT, LOG
 
 _COUNTERS = (
     "position",

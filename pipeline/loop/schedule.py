@@ -11,16 +11,16 @@ from pipeline.checks import Limits
 from pipeline.concurrency import Scope, available_cores
 from pipeline.data import MapSource, ShardedSource, Source
 from pipeline.device import Backend, StepLimiter, make_transfer
+from pipeline.inbound.belt import Inbound
+from pipeline.inbound.fixed import pinned_place
 from pipeline.loop.gain import GainMeter, SwitchedOutbound
-from pipeline.loop.inbound import Inbound
-from pipeline.loop.journal import Journal
-from pipeline.loop.outbound import BeltOutbound, DirectOutbound, Outbound
-from pipeline.loop.placement import INLINE, TEXTBOOK, Place
-from pipeline.loop.stall import watch_loop
-from pipeline.loop.threads import ThreadTimes
-from pipeline.report.placement import PlacementReport
+from pipeline.outbound.belt import BeltOutbound, DirectOutbound, Outbound
+from pipeline.outbound.journal import Journal
+from pipeline.report.placement_report import PlacementReport
 from pipeline.report.possible import ONE_CORE, ONE_READER
 from pipeline.settings import Settings
+from pipeline.watch.stall import watch_loop
+from pipeline.watch.thread_times import ThreadTimes
 
 
 class Belts:
@@ -130,15 +130,3 @@ class Belts:
 
     def _direct(self, journal: Journal) -> DirectOutbound:
         return DirectOutbound(self.backend, journal)
-
-
-def pinned_place(settings: Settings) -> Place | None:
-    """Return where the settings want batches made; None where it is to be measured."""
-    num_workers = settings.num_workers or available_cores()
-    if settings.placement == "thread":
-        return Place("thread", num_workers)
-    if settings.placement == "process":
-        return Place("process", num_workers, settings.threads_per_worker)
-    if settings.placement == "inline" or settings.schedule == "overlap":
-        return INLINE
-    return TEXTBOOK if settings.schedule == "textbook" else None

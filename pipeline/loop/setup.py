@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
-from pipeline.data import ranks
 from pipeline.errors import ConfigError
-from pipeline.loop.objective import Objective, from_loss_fn, from_step
 from pipeline.protocols import LossFn, Scheduler, Step
+from pipeline.ranks import ranks
 from pipeline.settings import AUTO_RUN_DIR, AUTOCAST_DTYPE, Precision, Settings
 from pipeline.state import TrainState
+from pipeline.step.objective import Objective, from_loss_fn, from_step
 
 
 def make_objective(loss_fn: LossFn | None, step: Step | None, *, has_metrics: bool = False) -> Objective:

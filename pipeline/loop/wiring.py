@@ -17,24 +17,24 @@ from pipeline.data import EVALUATION_EPOCH, Source
 from pipeline.device import Backend, ReadDetector, is_host
 from pipeline.loggers import JsonlLogger, LoggerGroup, ProgressBar
 from pipeline.loop.check import resolve_limit
-from pipeline.loop.clock import StepClock
-from pipeline.loop.collector import Collector
-from pipeline.loop.evaluate import Evaluation
-from pipeline.loop.guard import Guard
-from pipeline.loop.guard_device import DeviceGuard
-from pipeline.loop.guard_scaled import ScaledGuard
-from pipeline.loop.journal import Journal
-from pipeline.loop.objective import Objective
-from pipeline.loop.rates import CountingStep, Rates
-from pipeline.loop.saver import Saver
 from pipeline.loop.schedule import Belts
 from pipeline.loop.setup import at_most, has_ranks, is_rank_zero, make_autocast
-from pipeline.loop.step import TrainStep
-from pipeline.loop.train_metrics import TrainMetrics
+from pipeline.outbound.journal import Journal
+from pipeline.outbound.rates import CountingStep, Rates
+from pipeline.outbound.saver import Saver
 from pipeline.protocols import Logger, Metrics, RunInfo
-from pipeline.setting_ranges import seconds
 from pipeline.settings import Settings
+from pipeline.settings.ranges import seconds
 from pipeline.state import TrainState
+from pipeline.step.evaluate import Evaluation
+from pipeline.step.guard import Guard
+from pipeline.step.guard_device import DeviceGuard
+from pipeline.step.guard_scaled import ScaledGuard
+from pipeline.step.objective import Objective
+from pipeline.step.step import TrainStep
+from pipeline.step.train_metrics import TrainMetrics
+from pipeline.watch.clock import StepClock
+from pipeline.watch.garbage_collector import Collector
 
 
 def make_step(

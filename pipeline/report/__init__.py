@@ -9,6 +9,6 @@ outbound.py  what taking the numbers away cost
 compare.py   several runs side by side        plots.py  the same as PNG
 """
 
-from pipeline.report.outbound import GcPauses, GcReport, OutboundReport, SaveReport
+from pipeline.report.outbound_report import GcPauses, GcReport, OutboundReport, SaveReport
 
 __all__ = ["GcPauses", "GcReport", "OutboundReport", "SaveReport"]

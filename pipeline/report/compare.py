@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pipeline.errors import ConfigError
-from pipeline.report.page import to_html
+from pipeline.report.page.render import to_html
 from pipeline.report.record import RunReport, load, to_dict
 
 SHOWN_METRICS = ("train/epoch_loss", "val/loss", "val/accuracy")

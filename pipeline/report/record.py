@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.errors import ConfigError
 from pipeline.report.ceilings import Ceiling, Prediction, StepCost
-from pipeline.report.placement import PlacementReport
+from pipeline.report.placement_report import PlacementReport
 
 VERSION = 1
 

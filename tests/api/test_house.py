@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 import pipeline
-from pipeline.hints import describe
 from pipeline.settings import Settings
+from pipeline.settings.hints import describe
 from tests.conftest import alive, left_behind
 
 ROOT = Path(__file__).parents[2]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 
 from pipeline import Trainer
 from pipeline.report.__main__ import main
-from pipeline.report.page import to_html
+from pipeline.report.page.render import to_html
 from pipeline.report.record import Gain, RunReport, load, to_dict
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

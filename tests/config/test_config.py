@@ -357,7 +357,8 @@ def test_an_installed_wheel_works_in_an_empty_folder(tmp_path):
         archive.extractall(tmp_path / "site")
         names = set(archive.namelist())
     assert {"pipeline/py.typed", "pipeline/conf/config.yaml", "recipes/assets/digits.npz"} <= names
-    assert {f"pipeline/report/page{end}" for end in (".html", ".css", ".js", "_time.js", "_run.js")} <= names
+    ends = (".html", ".css", ".js", "_time.js", "_run.js")
+    assert {f"pipeline/report/page/page{end}" for end in ends} <= names
     empty = tmp_path / "empty"
     (empty / "mine" / "recipe").mkdir(parents=True)
     (empty / "my_package.py").write_text(MINE)

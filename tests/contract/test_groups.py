@@ -192,7 +192,7 @@ def test_with_other_optimizers_schedulers_and_belts(tmp_path, kind, optimizer, s
 
 def test_a_file_that_knows_no_groups_is_resumed_where_they_fit(tmp_path, monkeypatch):
     """As older files are; where the numbers of groups differ, it is said."""
-    monkeypatch.setattr("pipeline.groups.restore", lambda *arguments: None)
+    monkeypatch.setattr("pipeline.state.groups.restore", lambda *arguments: None)
     assert_resumed(tmp_path / "fits", AddsAgain, 8)
     run(tmp_path / "differs", Unfreezes, stop_at=8)
     with pytest.raises(

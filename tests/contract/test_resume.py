@@ -22,8 +22,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
 
 from pipeline import Callback, EarlyStopping, SimulatedBackend, Trainer
-from pipeline.data import Processes
 from pipeline.metrics import accuracy
+from pipeline.workers import Processes
 from tests.textbook import assert_same_weights, build_model, weights
 
 BELTS = {

@@ -13,11 +13,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.concurrency import Child, fork_server, server
-from pipeline.data import Processes, as_source
-from pipeline.data.processes import MODULES
+from pipeline.concurrency import Child, fork_server
+from pipeline.concurrency.processes import fork_server_client as server
+from pipeline.data import as_source
 from pipeline.errors import WorkerDiedError
-from pipeline.gil.sampler import Sampler
+from pipeline.gil.measuring.sampler_client import Sampler
+from pipeline.workers import Processes
+from pipeline.workers.processes import MODULES
 from tests.faults.test_workers import all_end, all_of, assert_equal, run_script
 from tests.workers import Augmented, Stream
 
@@ -177,7 +179,7 @@ def test_a_server_that_dies_as_it_is_asked_is_replaced(own_server, monkeypatch):
 def test_no_orphan_is_left_when_server_and_trainer_are_killed(tmp_path):
     """A nursery without a server looks at its owner itself."""
     end = """
-    import pipeline.concurrency.server as server
+    import pipeline.concurrency.processes.fork_server_client as server
     print(server._server._process.pid, flush=True)
     for _ in batches: pass
     """

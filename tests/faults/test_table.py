@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 
 from pipeline import NonFiniteError, StallError, WorkerDiedError
-from pipeline.data import Processes
 from pipeline.loop import signals
 from pipeline.testing import Gate
+from pipeline.workers import Processes
 from tests.faults.cells import (
     BAD_SAMPLE,
     BAD_STEP,

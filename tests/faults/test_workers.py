@@ -15,15 +15,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import pipeline.data.main_module
+import pipeline.workers.dataset_pickle
 from pipeline import Trainer
 from pipeline.concurrency import SlotFile, available_cores
-from pipeline.concurrency.server import ForkServer
-from pipeline.concurrency.shared import check_room
-from pipeline.data import Processes, as_source
-from pipeline.data.processes import MODULES
+from pipeline.concurrency.processes.fork_server_client import ForkServer
+from pipeline.concurrency.processes.shared_memory import check_room
+from pipeline.data import as_source
 from pipeline.errors import ConfigError, StageError, StallError, WorkerDiedError
 from pipeline.testing import InMemoryLogger
+from pipeline.workers import Processes
+from pipeline.workers.processes import MODULES
 from tests.workers import Augmented, Deadly, DeadlyBeside, Failing, Hanging, Meeting, UserError, Verbose
 
 
@@ -297,8 +298,8 @@ def test_what_a_process_cannot_have_is_refused_before_any_file_is_made(data, tmp
 
 def test_a_dataset_is_packed_once(monkeypatch):
     """To check early costs nothing: the processes that it starts are those of the run."""
-    packed, pack = [], pipeline.data.main_module.pack
-    monkeypatch.setattr("pipeline.data.main_module.pack", lambda *args: packed.append(1) or pack(*args))
+    packed, pack = [], pipeline.workers.dataset_pickle.pack
+    monkeypatch.setattr("pipeline.workers.dataset_pickle.pack", lambda *args: packed.append(1) or pack(*args))
     fit(Augmented(8))
     assert packed == [1]
 
@@ -352,7 +353,8 @@ def test_rows_before_the_failure_are_with_the_loggers():
 SCRIPT = """
 import os, sys, time
 import torch
-from pipeline.data import Processes, as_source
+from pipeline.data import as_source
+from pipeline.workers import Processes
 from tests.workers import Augmented, Hanging
 {guard}
     source = as_source(

@@ -9,11 +9,12 @@ import threading
 
 import pytest
 
-from pipeline.gil import marks, signals, stage, stage_cell, stage_id, to_json, to_text
+from pipeline.gil import cheap_signals as signals
+from pipeline.gil import marks, stage, stage_cell, stage_id, to_json, to_text
 from pipeline.gil.account import doubts_about, stage_shares, wilson_interval
-from pipeline.gil.child.states import StateReader
+from pipeline.gil.cheap_signals import StageClock
 from pipeline.gil.report import make_report, make_signals_report
-from pipeline.gil.signals import StageClock
+from pipeline.gil.sampler.states import StateReader
 from pipeline.gil.trace import chrome_trace
 
 

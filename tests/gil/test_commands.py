@@ -14,9 +14,9 @@ import pytest
 from pipeline.gil.census import Case, Census, cases, measure
 from pipeline.gil.census.measure import call_many, statement_many, verdict_of
 from pipeline.gil.command import main
+from pipeline.gil.measuring.selftest import hold_gil as hold
+from pipeline.gil.measuring.selftest import release_gil as release
 from pipeline.gil.script import named_threads, split_arguments
-from pipeline.gil.selftest import hold_gil as hold
-from pipeline.gil.selftest import release_gil as release
 from pipeline.gil.torch_stages import torch_stages
 
 FIELDS = {
@@ -36,7 +36,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 @pytest.fixture
 def short_reference(monkeypatch):
     """Give the census a reference step that needs no torch."""
-    from pipeline.gil.census import command
+    from pipeline.gil.census import census_command as command
 
     monkeypatch.setattr(command, "reference_step", lambda: ("a hash", measure._hash_step))
 

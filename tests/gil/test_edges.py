@@ -16,15 +16,17 @@ import pytest
 import pipeline
 from pipeline import GilAccountError, gil_account, stage
 from pipeline.errors import warn_harmlessly
-from pipeline.gil import calibrate, sampler, stage_cell, stage_id
+from pipeline.gil import stage_cell, stage_id
 from pipeline.gil.account import stage_shares
-from pipeline.gil.child.priority import PROBE_WINDOWS, WINDOW, Priority
-from pipeline.gil.child.sampler import Sampler as ChildSampler
-from pipeline.gil.child.threads import ENDED, MAX_ENDED, ThreadList
 from pipeline.gil.command import main
-from pipeline.gil.interpreter import switch_interval
-from pipeline.gil.selftest import release_gil
-from pipeline.loop.clock import FORWARD, StepClock
+from pipeline.gil.measuring import calibrate
+from pipeline.gil.measuring import sampler_client as sampler
+from pipeline.gil.measuring.interpreter import switch_interval
+from pipeline.gil.measuring.selftest import release_gil
+from pipeline.gil.sampler.priority import PROBE_WINDOWS, WINDOW, Priority
+from pipeline.gil.sampler.sampler import Sampler as ChildSampler
+from pipeline.gil.sampler.thread_list import ENDED, MAX_ENDED, ThreadList
+from pipeline.watch.clock import FORWARD, StepClock
 from tests.gil.test_account import NAMES, STAGES, answer
 from tests.gil.test_commands import own_environment, run_script
 

@@ -15,13 +15,14 @@ from pathlib import Path
 import pytest
 
 from pipeline import GilAccountError, gil_account, stage
-from pipeline.gil import calibrate, interpreter, sampler, selftest
-from pipeline.gil.interpreter import find_gil, thread_state
 from pipeline.gil.live import SampledAccount
-from pipeline.gil.memory import Memory
-from pipeline.gil.sampler import Sampler, SecondAccountError
-from pipeline.gil.selftest import hold_gil as hold
-from pipeline.gil.selftest import release_gil as release
+from pipeline.gil.measuring import calibrate, interpreter, selftest
+from pipeline.gil.measuring import sampler_client as sampler
+from pipeline.gil.measuring.interpreter import find_gil, thread_state
+from pipeline.gil.measuring.process_memory import Memory
+from pipeline.gil.measuring.sampler_client import Sampler, SecondAccountError
+from pipeline.gil.measuring.selftest import hold_gil as hold
+from pipeline.gil.measuring.selftest import release_gil as release
 
 MAIN = threading.main_thread().name
 

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 
 from pipeline import Callback, ConfigError, GilAccountError, StepFinished, Trainer, gil_account
-from pipeline.gil import signals
+from pipeline.gil import cheap_signals as signals
 from pipeline.gil.account import StageShare
+from pipeline.gil.cheap_signals import Handoffs
 from pipeline.gil.report import make_signals_report
-from pipeline.gil.signals import Handoffs
-from pipeline.loop import convoy
-from pipeline.loop.clock import FORWARD, SETUP, StepClock
-from pipeline.loop.convoy import ConvoyWatch, describe_convoy, lost_ratio
 from pipeline.testing import InMemoryLogger
+from pipeline.watch import convoy
+from pipeline.watch.clock import FORWARD, SETUP, StepClock
+from pipeline.watch.convoy import ConvoyWatch, describe_convoy, lost_ratio
 
 
 def fit(**settings):
@@ -61,7 +61,7 @@ class Until(Callback):
 
 def fit_until_logged(monkeypatch, **settings):
     """Train with an account until the loggers had the shares of a step; return the result and such rows."""
-    monkeypatch.setattr("pipeline.loop.gil.LOG_NS", 0)
+    monkeypatch.setattr("pipeline.watch.gil_watch.LOG_NS", 0)
     logger, names = InMemoryLogger(), {f"gil/waiting_ratio/{stage}" for stage in STEP_STAGES}
     until = Until(lambda: any(names & set(row.values) for row in logger.rows[-20:]))
     result, _ = fit(gil="account", loggers=[logger], callbacks=[until], max_epochs=10**6, **settings)
@@ -102,7 +102,7 @@ class KillSampler(Callback):
         if event.state.step == 3:
             children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
             for pid in children:  # the fork server of all tests is one too
-                if b"gil.child" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if b"gil.sampler" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     os.kill(int(pid), signal.SIGKILL)
 
 

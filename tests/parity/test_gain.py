@@ -12,11 +12,11 @@ import torch.nn.functional as F
 
 from pipeline import ConfigError, SimulatedBackend, Trainer
 from pipeline.checkpoint import load_model
+from pipeline.inbound.decide_placement import Place
+from pipeline.inbound.fixed import Pinned
 from pipeline.loop import gain
 from pipeline.loop.gain import GainMeter, ratio_interval
-from pipeline.loop.pinned import Pinned
-from pipeline.loop.placement import Place
-from pipeline.loop.rates import StepDone
+from pipeline.outbound.rates import StepDone
 from pipeline.settings import Settings
 from pipeline.testing import InMemoryLogger
 
@@ -35,8 +35,8 @@ class Augmented(torch.utils.data.Dataset):
 def short_windows(monkeypatch):
     """Make windows of a few steps, so that a short run changes its schedule some twenty times."""
     monkeypatch.setattr(gain, "WINDOW_NS", 0)
-    monkeypatch.setattr("pipeline.loop.chooser.LOOK_S", 0)
-    monkeypatch.setattr("pipeline.loop.chooser.TRIAL_S", 0)
+    monkeypatch.setattr("pipeline.inbound.auto.LOOK_S", 0)
+    monkeypatch.setattr("pipeline.inbound.auto.TRIAL_S", 0)
     monkeypatch.setattr(gain, "MIN_STEPS", 3)
     monkeypatch.setattr(gain, "GAP_S", 10.0)  # a busy machine's pause is no validation
 

@@ -14,9 +14,9 @@ from torch.utils.data import ConcatDataset, DataLoader, Sampler, Subset
 
 from pipeline import Callback, Loader, Trainer
 from pipeline.checks import looking
-from pipeline.loop.placement import INLINE
-from pipeline.loop.process_place import ProcessPlace
-from pipeline.seeding import sample_seed
+from pipeline.inbound.decide_placement import INLINE
+from pipeline.inbound.process_place import ProcessPlace
+from pipeline.randomness.seeds import sample_seed
 from tests.parity.test_state import THREADS, batches_of, promised, same, there_at_once, wandering
 from tests.stateful import (
     KEPT_DRAWS,
@@ -34,7 +34,7 @@ from tests.stateful import (
 def looking_always(patch):
     """Have every batch looked at, however long it takes beside one that is made in no time."""
     patch.setattr("pipeline.checks.checks.LOOK_RATIO", 1e9)
-    patch.setattr("pipeline.loop.process_place.looking", partial(looking, ratio=1e9))
+    patch.setattr("pipeline.inbound.process_place.looking", partial(looking, ratio=1e9))
 
 
 @settings(max_examples=60)

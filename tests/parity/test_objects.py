@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, Tenso
 from pipeline import Loader, SimulatedBackend, Trainer
 from pipeline.batch import copy_memory, map_tensors, move_batch, tensors_in
 from pipeline.data import as_source
-from pipeline.data.packing import Arena, pack, unpack
 from pipeline.errors import ConfigError, StageError
+from pipeline.workers.packing import Arena, pack, unpack
 from tests.parity.test_places import PLACES, made_by_processes
 from tests.textbook import assert_same_weights, build_model, weights
 from tests.workers import (

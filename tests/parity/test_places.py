@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Subset, SubsetRandomSampler, default_collate
 
 from pipeline import Loader, Trainer
-from pipeline.data import EVALUATION_EPOCH, Processes, as_source
+from pipeline.data import EVALUATION_EPOCH, as_source
+from pipeline.workers import Processes
 from tests.textbook import assert_same_weights, build_model, seeded_batches, textbook, weights
 from tests.workers import (
     Augmented,

@@ -15,11 +15,11 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision.transforms import v2
 
 from pipeline import Loader, SimulatedBackend, Trainer
-from pipeline.data import numpy_memory
-from pipeline.data.generator_mode import _HOOKABLE, _UNHOOKABLE, GeneratorMode, UnhookableDrawError
-from pipeline.data.generators import NumpyGenerator
-from pipeline.data.randomness import SampleRandomness, ThreadRandomness
-from pipeline.seeding import sample_seed
+from pipeline.randomness import numpy_memory
+from pipeline.randomness.draws import SampleRandomness, ThreadRandomness
+from pipeline.randomness.generator_mode import _HOOKABLE, _UNHOOKABLE, GeneratorMode, UnhookableDrawError
+from pipeline.randomness.generators import NumpyGenerator
+from pipeline.randomness.seeds import sample_seed
 from tests.textbook import assert_same_weights, build_model, seeded_batches, textbook, weights
 
 

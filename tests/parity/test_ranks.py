@@ -15,10 +15,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import Loader, Trainer
-from pipeline.data import as_source, ranks
-from pipeline.data.sampler import BatchPlan
+from pipeline.data import as_source
+from pipeline.data.sample_order import BatchPlan
 from pipeline.errors import CheckpointError, ConfigError
-from pipeline.seeding import shuffle_generator
+from pipeline.randomness.seeds import shuffle_generator
+from pipeline.ranks import ranks
 from tests.workers import Augmented
 
 ROOT = Path(__file__).parents[2]
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, DistributedSampler
 from pipeline import ConfigError, Loader, Trainer
-from pipeline.seeding import shuffle_generator
+from pipeline.randomness.seeds import shuffle_generator
 from tests.textbook import make_batch
 from tests.workers import Augmented, Stream
 
@@ -391,7 +392,7 @@ def test_one_rank_has_the_batches_that_it_had(num_samples, batch_size, shuffle, 
 def test_a_loader_has_its_ranks_share(monkeypatch):
     """`Loader` in a DDP loop of one's own: its length is that of the share."""
     assert ranks() == (0, 1)
-    monkeypatch.setattr("pipeline.loop.loader.ranks", lambda: (1, 3))
+    monkeypatch.setattr("pipeline.inbound.loader.ranks", lambda: (1, 3))
     loader = Loader(torch.utils.data.TensorDataset(torch.arange(10)), batch_size=2)
     assert len(loader) == 2
     assert [batch[0].tolist() for batch in loader] == [[1, 4], [7]]

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline import Loader, StageError, Trainer, prefetch
+from pipeline.randomness.seeds import sample_seed
 from pipeline.report.record import load
-from pipeline.seeding import sample_seed
 from tests.workers import Augmented, Stream
 
 

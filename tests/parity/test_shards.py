@@ -19,11 +19,12 @@ from torch.utils.data import DataLoader, default_collate, get_worker_info
 from torch.utils.data._utils import worker as torch_worker
 
 from pipeline import Loader, SimulatedBackend, Trainer
-from pipeline.data import END, Processes, as_source
+from pipeline.data import END, as_source
 from pipeline.errors import ConfigError, WorkerDiedError
-from pipeline.loop.pinned import Pinned
-from pipeline.loop.placement import INLINE, TEXTBOOK, Place
-from pipeline.seeding import sample_seed
+from pipeline.inbound.decide_placement import INLINE, TEXTBOOK, Place
+from pipeline.inbound.fixed import Pinned
+from pipeline.randomness.seeds import sample_seed
+from pipeline.workers import Processes
 from tests.textbook import assert_same_weights, build_model, textbook, weights
 from tests.workers import Counting, DeadlyStream, Endless, FailingStream, Logged, Stream, UserError, Whole
 

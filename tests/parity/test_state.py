@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from pipeline import Callback, ConfigError, Loader, PipelineError, Trainer
-from pipeline.loop.placement import INLINE, TEXTBOOK, Place
-from pipeline.loop.process_place import ProcessPlace
-from pipeline.report.placement import PlacementReport
+from pipeline.inbound.decide_placement import INLINE, TEXTBOOK, Place
+from pipeline.inbound.process_place import ProcessPlace
+from pipeline.report.placement_report import PlacementReport
 from pipeline.testing import InMemoryLogger
 from tests import stateful
 from tests.stateful import (
@@ -160,7 +160,7 @@ def wandering(*places, seed=0, most=9):
             made.append(Wandering([TEXTBOOK, *places], random.Random(seed), most))
             return made[-1]
 
-        patch.setattr("pipeline.loop.inbound.Auto", make)
+        patch.setattr("pipeline.inbound.belt.Auto", make)
         yield made
 
 

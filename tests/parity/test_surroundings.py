@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.data import Processes, as_source
+from pipeline.data import as_source
 from pipeline.errors import ConfigError
+from pipeline.workers import Processes
 
 ROOT = Path(__file__).parents[2]
 _NUMBERS = itertools.count()
@@ -182,7 +183,8 @@ def test_globals_of_another_module_and_of_a_collate_function(make_module):
 MAIN = """
 import argparse, torch
 from torch.utils.data import Dataset
-from pipeline.data import Processes, as_source
+from pipeline.data import as_source
+from pipeline.workers import Processes
 ROWS = torch.rand(16)
 SCALE = 1.0
 class Data(Dataset):

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from pipeline import Callback, CheckpointError, Loader, Trainer, prefetch
-from pipeline.data.kept_states import KeptStates
+from pipeline.data.iterable_states import KeptStates
 
 NUM_BATCHES = 200
 BELTS = {

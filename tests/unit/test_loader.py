@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader
 
 from pipeline import Loader
 from pipeline.errors import ConfigError, StageError
-from pipeline.loop.pinned import Pinned
-from pipeline.loop.placement import SWITCHING
+from pipeline.inbound.decide_placement import SWITCHING
+from pipeline.inbound.fixed import Pinned
 from tests.textbook import seeded_batches
 from tests.workers import Augmented
 
@@ -178,7 +178,7 @@ def test_what_the_loop_thread_made_meanwhile_is_said():
 
 def test_the_switch_interval_is_short_only_while_threads_make_batches(monkeypatch):
     """In that place, until the loop is left."""
-    monkeypatch.setattr("pipeline.loop.inbound.Auto", lambda *_: Pinned(SWITCHING))
+    monkeypatch.setattr("pipeline.inbound.belt.Auto", lambda *_: Pinned(SWITCHING))
     before, seen = sys.getswitchinterval(), []
     loader = Loader(Augmented(40), batch_size=2)
     for _ in loader:

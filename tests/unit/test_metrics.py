@@ -15,8 +15,8 @@ import torchmetrics
 from torch.utils.data import DataLoader, TensorDataset
 
 from pipeline import ConfigError, Every, SimulatedBackend, StageError, Trainer
-from pipeline.loop.rates import Rates, StepDone, memory_in_use
 from pipeline.metrics import Mean, MetricSet, accuracy, merge_over_ranks, top_k_accuracy
+from pipeline.outbound.rates import Rates, StepDone, memory_in_use
 from pipeline.testing import InMemoryLogger
 from tests.textbook import build_model
 

@@ -15,8 +15,8 @@ from pipeline import ConfigError, Row, SimulatedBackend, Trainer
 from pipeline.concurrency import Scope, Writer
 from pipeline.errors import NonFiniteError
 from pipeline.loggers import LoggerGroup, LoggerTime
-from pipeline.loop.outbound import DirectOutbound
-from pipeline.loop.rates import StepDone
+from pipeline.outbound.belt import DirectOutbound
+from pipeline.outbound.rates import StepDone
 from pipeline.protocols import RunInfo
 from pipeline.report import OutboundReport
 from pipeline.testing import Gate, InMemoryLogger
@@ -98,7 +98,7 @@ class Leap(Writer):
 
 def test_a_lost_or_doubled_step_is_noticed(monkeypatch):
     """The check of the rows can fail: a writer that drops and doubles gives other steps."""
-    monkeypatch.setattr("pipeline.loop.outbound.Writer", Leap)
+    monkeypatch.setattr("pipeline.outbound.belt.Writer", Leap)
     logger = InMemoryLogger()
     fit(loggers=[logger])
     assert steps_of(logger) != list(range(1, 25))

@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 from pipeline import ConfigError, StageError, Trainer
 from pipeline.batch import Row, map_tensors, num_samples
 from pipeline.data.collate import collate_samples
-from pipeline.data.generators import PythonGenerator, TorchGenerator, global_generators
 from pipeline.data.recycling import RecycledMemory
-from pipeline.data.sampler import BatchPlan
+from pipeline.data.sample_order import BatchPlan
 from pipeline.loggers import JsonlLogger, ProgressBar
-from pipeline.loop.step import clear_gradients
 from pipeline.metrics import Mean, MetricSet, accuracy
-from pipeline.seeding import sample_seed, shuffle_generator
+from pipeline.randomness.generators import PythonGenerator, TorchGenerator, global_generators
+from pipeline.randomness.seeds import sample_seed, shuffle_generator
 from pipeline.settings import Settings, setting_names
+from pipeline.step.step import clear_gradients
 
 
 @dataclasses.dataclass
@@ -240,7 +240,7 @@ def test_a_global_generator_is_watched_seeded_and_put_back(generator):
 def test_every_draw_of_torch_is_seen(draw, is_layout_known, monkeypatch):
     """The second normal number of a pair as well, which moves nothing but what was in store."""
     if not is_layout_known:
-        monkeypatch.setattr("pipeline.data.generators._looks_at_torch", lambda generator: None)
+        monkeypatch.setattr("pipeline.randomness.generators._looks_at_torch", lambda generator: None)
     generator = TorchGenerator()
     assert (generator._looks is not None) == is_layout_known
     seen = [generator.fingerprint()]
@@ -252,7 +252,7 @@ def test_every_draw_of_torch_is_seen(draw, is_layout_known, monkeypatch):
 
 def test_the_layout_of_pythons_generator_is_checked(monkeypatch):
     """Where the memory does not look as assumed, the public and slower way is taken."""
-    monkeypatch.setattr("pipeline.data.generators.random._inst", object())
+    monkeypatch.setattr("pipeline.randomness.generators.random._inst", object())
     generator = PythonGenerator()
     assert generator._look is None
     before = generator.fingerprint()

@@ -11,9 +11,10 @@ import torch
 
 from pipeline import Loader, SimulatedBackend
 from pipeline.concurrency import SlotFile
-from pipeline.data import Processes, as_source
-from pipeline.data.packing import view
+from pipeline.data import as_source
 from pipeline.device.transfer import StreamTransfer
+from pipeline.workers import Processes
+from pipeline.workers.packing import view
 from tests.workers import Augmented
 
 

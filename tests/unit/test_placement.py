@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from pipeline.checks import Limits
 from pipeline.errors import ConfigError
-from pipeline.loop.chooser import Auto
-from pipeline.loop.pinned import Pinned
-from pipeline.loop.placement import INLINE, SWITCHING, TEXTBOOK, Job, Place, best_place, next_trial
+from pipeline.inbound.auto import Auto
+from pipeline.inbound.decide_placement import INLINE, SWITCHING, TEXTBOOK, Job, Place, best_place, next_trial
+from pipeline.inbound.fixed import Pinned
 
 MS = 1e-3
 PROCESSES = Place("process", 3), Place("process", 4)
@@ -91,9 +91,9 @@ class Machine:
 
 def make_auto(machine, monkeypatch, *, num_cores=4):
     """Return a chooser on the machine's clock."""
-    monkeypatch.setattr("pipeline.loop.chooser.available_cores", lambda: num_cores)
+    monkeypatch.setattr("pipeline.inbound.auto.available_cores", lambda: num_cores)
     monkeypatch.setattr(
-        "pipeline.loop.chooser.time.thread_time", lambda: machine.now_s * machine.core_ms / machine.fetch_ms
+        "pipeline.inbound.auto.time.thread_time", lambda: machine.now_s * machine.core_ms / machine.fetch_ms
     )
     return Auto(machine, "train_data", machine.clock)
 

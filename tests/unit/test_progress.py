@@ -14,7 +14,7 @@ from torch.utils.data import TensorDataset
 from pipeline import Every, SimulatedBackend, Trainer
 from pipeline.batch import Progress, Row
 from pipeline.loggers import ProgressBar
-from pipeline.loggers.bar import PlainLines, _clock
+from pipeline.loggers.drawing import PlainLines, _clock
 from pipeline.testing import InMemoryLogger
 from tests.textbook import build_model
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch.utils.data import TensorDataset
 
 from pipeline import Callback, ConfigError, Every, ProfilerWindow, SimulatedBackend, Trainer
-from pipeline.loop.collector import Collector
+from pipeline.watch.garbage_collector import Collector
 from tests.textbook import build_model
 
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 
 from pipeline import ConfigError, SimulatedBackend, Trainer
 from pipeline.gil.account import StageShare
+from pipeline.gil.cheap_signals import StageTime
 from pipeline.gil.report import make_signals_report
-from pipeline.gil.signals import StageTime
 from pipeline.report.__main__ import main
 from pipeline.report.ceilings import StepCost, ceilings, headspace_ms, predict, predict_all
 from pipeline.report.compare import differing_settings, find_runs, to_table

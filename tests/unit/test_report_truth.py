@@ -11,11 +11,11 @@ import torch.nn.functional as F
 
 from pipeline import Callback, StageError, Trainer
 from pipeline.errors import listed
-from pipeline.loop.clock import BETWEEN, FORWARD, StepClock
 from pipeline.report.ceilings import Ceiling, StepCost, ceilings, predict_all
 from pipeline.report.lanes import MAX_SEGMENTS, make_lanes
 from pipeline.report.possible import PLACES, Possible, places_of
 from pipeline.report.verdict import advise, binding_of, describe, describe_ceiling, lift
+from pipeline.watch.clock import BETWEEN, FORWARD, StepClock
 
 LOADS = StepCost(loop_ms=4, fetch_ms=16, fetch_core_ms=16, fetch_held_ms=16, loop_held_ms=1)
 MEETS = {place: f"placement='{place}'" for place in ("thread", "process")}
@@ -124,7 +124,7 @@ def test_a_ceiling_above_the_step_is_an_estimate():
 def test_what_is_no_training_is_in_no_stage_of_it(monkeypatch):
     """The stages of training add up to its time, whatever callbacks do at the end of an epoch."""
     now = [0]
-    monkeypatch.setattr("pipeline.gil.signals.perf_counter_ns", lambda: now[0])
+    monkeypatch.setattr("pipeline.gil.cheap_signals.perf_counter_ns", lambda: now[0])
     clock = StepClock()
     for _ in range(2):
         clock.restart()

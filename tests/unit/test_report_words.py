@@ -20,21 +20,21 @@ from pipeline.data import as_source
 from pipeline.device import select_backend
 from pipeline.errors import counted
 from pipeline.every import Every
-from pipeline.gil.signals import StageTime
+from pipeline.gil.cheap_signals import StageTime
+from pipeline.inbound.decide_placement import INLINE, TEXTBOOK, Job, Place, why_settled
 from pipeline.loggers import ProgressBar
 from pipeline.loggers.group import LoggerTime
-from pipeline.loop.convoy import Convoy
 from pipeline.loop.findings import finding_of
-from pipeline.loop.placement import INLINE, TEXTBOOK, Job, Place, why_settled
 from pipeline.loop.schedule import Belts
 from pipeline.protocols import RunInfo
 from pipeline.report.ceilings import StepCost
-from pipeline.report.outbound import OutboundReport
-from pipeline.report.placement import PlacementReport, plain_ms
+from pipeline.report.outbound_report import OutboundReport
+from pipeline.report.placement_report import PlacementReport, plain_ms
 from pipeline.report.possible import ONE_CORE, PLACES, Possible, places_of
 from pipeline.report.record import RunReport
 from pipeline.report.verdict import describe, lift
 from pipeline.settings import Settings
+from pipeline.watch.convoy import Convoy
 
 PROCESS = "placement='process'"
 BATCHES = {"batch_size": None, "collate_fn": None}
@@ -275,7 +275,7 @@ class UntilWarned(Callback):
 
 def test_a_thread_of_the_users_that_holds_the_gil_is_named(monkeypatch):
     """By the warning and by the verdict, which does not speak of loading then."""
-    monkeypatch.setattr("pipeline.loop.gil.LOG_NS", 0)
+    monkeypatch.setattr("pipeline.watch.gil_watch.LOG_NS", 0)
     is_over = threading.Event()
 
     def tokenize():
@@ -338,7 +338,7 @@ def test_what_was_meant_is_told(settings, words):
 def test_the_time_left_of_a_resumed_run_is_worked_out_from_its_own_steps(monkeypatch):
     """Those that were made before took no time of this run's."""
     now_s = [0.0]
-    monkeypatch.setattr("pipeline.loggers.bar.time.monotonic", lambda: now_s[0])
+    monkeypatch.setattr("pipeline.loggers.drawing.time.monotonic", lambda: now_s[0])
     bar = ProgressBar(100, stream := io.StringIO(), Every(steps=1))
     bar.open(RunInfo(None, {}, 90))
     now_s[0] = 10.0

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from pipeline import Loader, Trainer
 from pipeline.concurrency import ChannelClosedError, Scope, UnorderedChannel
 from pipeline.errors import ConfigError
-from pipeline.loop.placement import Place
+from pipeline.inbound.decide_placement import Place
 from pipeline.testing import Gate
 from tests.workers import Augmented, Held
 

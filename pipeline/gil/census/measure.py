@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import Any, Literal
 
 from pipeline.concurrency import Scope
-from pipeline.gil.interpreter import handoff_counter
 from pipeline.gil.live import GilAccount, gil_account
 from pipeline.gil.marks import stage
+from pipeline.gil.measuring.interpreter import handoff_counter
 
 PERIOD_S = 0.00025
 HOLDS_FROM, RELEASES_BELOW = 0.9, 0.1

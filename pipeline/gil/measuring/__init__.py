@@ -1,0 +1,1 @@
+"""The sampler seen from the measured process: started, calibrated, tested."""

@@ -1,0 +1,1 @@
+"""The inbound belt: a source's batches on the device, from wherever they are made best."""
