@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pipeline.batch import Media, Row
+    from pipeline.callbacks.early_stopping import EarlyStopping
     from pipeline.callbacks.events import (
         Callback,
-        EarlyStopping,
         EpochFinished,
         FitFailed,
         FitFinished,
@@ -97,9 +97,9 @@ _HOMES = {
     ],
     "every": ["Every"],
     "gil": ["GilReport", "gil_account", "stage"],
+    "callbacks.early_stopping": ["EarlyStopping"],
     "callbacks.events": [
         "Callback",
-        "EarlyStopping",
         "EpochFinished",
         "FitFailed",
         "FitFinished",

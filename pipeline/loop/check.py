@@ -13,7 +13,8 @@ from torch.nn.parameter import is_lazy
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torch.utils.data import DataLoader, IterableDataset
 
-from pipeline.callbacks.events import Callback, EarlyStopping
+from pipeline.callbacks.early_stopping import EarlyStopping
+from pipeline.callbacks.events import Callback
 from pipeline.data import is_read_once, several_sets_problem
 from pipeline.errors import ConfigError
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, StatefulMetric

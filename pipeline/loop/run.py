@@ -21,6 +21,7 @@ from pipeline.outbound.journal import Journal
 from pipeline.outbound.rates import StepDone
 from pipeline.outbound.saver import Saver
 from pipeline.randomness.seeds import Moving
+from pipeline.ranks import agreed_to_stop
 from pipeline.settings import Settings
 from pipeline.state import TrainState
 from pipeline.step.step import TrainStep
@@ -123,12 +124,8 @@ class Run:
 
     def agree(self) -> None:
         """Stop if any rank was asked to; each calls this at the same steps, and waits for the others."""
-        code = _REASONS.index(self.asked_by) if self.asked_by in _REASONS else 0
-        is_on_host = torch.distributed.get_backend() == "gloo"
-        asked = torch.tensor(code, device="cpu" if is_on_host else self.step.device)
-        torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX)
-        if found := int(asked.item()):
-            self.interrupted_by, self.is_ending = _REASONS[found], True
+        if found := agreed_to_stop(self.asked_by, _REASONS, self.step.device):
+            self.interrupted_by, self.is_ending = found, True
 
     def tell(self, event: type[Event], *values: Any) -> None:
         """Tell the callbacks of an event."""

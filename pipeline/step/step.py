@@ -11,6 +11,7 @@ from pipeline.batch import Batch, Scalars
 from pipeline.errors import add_stage_note
 from pipeline.settings import AUTOCAST_DTYPE, Settings
 from pipeline.state import TrainState
+from pipeline.step.clipping import make_clipping
 from pipeline.step.guard import Guard
 from pipeline.step.objective import Computed, Objective, refuse_graphless
 from pipeline.step.out_of_memory import note_out_of_memory
@@ -63,7 +64,7 @@ class TrainStep:
         self._num_accumulated = settings.accumulate_grad_batches
         self._reads_at_once = reads_at_once and self._num_accumulated == 1
         self._autocast_dtype = AUTOCAST_DTYPE[settings.precision]
-        self._handles_gradients = settings.log_grad_norm or settings.gradient_clip_val is not None
+        self._clip = make_clipping(settings, state)
         self._steps_scheduler = (
             scheduler_interval == "step"
             and state.scheduler is not None
@@ -72,7 +73,6 @@ class TrainStep:
         self._scalars: Scalars = {}  # sums over the micro-batches so far, and of how many
         self._counts: dict[str, int] = {}
         self.num_pending = 0
-        self._is_unscaled = False
 
     def micro_batch(self, batch: Batch) -> bool:
         """Forward and backward; the gradients add to those of the micro-batches before.
@@ -176,8 +176,8 @@ class TrainStep:
         try:
             if self._settle_guard is not None:
                 self._settle_guard()
-            if self._handles_gradients:
-                self._handle_gradients(scalars)
+            if self._clip is not None:
+                self._clip(scalars)
             if self._guard is not None:
                 self._guard.step(scalars)
             elif state.scaler is None:
@@ -185,7 +185,6 @@ class TrainStep:
             else:
                 state.scaler.step(state.optimizer)
                 state.scaler.update()
-            self._is_unscaled = False
             clear_gradients(state.optimizer)
             if self._steps_scheduler and state.scheduler is not None:
                 state.scheduler.step()
@@ -197,32 +196,6 @@ class TrainStep:
             raise
         state.step += 1
         return scalars
-
-    def _handle_gradients(self, scalars: Scalars) -> None:
-        if self._settings.log_grad_norm:
-            self._note_grad_norm(scalars)
-        if self._settings.gradient_clip_val is not None:
-            self._clip(self._settings.gradient_clip_val, scalars)
-
-    def _clip(self, limit: float, scalars: Scalars) -> None:
-        parameters = self._unscaled_parameters()
-        if self._settings.gradient_clip_algorithm == "norm":
-            scalars["train/grad_norm"] = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        else:
-            torch.nn.utils.clip_grad_value_(parameters, limit)
-
-    def _note_grad_norm(self, scalars: Scalars) -> None:
-        if self._settings.gradient_clip_val is not None and self._settings.gradient_clip_algorithm == "norm":
-            return  # clipping computes it
-        gradients = [each.grad for each in self._unscaled_parameters() if each.grad is not None]
-        scalars["train/grad_norm"] = torch.nn.utils.get_total_norm(gradients)
-
-    def _unscaled_parameters(self) -> list[torch.Tensor]:
-        scaler, optimizer = self._state.scaler, self._state.optimizer
-        if scaler is not None and not self._is_unscaled:
-            scaler.unscale_(optimizer)
-            self._is_unscaled = True  # once an update, or it raises
-        return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
     def _add_scalars(self, computed: Computed, of_metrics: Scalars) -> None:
         found: Scalars = {}
