@@ -10,6 +10,7 @@ names the line).
 
 from pipeline.metrics.classification import accuracy, top_k_accuracy
 from pipeline.metrics.collection import MetricSet
-from pipeline.metrics.mean import Mean, merge_over_ranks
+from pipeline.metrics.mean import Mean
+from pipeline.metrics.over_ranks import merge_over_ranks
 
 __all__ = ["Mean", "MetricSet", "accuracy", "merge_over_ranks", "top_k_accuracy"]

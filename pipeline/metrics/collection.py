@@ -9,7 +9,8 @@ import torch
 
 from pipeline.batch import map_tensors
 from pipeline.errors import CheckpointError, StageError
-from pipeline.metrics.mean import Mean, merge_over_ranks
+from pipeline.metrics.mean import Mean
+from pipeline.metrics.over_ranks import merge_over_ranks
 from pipeline.protocols import MetricFn, Metrics, StatefulMetric
 
 

@@ -1,4 +1,4 @@
-"""What a setting's type admits, and how to say it."""
+"""What a setting may be, and what to type instead of a wrong one."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import difflib
 import numbers
 import types
 import typing
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pipeline.device import Backend
@@ -47,3 +48,20 @@ def meant(value: Any, hint: Any) -> str:
     choices = [each for each in typing.get_args(hint) if isinstance(each, str)]
     close = difflib.get_close_matches(value, choices, n=1) if isinstance(value, str) else []
     return f" Did you mean {close[0]}?" if close else ""
+
+
+def suggested(name: str, known: Mapping[str, Any], arguments: Mapping[str, str]) -> str:
+    """Return what to type instead of a name that is no setting.
+
+    Args:
+        name: As it was typed.
+        known: All settings.
+        arguments: Of methods of the Trainer: the method by name.
+    """
+    if name in arguments:
+        return f"It is an argument of {arguments[name]}: trainer.{arguments[name]}(…, {name}=…)."
+    close = difflib.get_close_matches(name, [*known, *arguments], n=1)
+    if not close:
+        return f"There are: {', '.join(sorted(known))}."
+    of_method = f", an argument of {arguments[close[0]]}" if close[0] in arguments else ""
+    return f"Did you mean {close[0]}{of_method}?"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import difflib
 import functools
 import inspect
 import numbers
@@ -18,7 +17,7 @@ import torch
 
 from pipeline.device import Backend
 from pipeline.errors import ConfigError
-from pipeline.settings.hints import describe, fits, meant
+from pipeline.settings.hints import describe, fits, meant, suggested
 from pipeline.settings.ranges import range_problems
 
 Schedule = Literal["auto", "overlap", "textbook"]
@@ -251,7 +250,7 @@ def type_problems(
     problems = []
     for name, value in values.items():
         if name not in hints:
-            problems.append(f"{prefix}{name} is not a setting. {_suggest(name, hints, arguments)}")
+            problems.append(f"{prefix}{name} is not a setting. {suggested(name, hints, arguments)}")
         elif not fits(value, hints[name]):
             wanted = describe(hints[name])
             problems.append(f"{prefix}{name} must be {wanted}, got {value!r}.{meant(value, hints[name])}")
@@ -261,16 +260,6 @@ def type_problems(
 def setting_names() -> list[str]:
     """Return the names of all settings."""
     return [field.name for field in dataclasses.fields(Settings)]
-
-
-def _suggest(name: str, known: Mapping[str, Any], arguments: Mapping[str, str]) -> str:
-    if name in arguments:
-        return f"It is an argument of {arguments[name]}: trainer.{arguments[name]}(…, {name}=…)."
-    close = difflib.get_close_matches(name, [*known, *arguments], n=1)
-    if not close:
-        return f"There are: {', '.join(sorted(known))}."
-    of_method = f", an argument of {arguments[close[0]]}" if close[0] in arguments else ""
-    return f"Did you mean {close[0]}{of_method}?"
 
 
 def _arguments_of(kind: type) -> dict[str, str]:
