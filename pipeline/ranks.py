@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,18 @@ def ranks() -> tuple[int, int]:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         return torch.distributed.get_rank(), torch.distributed.get_world_size()
     return 0, 1
+
+
+def has_ranks() -> bool:
+    """Say whether other processes train the same model."""
+    return ranks()[1] > 1
+
+
+def is_rank_zero() -> bool:
+    """Say whether this process is the one that writes, among those that train together."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank() == 0
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 def agreed_to_stop(asked_by: str, reasons: Sequence[str], device: torch.device) -> str:

@@ -21,13 +21,14 @@ from pipeline.inbound.shared_data import check_ranks, seed_of_run, watch_ranks
 from pipeline.loop import setup, wiring
 from pipeline.loop.check import check_listeners, check_model, check_targets, resolve_limit, split_batching
 from pipeline.loop.loop import fit
-from pipeline.loop.resume import open_run_dir, resumed_seed
+from pipeline.loop.resume import resumed_seed
 from pipeline.loop.run import Run
+from pipeline.loop.run_dir import open_run_dir
 from pipeline.loop.schedule import Belts
 from pipeline.loop.signals import handling_signals
 from pipeline.loop.summary import make_result
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, Step
-from pipeline.ranks import ranks
+from pipeline.ranks import has_ranks, ranks
 from pipeline.result import FitResult
 from pipeline.settings import Settings
 from pipeline.step.evaluate import forward_inputs, predict_batches, put_together
@@ -182,7 +183,7 @@ class Trainer(Settings):
                 saver=wiring.make_saver(self, opened.folder, belts.backend, rows, belts.schedule),
                 checkpoint=opened.checkpoint,
                 run_dir=run_dir,
-                has_ranks=setup.has_ranks(),
+                has_ranks=has_ranks(),
                 is_seed_given=self.seed is not None,
                 data=inbound,
                 generators=own_generators(train_data, val_data),

@@ -21,8 +21,8 @@ from pipeline.errors import listed, warn_harmlessly
 from pipeline.loop.findings import finding_of, outside_notes, outside_s
 from pipeline.loop.run import Run
 from pipeline.loop.schedule import Belts
-from pipeline.loop.setup import is_rank_zero
 from pipeline.protocols import RunInfo
+from pipeline.ranks import is_rank_zero
 from pipeline.report.ceilings import WHERE, Ceiling, StepCost, Where, ceilings, predict_all
 from pipeline.report.costs import WAIT, RunClocks, stage_lines, step_cost
 from pipeline.report.lanes import lanes_of_trace, make_lanes, make_series, write_trace

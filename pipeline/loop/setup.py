@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
-import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from pipeline.errors import ConfigError
 from pipeline.protocols import LossFn, Scheduler, Step
-from pipeline.ranks import ranks
-from pipeline.settings import AUTO_RUN_DIR, AUTOCAST_DTYPE, Precision, Settings
+from pipeline.settings import AUTOCAST_DTYPE, Precision, Settings
 from pipeline.state import TrainState
 from pipeline.step.objective import Objective, from_loss_fn, from_step
 
@@ -103,47 +99,6 @@ def make_scaler(precision: str, device: torch.device) -> torch.amp.GradScaler | 
     Reads from the device at each step unless the optimizer was made with ``fused=True``.
     """
     return torch.amp.GradScaler(device.type) if precision == "16-mixed" else None
-
-
-def has_ranks() -> bool:
-    """Say whether other processes train the same model."""
-    return ranks()[1] > 1
-
-
-def is_rank_zero() -> bool:
-    """Say whether this process is the one that writes, among those that train together."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank() == 0
-    return int(os.environ.get("RANK", "0")) == 0
-
-
-def make_run_dir(run_dir: str | Path | None) -> Path | None:
-    """Make the folder for a run's files: ``runs/<time>`` for ``auto``, none for None.
-
-    Ranks other than zero write nothing.
-
-    Raises:
-        ConfigError: If it holds a run already.
-    """
-    if run_dir is None or not is_rank_zero():
-        return None
-    if run_dir != AUTO_RUN_DIR:
-        if (Path(run_dir) / "metrics.jsonl").exists():
-            raise ConfigError(
-                f"run_dir must be a new folder, but {run_dir} holds a run already. Name another, leave it "
-                "out for runs/<time>, or go on with that run with resume='auto'."
-            )
-        Path(run_dir).mkdir(parents=True, exist_ok=True)
-        return Path(run_dir)
-    stamp = datetime.datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
-    for number in itertools.count():
-        folder = Path("runs") / (f"{stamp}_{number}" if number else stamp)
-        try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
-        return folder
-    raise AssertionError("unreachable")
 
 
 @contextlib.contextmanager

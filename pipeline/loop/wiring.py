@@ -18,11 +18,12 @@ from pipeline.device import Backend, ReadDetector, is_host
 from pipeline.loggers import JsonlLogger, LoggerGroup, ProgressBar
 from pipeline.loop.check import resolve_limit
 from pipeline.loop.schedule import Belts
-from pipeline.loop.setup import at_most, has_ranks, is_rank_zero, make_autocast
+from pipeline.loop.setup import at_most, make_autocast
 from pipeline.outbound.journal import Journal
 from pipeline.outbound.rates import CountingStep, Rates
 from pipeline.outbound.saver import Saver
 from pipeline.protocols import Logger, Metrics, RunInfo
+from pipeline.ranks import has_ranks, is_rank_zero
 from pipeline.settings import Settings
 from pipeline.settings.ranges import seconds
 from pipeline.state import TrainState

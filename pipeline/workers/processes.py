@@ -21,11 +21,11 @@ from pipeline.data.reader import END, Repeated, TurnReader
 from pipeline.data.shards import ShardedSource
 from pipeline.errors import ConfigError, StageError, StallError
 from pipeline.workers.dataset_pickle import packed_for_process
-from pipeline.workers.death import death_error, death_warning, nursery_error
+from pipeline.workers.death_messages import death_error, death_warning, nursery_error
 from pipeline.workers.packing import Packed, reaches_all, unpack
 from pipeline.workers.process_state import ProcessState
-from pipeline.workers.talk import hear
 from pipeline.workers.worker import ANSWER, JOB
+from pipeline.workers.worker_logs import hear
 
 MODULES = ("numpy", "torch", "torch.utils.data", "pipeline.workers.worker")
 

@@ -25,7 +25,7 @@ from pipeline.randomness.seeds import Epoch
 from pipeline.randomness.worker_threads import Isolation
 from pipeline.workers.packing import Arena, Packed, pack, unpack, view
 from pipeline.workers.process_settings import ProcessSettings
-from pipeline.workers.talk import Talk
+from pipeline.workers.worker_logs import Talk
 
 JOB = struct.Struct("=qQqqqq")
 """Epoch, its seed, position, samples in the batch, offset of the slot, its bytes."""
