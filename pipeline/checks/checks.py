@@ -86,7 +86,8 @@ class Checks:
         return self.limits
 
     def has_changed(self, *, has_processes: bool) -> bool:
-        """Say whether the dataset is no longer what it was at the last look; before processes are used."""
+        """Say whether the dataset is no longer what it was at the last look; asked when an epoch begins."""
+        self._undo.forget()  # what an epoch before has changed
         if self._watch is None or not (has_processes or self._verified):
             return False
         expected = self._watch.expected

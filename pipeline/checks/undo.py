@@ -39,15 +39,21 @@ class Undo:
 
     def begin(self, moved: Sequence[tuple[Cell, Any]], names: Iterable[str]) -> None:
         """Take what has moved, each with what it was at the last look before, and its names."""
-        self._moved, self._names = moved, tuple(names)
+        self._moved, self._names, self._until = moved, tuple(names), 0
+
+    def forget(self) -> None:
+        """Let what has moved be as it is: another epoch begins."""
+        self.begin((), ())
 
     def extend(self, until: int) -> None:
-        """Hold it up to a position: the one behind all batches that were made ahead."""
+        """Hold it up to a position of the epoch: the one behind all batches that were made ahead."""
+        if self._until:  # another doubt, for which nothing was taken
+            self.forget()
         self._until = until
 
     def num_pending(self, position: int) -> int:
         """Return how many batches from a position on are to be made in the loop."""
-        return max(0, self._until - position) if self._moved else 0
+        return max(0, self._until - position) if self._names else 0
 
     def make(self, make: Callable[[], Made], position: int) -> Made:
         """Make the batch at a position in the loop.
@@ -77,8 +83,9 @@ class Undo:
 
     def _put_back(self) -> bool:
         """Make it what it was, once; say whether all of it is."""
-        are_back, self._moved = [put_back(cell, before) for cell, before in self._moved], ()
-        return all(are_back)
+        are_back = [put_back(cell, before) for cell, before in self._moved]
+        self._moved, self._names = (), ()
+        return bool(are_back) and all(are_back)
 
 
 def put_back(cell: Cell, before: Any) -> bool:
@@ -131,7 +138,7 @@ def _put_names_back(cell: NamesCell, before: Any) -> None:
 def _set(holder: Any, name: str, value: Any) -> None:
     """Set an attribute, a global, or what a function closes over; or take it away."""
     if isinstance(holder, dict) and isinstance(inner := holder.get(name), types.CellType):
-        inner.cell_contents = value
+        _set_cell(inner, value)
     elif isinstance(holder, dict) and value is _GONE:
         holder.pop(name, None)
     elif isinstance(holder, dict):
@@ -142,3 +149,10 @@ def _set(holder: Any, name: str, value: Any) -> None:
         delattr(holder, name)
     else:
         setattr(holder, name, value)
+
+
+def _set_cell(cell: types.CellType, value: Any) -> None:
+    if value is _GONE:
+        del cell.cell_contents
+    else:
+        cell.cell_contents = value

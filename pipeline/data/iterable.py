@@ -22,7 +22,7 @@ from pipeline.data.loader_kinds import (
     is_known_kind,
     length_or_none,
 )
-from pipeline.data.reader import END
+from pipeline.data.reader import END, of_this_kind
 from pipeline.errors import add_stage_note
 from pipeline.randomness.generator_mode import GeneratorMode
 from pipeline.randomness.generators import Watch, global_generators
@@ -85,19 +85,14 @@ class IterableSource:
         batches = itertools.islice(iterator, None if limit is None else limit - position)
         # The first batch: all its draws, or those of a DataLoader's dataset, whose order is drawn meanwhile.
         is_loader = isinstance(self.data, DataLoader)
-        first_drawing = partial(fetching_from, iterator, draws) if is_loader else partial(drawing_from, draws)
-        self._reader = IterableReader(
-            self, batches, None if is_plain else draws, first_drawing, epoch, position
-        )
+        drawing = partial(fetching_from, iterator, draws) if is_loader else partial(drawing_from, draws)
+        self._reader = IterableReader(self, batches, None if is_plain else draws, drawing, epoch, position)
         self._reader.limit = limit
         if self.kept is not None:
             self.kept.begin()
         if start > position and not is_plain:
-            kind = type(self.data).__name__
-            print(
-                f"{start - position} batches of the {kind} are read again to resume its epoch",
-                file=sys.stderr,
-            )
+            again = f"{start - position} batches of the {type(self.data).__name__} are read again"
+            print(f"{again} to resume its epoch", file=sys.stderr)
         self._reader.skip(start)
         return self._reader
 
@@ -107,6 +102,8 @@ class IterableSource:
         Runs on:
             Loop thread, between two batches. If it reads the iterable itself, the iterable is asked now.
         """
+        if self.is_ours:
+            return {"position": 0, "first_epoch": self._first_epoch}
         kept, reader = self.kept, self._reader
         if kept is None or reader is None:
             return None
@@ -137,7 +134,9 @@ class IterableSource:
 
     def load_state(self, found: dict[str, Any] | None) -> None:
         """Have the next epoch opened from a state, if it is opened behind it."""
-        self._found = found
+        self._found = of_this_kind(found, "position", self.name)
+        if self.is_ours and self._found:
+            self._first_epoch = self._found.get("first_epoch")
 
     def _count_epochs(self, loader: Any, epoch: int) -> None:
         """Have a loader of ours open the epoch of a run, which may be resumed; validations are the same."""

@@ -11,7 +11,7 @@ import torch
 
 from pipeline.batch import Batch
 from pipeline.data.fetch import Fetcher
-from pipeline.data.reader import END
+from pipeline.data.reader import END, of_this_kind
 from pipeline.data.sample_order import Plan
 from pipeline.randomness.draws import SampleRandomness, ThreadRandomness
 from pipeline.randomness.generator_mode import UnhookableDrawError
@@ -79,7 +79,7 @@ class MapSource:
 
     def load_state(self, found: dict[str, Any] | None) -> None:
         """Have the next epoch opened as the one that was stopped."""
-        self._found = found
+        self._found = of_this_kind(found, "num_samples", self.name)
 
     def _compare_order(self, reader: MapReader, found: dict[str, Any]) -> None:
         """Warn if the epoch that is resumed has another order; another seed is warned of elsewhere."""

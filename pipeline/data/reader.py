@@ -6,6 +6,7 @@ threads, and can come back; the batches are the same.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
 
@@ -20,6 +21,24 @@ END: Any = object()
 
 EVALUATION_EPOCH = -1
 """Takes the place of the epoch where nothing is trained, so that every validation sees the same."""
+
+
+def of_this_kind(found: dict[str, Any] | None, key: str, name: str) -> dict[str, Any] | None:
+    """Return the state of data that a run is resumed from; None, with a warning, if it is of another kind.
+
+    Args:
+        found: In the checkpoint.
+        key: What a state of this kind has.
+        name: What the data is called.
+    """
+    if found is None or key in found:
+        return found
+    warnings.warn(
+        f"{name} is of another kind than in the run that is resumed, in the middle of an epoch. Of that "
+        "epoch some samples may be used twice and others not at all; the next ones are whole.",
+        stacklevel=2,
+    )
+    return None
 
 
 class Reader(Protocol):

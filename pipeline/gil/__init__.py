@@ -5,11 +5,10 @@ with gil_account() as account:
         ...
 print(to_text(account.report()))
 
-interpreter.py  where the GIL is            calibrate.py  what else the sampler needs to know
-marks.py        which stage a thread is in  signals.py    wall time, thread time, hand-offs
-sampler.py      the sampler's process       child/        what runs in it
-account.py      from counts to shares       report.py     text and JSON; trace.py: over time
-live.py         `gil_account`               census/, script.py, command.py  the commands
+sampler/    the sampler, in a process of its own    measuring/        starts it, and tells it where the GIL is
+marks.py    which stage a thread is in              cheap_signals.py  wall time, thread time, hand-offs
+account.py  from counts to shares                   report.py         text and JSON; trace.py: over time
+live.py     `gil_account`                           census/, script.py, command.py  the commands
 """
 
 from pipeline.gil.account import GilReport, HoldingFunction, StageShare

@@ -22,7 +22,7 @@ from pipeline.gil.sampler.sampler import NO_STAGE
 
 MAX_MARKED_THREADS = 256
 MAX_NAMES = 4096  # of threads, those that have ended too
-ROW_WORDS = 3  # thread state, native id, stage: `SLOT` in child/threads.py
+ROW_WORDS = 3  # thread state, native id, stage: `SLOT` in sampler/thread_list.py
 
 # The last row is of threads that found no other. Its first word counts registrations, by which the
 # sampler sees at once that there is a new thread.

@@ -12,7 +12,16 @@ from typing import Any, Protocol
 from pipeline.batch import Batch
 from pipeline.checks import Checks, DoubtError, Limits, Trial
 from pipeline.concurrency import short_switch_interval
-from pipeline.data import IterableReader, IterableSource, MapReader, MapSource, Reader, ShardedSource, Source
+from pipeline.data import (
+    READS_OURS,
+    IterableReader,
+    IterableSource,
+    MapReader,
+    MapSource,
+    Reader,
+    ShardedSource,
+    Source,
+)
 from pipeline.device import Transfer
 from pipeline.inbound.auto import Auto
 from pipeline.inbound.decide_placement import TEXTBOOK, Place
@@ -136,6 +145,8 @@ class Inbound:
 
     def limits(self) -> Limits:
         """Return where batches may be made, as far as is known."""
+        if READS_OURS[0] in self.source.unhookable:
+            self._retreat.leave_to_ours()
         return self.checks.survey()
 
     def _batches(self, opened: Reader) -> Generator[Batch]:
@@ -228,10 +239,11 @@ class Inbound:
         )
 
     def _made_by_processes(self, place: Place, reader: Reader) -> Generator[Batch]:
-        self.is_in_place = self._place.is_there(place, reader)
+        is_there = partial(self._place.is_there, place, reader, self._retreat.without_processes)
+        self.is_in_place = is_there()
         if not self.is_in_place:  # nobody waits for them to start
-            in_line = read_in_line(reader, self._transfer, lambda: not self._place.is_there(place, reader))
-            return self._counted(in_line)
+            waits = lambda: self.checks.limits.has_processes and not is_there()  # noqa: E731
+            return self._counted(read_in_line(reader, self._transfer, waits))
         trial = self.checks.trial(place, reader)
         compared = Trial(self.checks.comparer, reader if self._in_order else None)
         return self._place.batches(place, reader, self._goes_on, trial, compared)

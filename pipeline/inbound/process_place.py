@@ -72,16 +72,20 @@ class ProcessPlace:
         if self.processes is None:
             timeout_s, pinning, look = self._stall_timeout_s, self._transfer.pinning, self._look()
             self.processes = Processes(source, num_workers, timeout_s, num_threads, pinning, look)
-            self.processes.in_order, self._has_started = self._in_order, True
+            self.processes.in_order = self._in_order
         is_ready = self.processes.is_ready(num_workers, num_threads)
+        self._has_started = self._has_started or is_ready
         if isinstance(source, ShardedSource):
             source.check_processes()
             return is_ready and source.has_begun  # what data does to itself is seen in this process first
         return is_ready
 
     def _look(self) -> Any:
-        """Return what makes a worker look at its dataset; shards move as they are read."""
-        is_looked_at = self.is_checked and isinstance(self._source, MapSource)
+        """Return what makes a worker look at its dataset: not at shards, which move as they are read.
+
+        Nor out of order: what was made ahead of a batch that moved something could not be made again.
+        """
+        is_looked_at = self.is_checked and self._in_order and isinstance(self._source, MapSource)
         return partial(looking, self._source.name, self.tolerated) if is_looked_at else None
 
     def stop(self) -> None:
@@ -115,12 +119,12 @@ class ProcessPlace:
         if self.processes is not None and (has_changed or self.processes.is_stale()):
             self.stop()
 
-    def is_there(self, place: Place, reader: Reader) -> bool:
+    def is_there(self, place: Place, reader: Reader, forbid: Callable[[ConfigError], None]) -> bool:
         """Say whether the processes are there, or start them; wait only if the loop would read all again."""
-        is_there = self.start(place.num_workers, place.num_threads)
-        if not is_there and isinstance(reader, ShardedReader) and reader.is_behind:
-            assert self.processes is not None
-            return self.processes.wait_until_ready()
+        is_there = self.starts(place, forbid)
+        has_any = self.processes is not None
+        if has_any and not is_there and isinstance(reader, ShardedReader) and reader.is_behind:
+            return self.processes.wait_until_ready()  # type: ignore[union-attr]
         return is_there
 
     def batches(

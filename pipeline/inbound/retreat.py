@@ -78,13 +78,18 @@ class Retreat:
         """Use no processes from here on, since they cannot be started again."""
         self._checks.limits = self._checks.limits.restricted(Limits(None, False, str(error)))
 
+    def leave_to_ours(self) -> None:
+        """Have the loop read what reads a loader of ours, which reads ahead itself."""
+        reason = f"{self._name} reads a pipeline.Loader, which reads ahead itself"
+        self._checks.withdraw(reason, OURS_REMEDY)
+        self.has_left = self._is_pinned
+
     def warn_of_draws(self, names: Sequence[str], reader: Reader) -> None:
         """Say that a thread cannot make batches that draw from these; once."""
-        if names == READS_OURS:
-            reason = f"{self._name} reads a pipeline.Loader, which reads ahead itself"
-            self._checks.withdraw(reason, OURS_REMEDY)
-            self.has_left = self._is_pinned
-        if self._has_said_draws or names == READS_OURS:
+        if READS_OURS[0] in names:
+            self.leave_to_ours()
+            return
+        if self._has_said_draws:
             return
         self._has_said_draws = True
         can_share = reader.max_processes != 0 and self._checks.limits.has_processes

@@ -84,7 +84,7 @@ def resume(run: Run) -> None:
     run.journal.losses = array("d", journal["losses"].tolist())
     run.journal.last_values = journal["last_values"]
     run.epoch_generators = found["epoch_generators"]
-    if run.data is not None and run.is_epoch_open:
+    if run.data is not None and (run.is_epoch_open or run.data.source.is_ours):
         run.data.load_state(found["data"])
     if run.saver is not None:
         run.saver.resume(run.state.step, found["best"])

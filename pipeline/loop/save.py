@@ -95,11 +95,17 @@ def capture(run: Run) -> dict[str, Any]:
         "history": [tuple(row) for row in run.history],
         "generators": generator_states(run.generators),
         "epoch_generators": run.epoch_generators,
-        "data": run.data.state(run.position) if run.data is not None and run.is_epoch_open else None,
+        "data": _data_state(run),
         "settings": plain_settings(run.settings),
         "versions": versions(),
         "num_ranks": ranks()[1],
     }
+
+
+def _data_state(run: Run) -> dict[str, Any] | None:
+    """Return the data's own state; between two epochs a loader of ours alone has one: it counts them."""
+    is_asked = run.data is not None and (run.is_epoch_open or run.data.source.is_ours)
+    return run.data.state(run.position) if is_asked else None  # type: ignore[union-attr]
 
 
 def restore_counters(run: Run, found: dict[str, Any]) -> None:

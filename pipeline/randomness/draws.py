@@ -12,7 +12,7 @@ How it is kept, cheapest first:
 - **Watched** (loop thread). Most datasets draw nothing. The generators are left alone and compared
   after each batch; if one has moved all the same, it is put back and the batch is made again, isolated. Where
   making a batch moves a state of the dataset's own, all generators are isolated, and nothing is made twice.
-- **Hooked** (prefetch threads; several threads of a worker process, see `isolation.py`). The loop thread
+- **Hooked** (prefetch threads; several threads of a worker process, see `worker_threads.py`). The loop thread
   draws from the same global generators, so they cannot be seeded here. A torch function mode, which is
   thread-local, hands each torch draw a generator of the sample's own. Python's and NumPy's generators have
   no such hook, nor do draws that take no generator (`F.dropout`): these are noticed and raise

@@ -15,7 +15,7 @@ from pipeline.errors import StallError, describe_stage
 _STAGES = {
     ("pipeline.data.fetch", "_samples"): "fetch",
     ("pipeline.data.fetch", "fetch"): "collate",
-    ("pipeline.data.reader", "_make"): "fetch",
+    ("pipeline.data.shard_fetch", "_read_to"): "fetch",
     ("pipeline.data.iterable", "_next"): "fetch",
     ("pipeline.inbound.read_ahead", "_send"): "transfer",
 }

@@ -102,7 +102,10 @@ class ProcessSettings:
     @property
     def has_changed(self) -> bool:
         """Whether something that a sample may depend on is set otherwise by now."""
-        now = ProcessSettings.capture()
+        try:
+            now = ProcessSettings.capture()
+        except ConfigError:  # what holds by now, no worker can have
+            return True
         mine, others = ({**each.values, **dict.fromkeys(_SPOKEN)} for each in (self, now))
         flags = all(now.flags.get(name, found) == found for name, found in self.flags.items())
         library = all(now.library.get(name, found) == found for name, found in self.library.items())

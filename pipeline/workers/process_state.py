@@ -1,7 +1,7 @@
 """The one home of what a script's process is more than its modules: captured here, taken over in the nursery.
 
 `process_settings` is what is set of Python, torch and the libraries that are known; `script_globals` what the
-dataset's code reads from its own modules. What is said in a worker comes back by `talk`.
+dataset's code reads from its own modules. What is said in a worker comes back by `worker_logs`.
 """
 
 from __future__ import annotations

@@ -30,9 +30,9 @@ from pipeline.workers.worker_logs import Talk
 JOB = struct.Struct("=qQqqqq")
 """Epoch, its seed, position, samples in the batch, offset of the slot, its bytes."""
 ANSWER = struct.Struct("=??qqq")
-"""Whether it is a batch; whether the last file is what was said meanwhile (`talk`); the skeleton's offset and
-bytes; the bytes that a slot should have had. Without a batch an error follows, or nothing if the shard has
-ended."""
+"""Whether it is a batch; whether the last file is what was said meanwhile (`worker_logs`); the skeleton's
+offset and bytes; the bytes that a slot should have had. Without a batch an error follows, or nothing if the
+shard has ended."""
 
 
 def open_worker(

@@ -167,3 +167,34 @@ def test_an_iterator_that_begins_again_is_said(tmp_path, make):
     said = run(make(), run_dir=tmp_path / "second", resume="auto", **options)[2]
     assert len(said) == 1
     assert "of which 1 epochs were used before the run was stopped" in said[0]
+
+
+@pytest.mark.parametrize("stop_at", [3, 6, 8])
+def test_a_loader_that_is_kept_is_resumed_in_its_epoch(tmp_path, stop_at):
+    """In the same process, as in a notebook: it has counted an epoch more than the run has finished."""
+    whole, _, _ = run(Loader(Drawn(22), batch_size=4, shuffle=True), max_epochs=3)
+    loader = Loader(Drawn(22), batch_size=4, shuffle=True)
+    first, _, _ = run(loader, stop_at=stop_at, run_dir=tmp_path, max_epochs=3)
+    rest, _, _ = run(loader, run_dir=tmp_path, resume="auto", max_epochs=3)
+    assert first + rest == whole
+
+
+class Positioned(list):
+    """Batches that know where they stand."""
+
+    def state_dict(self):
+        return {"at": 0}
+
+    def load_state_dict(self, state):
+        pass
+
+
+@pytest.mark.parametrize("is_dataset_first", [True, False])
+def test_data_of_another_kind_in_the_middle_of_an_epoch_is_said(tmp_path, is_dataset_first):
+    """A dataset, and then batches that have a state; or the other way round."""
+    kinds = [Drawn(22), Positioned(torch.ones(6, 4, 3))]
+    before, after = kinds if is_dataset_first else reversed(kinds)
+    stopped(tmp_path, before, max_epochs=2)
+    found, _, warned = run(after, run_dir=tmp_path, resume="auto", max_epochs=2)
+    assert len(found) == 10
+    assert any("train_data is of another kind" in each for each in warned)

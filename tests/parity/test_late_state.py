@@ -14,18 +14,21 @@ from torch.utils.data import ConcatDataset, DataLoader, Sampler, Subset
 
 from pipeline import Callback, Loader, Trainer
 from pipeline.checks import looking
+from pipeline.inbound.belt import Inbound
 from pipeline.inbound.decide_placement import INLINE
 from pipeline.inbound.process_place import ProcessPlace
 from pipeline.randomness.seeds import sample_seed
-from tests.parity.test_state import THREADS, batches_of, promised, same, there_at_once, wandering
+from tests.parity.test_state import THREADS, Wandering, batches_of, promised, same, there_at_once, wandering
 from tests.stateful import (
     KEPT_DRAWS,
     LATE,
     Augmenting,
     LateConnecting,
+    LateLog,
     Plain,
     Stateful,
     Switched,
+    Tuned,
     Worn,
     drawn,
 )
@@ -197,3 +200,56 @@ def test_a_sampler_that_a_callback_changes_is_watched_though_it_moves_itself():
         result = trainer.fit(model, optimizer, loader, step=step, callbacks=[Curriculum()])
     assert result.placement.limit.startswith("train_data.sampler.low changed while")
     assert min(seen[60:]) >= 32
+
+
+@pytest.mark.parametrize("placement", ["auto", "thread"])
+def test_a_change_in_one_epoch_keeps_no_batch_of_the_next_in_the_loop(placement, monkeypatch):
+    """A callback changes the dataset once, near the end of a short epoch: later ones are made ahead again."""
+    looking_always(monkeypatch)
+    data, seen, ahead, model = Tuned(40), [], [], torch.nn.Linear(2, 1)
+    make_ahead = Inbound._made_ahead
+
+    class Once(Callback):
+        def on_step_finished(self, event):
+            if event.state.step == 6:
+                data.level = 2.0
+
+    def step(model, batch):
+        seen.append(batch)
+        return model(batch).square().mean() * 1e-9
+
+    def noting(self, place, reader):
+        ahead.append(len(seen))
+        return make_ahead(self, place, reader)
+
+    monkeypatch.setattr(Inbound, "_made_ahead", noting)
+    options = {"placement": placement, "num_workers": 2, "enable_progress_bar": False, "device": "cpu"}
+    trainer = Trainer(max_epochs=4, run_dir=None, **options)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-9)
+    monkeypatch.setattr("pipeline.inbound.belt.Auto", lambda *_: Wandering([INLINE], random.Random(0)))
+    with pytest.warns(UserWarning, match="data.level changed"):
+        trainer.fit(model, optimizer, data, step=step, batch_size=4, callbacks=[Once()])
+    assert any(count >= 20 for count in ahead)
+
+
+def test_workers_out_of_order_lose_no_batch(monkeypatch):
+    """Nobody looks at their copies: what was handed over already is not all that comes before the change."""
+    looking_always(monkeypatch)
+    settings = {"placement": "process", "num_workers": 2, "in_order": False}
+    with closing(LateLog(160)) as data, Loader(data, batch_size=4, **settings) as loader:
+        loader._inbound.start_processes(2)
+        loader._inbound._processes.wait_until_ready()
+        found = torch.cat(list(loader))[:, 0]
+    assert sorted(found.tolist()) == list(range(160))
+
+
+def test_what_no_worker_can_have_by_now_is_made_in_the_loop(monkeypatch):
+    """torch's default device is changed after workers have started: that ends no run."""
+    with Loader(Plain(64), batch_size=4, placement="process", num_workers=2) as loader:
+        loader._inbound.start_processes(2)
+        loader._inbound._processes.wait_until_ready()
+        before = list(loader)
+        monkeypatch.setattr(torch, "get_default_device", lambda: torch.device("cuda"))
+        with pytest.warns(UserWarning, match="set_default_device"):
+            after = list(loader)
+    assert same(before, after)

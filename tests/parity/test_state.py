@@ -185,7 +185,7 @@ def test_state_is_in_order_wherever_auto_goes(kind, seed, size, epochs):
     assert same(found, expected)
 
 
-def there_at_once(place, wanted, reader):
+def there_at_once(place, wanted, reader, forbid):
     """Wait for processes, where the belt would go on without them."""
     if not place.start(wanted.num_workers, wanted.num_threads):
         place.processes.wait_until_ready()

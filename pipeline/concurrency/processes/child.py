@@ -3,7 +3,8 @@
 What holds the GIL of this process for long leaves it nothing by moving to a thread; in a process it has
 a GIL of its own. The child is a fresh interpreter, not a fork: this process has threads. It ends when
 its standard input does; a fork of its owner may have that too, and what the object does may hang, so it
-looks at the owner's process as well. Signals that are sent to both it leaves to the owner (`deafness`).
+looks at the owner's process as well. Signals that are sent to both it leaves to the owner
+(`ignored_signals`).
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ Nobody outlives this process. The fork server sees it end, by a descriptor of th
 parent's death, which would be reported when the *thread* ends that started it, and kills the nurseries. A
 nursery whose server was killed goes on, until its pool is closed or its owner has ended. Workers are killed
 by the kernel when their nursery dies, which has one thread. All are deaf to what is sent to every process
-of a program and is the trainer's to handle (`deafness`).
+of a program and is the trainer's to handle (`ignored_signals`).
 """
 
 from __future__ import annotations
