@@ -239,6 +239,7 @@ def test_workers_out_of_order_lose_no_batch(monkeypatch):
     with closing(LateLog(160)) as data, Loader(data, batch_size=4, **settings) as loader:
         loader._inbound.start_processes(2)
         loader._inbound._processes.wait_until_ready()
+        assert loader._inbound._place._look() is None
         found = torch.cat(list(loader))[:, 0]
     assert sorted(found.tolist()) == list(range(160))
 
