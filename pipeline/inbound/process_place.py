@@ -49,7 +49,7 @@ class ProcessPlace:
         self._stall_timeout_s, self._in_order = stall_timeout_s, in_order
         self.is_checked, self.tolerated = True, frozenset[str]()
         self.processes: Processes | None = None
-        self._has_started = False
+        self._has_made = False
 
     def start(self, num_workers: int, num_threads: int = 1) -> bool:
         """See that worker processes are there or on their way; say whether they are there.
@@ -74,7 +74,6 @@ class ProcessPlace:
             self.processes = Processes(source, num_workers, timeout_s, num_threads, pinning, look)
             self.processes.in_order = self._in_order
         is_ready = self.processes.is_ready(num_workers, num_threads)
-        self._has_started = self._has_started or is_ready
         if isinstance(source, ShardedSource):
             source.check_processes()
             return is_ready and source.has_begun  # what data does to itself is seen in this process first
@@ -101,14 +100,14 @@ class ProcessPlace:
         self.stop()
 
     def starts(self, place: Place, forbid: Callable[[ConfigError], None]) -> bool:
-        """Start processes as `start` does; where they were before, and can be no more, forbid them.
+        """Start processes as `start` does; where they have made batches, and can no more, forbid them.
 
         Such as those of a dataset that has got a connection meanwhile, which cannot be pickled.
         """
         try:
             return self.start(place.num_workers, place.num_threads)
         except ConfigError as error:
-            if not self._has_started:
+            if not self._has_made:
                 raise
             forbid(error)
             return False
@@ -142,6 +141,7 @@ class ProcessPlace:
         assert isinstance(reader, MapReader | ShardedReader)
         assert isinstance(self._source, MapSource | ShardedSource)
         assert self.processes is not None
+        self._has_made = True
         self._source.fetcher.forget_memory()
         depth = max(self._depth, 2 * place.num_workers * place.num_threads)
         position = reader.position
