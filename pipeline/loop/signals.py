@@ -85,6 +85,7 @@ def _announcement(run: Run, name: str) -> str:
     what = "all ranks stop behind the same step" if run.has_ranks else "what is under way is finished"
     if run.saver is not None:
         what += f", and saved. To go on from there, set run_dir={str(run.run_dir)!r} and resume='auto'"
+        what += f" (on the command line hydra.run.dir={run.run_dir} trainer.resume=auto)"
     elif not run.has_ranks:  # of several, rank zero saves
         what += "; nothing is saved, since there is no run_dir, or enable_checkpointing is False"
     return f"{name}: {what}. Once more, after a second, stops at once.\n"

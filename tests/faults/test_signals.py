@@ -126,5 +126,5 @@ def test_it_is_said_how_to_go_on(tmp_path, capfd, is_saved):
     """With the folder, and only where there is something to go on from."""
     fit("textbook", tmp_path if is_saved else None, loss_fn=at(4, "SIGINT"))
     said = capfd.readouterr().err
-    going_on = f"To go on from there, set run_dir={str(tmp_path)!r} and resume='auto'."
+    going_on = f"To go on from there, set run_dir={str(tmp_path)!r} and resume='auto' (on the command line"
     assert (going_on in said, "nothing is saved" in said) == (is_saved, not is_saved)
