@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from pipeline.callbacks.early_stopping import EarlyStopping
 from pipeline.callbacks.events import Callback
-from pipeline.data import is_read_once, several_sets_problem
+from pipeline.data import is_read_once, own_generators, several_sets_problem
 from pipeline.errors import ConfigError
 from pipeline.protocols import Logger, LossFn, Metrics, Scheduler, StatefulMetric
 from pipeline.settings import Settings
@@ -158,6 +158,21 @@ def check_targets(
     if loss_fn is not None and batch_size is None:
         _check_pairs(val_data)
     _check_iterators(settings, train_data, val_data)
+    _warn_of_shared_generator(settings, train_data, val_data)
+
+
+def _warn_of_shared_generator(settings: Settings, train_data: Any, val_data: Any) -> None:
+    """Say that a validation in the middle of an epoch may find a generator elsewhere than a plain loop does.
+
+    What a sampler draws at its end, or a belt ahead of the loop, may come on the other side of it.
+    """
+    mine, others = ({id(each) for each in own_generators(data)} for data in (train_data, val_data))
+    if settings.val_check_interval is not None and mine & others:
+        warnings.warn(
+            "train_data and val_data draw from one generator, and validations come in the middle of epochs: "
+            "the orders that they draw may differ from a plain loop's. Give each a generator of its own.",
+            stacklevel=4,
+        )
 
 
 def _check_pairs(val_data: Any) -> None:
