@@ -242,7 +242,10 @@ class Inbound:
         is_there = partial(self._place.is_there, place, reader, self._retreat.without_processes)
         self.is_in_place = is_there()
         if not self.is_in_place:  # nobody waits for them to start
-            waits = lambda: self.checks.limits.has_processes and not is_there()  # noqa: E731
+
+            def waits() -> bool:
+                return self.checks.limits.has_processes and not is_there()
+
             return self._counted(read_in_line(reader, self._transfer, waits))
         trial = self.checks.trial(place, reader)
         compared = Trial(self.checks.comparer, reader if self._in_order else None)
@@ -257,12 +260,9 @@ class Inbound:
     @property
     def placement(self) -> PlacementReport:
         """Where batches are made, and why; and how many were made elsewhere until processes had started."""
-        checks = self.checks
+        limit, num_compared = self.limits().reason, self.checks.comparer.num_compared
         report = replace(
-            self.chooser.report,
-            limit=checks.limits.reason,
-            num_compared=checks.comparer.num_compared,
-            checks_s=checks.spent_s,
+            self.chooser.report, limit=limit, num_compared=num_compared, checks_s=self.checks.spent_s
         )
         if self._retreat.has_left:
             why = f"not {report.place}: {report.limit}"

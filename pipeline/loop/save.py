@@ -104,8 +104,9 @@ def capture(run: Run) -> dict[str, Any]:
 
 def _data_state(run: Run) -> dict[str, Any] | None:
     """Return the data's own state; between two epochs a loader of ours alone has one: it counts them."""
-    is_asked = run.data is not None and (run.is_epoch_open or run.data.source.is_ours)
-    return run.data.state(run.position) if is_asked else None  # type: ignore[union-attr]
+    if run.data is None or not (run.is_epoch_open or run.data.source.is_ours):
+        return None
+    return run.data.state(run.position)
 
 
 def restore_counters(run: Run, found: dict[str, Any]) -> None:

@@ -43,7 +43,8 @@ from pipeline.checks import (
 )
 from pipeline.checks.in_worker import WorkerLook
 from pipeline.checks.reach import reach
-from pipeline.checks.undo import put_back
+from pipeline.checks.undo import Undo, put_back
+from pipeline.checks.watch import Moved
 from pipeline.data import MapSource, as_source
 from tests.stateful import Cached, Plain
 
@@ -547,3 +548,17 @@ def test_a_worker_says_what_moves_in_its_copy():
                 MovedThereError, match=r"^data\.count changed as batches were made in a process$"
             ):
                 look()
+
+
+def test_what_a_full_look_alone_has_seen_is_said():
+    """Only a full look had seen it, so nobody knows what it was; another epoch begins without it."""
+    undo = Undo("data")
+    undo.begin((), ["data.counts"])
+    undo.extend(10)
+    assert undo.num_pending(4) == 6
+    with pytest.warns(UserWarning, match="cannot be put back"):
+        assert not undo.undoes([Moved("data.counts", "moved")], 4)
+    undo.begin((), ["data.counts"])
+    undo.extend(10)
+    undo.forget()
+    assert undo.num_pending(4) == 0
